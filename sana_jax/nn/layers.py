@@ -1,0 +1,183 @@
+"""Linear, Conv, norms and embeddings with explicit dtypes.
+
+Every layer keeps its parameters in `param_dtype` and computes in `dtype`.
+Kernels are `[in, out]` and `[kh, kw, in, out]`.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+Initializer = Callable[..., Array]
+
+
+def torch_default_init(fan_in: int) -> Initializer:
+  """U(-1/sqrt(fan_in), 1/sqrt(fan_in)), PyTorch's default for conv layers."""
+  bound = 1.0 / math.sqrt(fan_in)
+
+  def init(key, shape, dtype=jnp.float32):
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+  return init
+
+
+class Linear(nnx.Module):
+  """y = x @ kernel + bias over the last axis."""
+
+  def __init__(
+    self,
+    in_features: int,
+    out_features: int,
+    *,
+    use_bias: bool = True,
+    dtype: jnp.dtype = jnp.float32,
+    param_dtype: jnp.dtype = jnp.float32,
+    kernel_init: Initializer = nnx.initializers.xavier_uniform(),
+    bias_init: Initializer = nnx.initializers.zeros_init(),
+    rngs: nnx.Rngs,
+  ):
+    self.dtype = dtype
+    self.kernel = nnx.Param(
+      kernel_init(rngs.params(), (in_features, out_features), param_dtype)
+    )
+    self.bias = (
+      nnx.Param(bias_init(rngs.params(), (out_features,), param_dtype))
+      if use_bias
+      else None
+    )
+
+  def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
+    y = x.astype(self.dtype) @ self.kernel[...].astype(self.dtype)
+    if self.bias is None:
+      return y
+    return y + _row(self.bias[...].astype(self.dtype), y.ndim)
+
+
+class Conv(nnx.Module):
+  """Dense 2-D convolution with symmetric zero padding kernel_size // 2.
+
+  XLA's "SAME" pads a strided convolution on the far side only; the published
+  models pad both sides, so the padding is always explicit.
+  """
+
+  def __init__(
+    self,
+    in_features: int,
+    out_features: int,
+    *,
+    kernel_size: int = 3,
+    stride: int = 1,
+    use_bias: bool = True,
+    dtype: jnp.dtype = jnp.float32,
+    param_dtype: jnp.dtype = jnp.float32,
+    rngs: nnx.Rngs,
+  ):
+    self.dtype = dtype
+    self.stride = stride
+    self.padding = kernel_size // 2
+    init = torch_default_init(in_features * kernel_size**2)
+    shape = (kernel_size, kernel_size, in_features, out_features)
+    self.kernel = nnx.Param(init(rngs.params(), shape, param_dtype))
+    self.bias = (
+      nnx.Param(init(rngs.params(), (out_features,), param_dtype))
+      if use_bias
+      else None
+    )
+
+  def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b h2 w2 o"]:
+    y = jax.lax.conv_general_dilated(
+      x.astype(self.dtype),
+      self.kernel[...].astype(self.dtype),
+      (self.stride, self.stride),
+      ((self.padding, self.padding),) * 2,
+      dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    if self.bias is None:
+      return y
+    return y + _row(self.bias[...].astype(self.dtype), y.ndim)
+
+
+class LayerNorm(nnx.Module):
+  """(x - mean) / sqrt(var + eps), times scale plus bias when affine."""
+
+  def __init__(
+    self,
+    features: int,
+    *,
+    eps: float = 1e-6,
+    affine: bool = False,
+    param_dtype: jnp.dtype = jnp.float32,
+  ):
+    self.eps = eps
+    self.scale = (
+      nnx.Param(jnp.ones((features,), param_dtype)) if affine else None
+    )
+    self.bias = (
+      nnx.Param(jnp.zeros((features,), param_dtype)) if affine else None
+    )
+
+  def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+    # float32: the mean square of a wide residual stream needs the mantissa.
+    y = x.astype(jnp.float32)
+    y = y - y.mean(axis=-1, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.square(y).mean(axis=-1, keepdims=True) + self.eps)
+    if self.scale is not None:
+      y = y * _row(self.scale[...], y.ndim) + _row(self.bias[...], y.ndim)
+    return y.astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+  """x / sqrt(mean(x^2) + eps) * scale (+ bias), statistics in float32.
+
+  Args:
+    scale_init: initial value of the scale; with `zero_centered` the stored
+      parameter w acts as 1 + w (Gemma's convention).
+  """
+
+  def __init__(
+    self,
+    features: int,
+    *,
+    eps: float,
+    use_bias: bool = False,
+    zero_centered: bool = False,
+    scale_init: float = 1.0,
+    param_dtype: jnp.dtype = jnp.float32,
+  ):
+    self.eps = eps
+    self.zero_centered = zero_centered
+    stored = scale_init - 1.0 if zero_centered else scale_init
+    self.scale = nnx.Param(jnp.full((features,), stored, param_dtype))
+    self.bias = (
+      nnx.Param(jnp.zeros((features,), param_dtype)) if use_bias else None
+    )
+
+  def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.square(y).mean(axis=-1, keepdims=True) + self.eps)
+    scale = self.scale[...].astype(jnp.float32)
+    y = y * _row(1.0 + scale if self.zero_centered else scale, y.ndim)
+    if self.bias is not None:
+      y = y + _row(self.bias[...].astype(jnp.float32), y.ndim)
+    return y.astype(x.dtype)
+
+
+def sinusoidal_embedding(
+  time: Float[Array, " b"], width: int
+) -> Float[Array, "b width"]:
+  """[cos(t f), sin(t f)] with f_i = 10000^(-i / (width/2)), in float32."""
+  half = width // 2
+  frequencies = jnp.exp(
+    -math.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / half
+  )
+  angles = time.astype(jnp.float32)[:, None] * frequencies[None]
+  return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def _row(vector: Float[Array, " d"], ndim: int) -> Array:
+  """Gives a vector leading axes of size one (no implicit rank promotion)."""
+  return vector.reshape((1,) * (ndim - 1) + (-1,))

@@ -1,0 +1,49 @@
+"""Running a stack of identical blocks whose parameters share a leading axis."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+REMAT_POLICIES = ("none", "full", "dots")
+
+
+def make_blocks(make_block: Callable[[Any], Any], key: jax.Array, depth: int):
+  """Builds `depth` blocks as one module whose leaves are stacked on axis 0."""
+  return jax.vmap(make_block)(jax.random.split(key, depth))
+
+
+def run_blocks(
+  block_fn: Callable[..., Any],
+  x: Any,
+  blocks: Any,
+  *per_block: jax.Array,
+  scan: bool,
+  remat: str,
+) -> Any:
+  """Applies x = block_fn(block, x, *slices) for every block in order.
+
+  Args:
+    blocks: a pytree with a leading block axis on every leaf.
+    per_block: further arrays with that leading axis, sliced alongside.
+    scan: True compiles one block (fast compile; accelerators); False unrolls
+      (about a third faster on CPU for small models).
+    remat: what the backward pass keeps: "none" recomputes nothing, "full"
+      recomputes each block, "dots" keeps the matrix products.
+
+  Raises:
+    ValueError: an unknown `remat`.
+  """
+  body = lambda carry, sliced: (block_fn(sliced[0], carry, *sliced[1]), None)
+  if remat == "full":
+    body = jax.checkpoint(body)
+  elif remat == "dots":
+    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    body = jax.checkpoint(body, policy=policy)
+  elif remat != "none":
+    raise ValueError(f"remat must be one of {REMAT_POLICIES}, got {remat!r}.")
+  if scan:
+    return jax.lax.scan(body, x, (blocks, per_block))[0]
+  for i in range(jax.tree.leaves(blocks)[0].shape[0]):
+    x, _ = body(x, jax.tree.map(lambda leaf: leaf[i], (blocks, per_block)))  # noqa: B023
+  return x

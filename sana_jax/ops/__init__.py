@@ -1,0 +1,1 @@
+"""Pure array functions; the only place where kernels will live."""
