@@ -1,0 +1,1 @@
+"""Published checkpoints: reading and writing files, mapping tensors."""
