@@ -14,6 +14,9 @@ from jaxtyping import Array, Float
 
 Initializer = Callable[..., Array]
 
+XAVIER_UNIFORM: Initializer = nnx.initializers.xavier_uniform()
+ZEROS: Initializer = nnx.initializers.zeros_init()
+
 
 def torch_default_init(fan_in: int) -> Initializer:
   """U(-1/sqrt(fan_in), 1/sqrt(fan_in)), PyTorch's default for conv layers."""
@@ -36,8 +39,8 @@ class Linear(nnx.Module):
     use_bias: bool = True,
     dtype: jnp.dtype = jnp.float32,
     param_dtype: jnp.dtype = jnp.float32,
-    kernel_init: Initializer = nnx.initializers.xavier_uniform(),
-    bias_init: Initializer = nnx.initializers.zeros_init(),
+    kernel_init: Initializer = XAVIER_UNIFORM,
+    bias_init: Initializer = ZEROS,
     rngs: nnx.Rngs,
   ):
     self.dtype = dtype

@@ -34,7 +34,11 @@ def run_blocks(
   Raises:
     ValueError: an unknown `remat`.
   """
-  body = lambda carry, sliced: (block_fn(sliced[0], carry, *sliced[1]), None)
+
+  def body(carry, sliced):
+    block, slices = sliced
+    return block_fn(block, carry, *slices), None
+
   if remat == "full":
     body = jax.checkpoint(body)
   elif remat == "dots":

@@ -9,7 +9,7 @@ def depthwise_conv(
 ) -> Float[Array, "b h w c"]:
   """Filters every channel on its own, stride 1, zero padding to keep the size.
 
-  out[y, x, c] = sum_{i, j} kernel[i, j, c] * in[y + i - kh//2, x + j - kw//2, c]
+  out[y, x, c] = sum_ij kernel[i, j, c] * in[y + i - kh//2, x + j - kw//2, c]
 
   Not a grouped `lax.conv`: on CPU that runs on one core and is 10-60 times
   slower, and on TPU a channel-sharded kernel makes XLA gather the global batch.

@@ -1,0 +1,252 @@
+"""The training loop, the same for every recipe.
+
+A recipe says what is trained; the loop says how: restore or initialise, step,
+log, sample, save. The batch of a step is a pure function of (seed, step), so
+the step number is all a resumed run needs to know about its input.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import grain
+import jax
+import numpy as np
+import optax
+from absl import logging
+from etils import epath
+
+from sana_jax import checkpoint, sharding
+from sana_jax import config as config_lib
+from sana_jax.training import metrics, optim
+from sana_jax.training import step as step_lib
+
+# A run may be continued with other values of these; all else must stay.
+_MAY_CHANGE = frozenset(
+  {
+    "num_steps",
+    "log_every",
+    "checkpoint_every",
+    "checkpoints_to_keep",
+    "sample_every",
+    "mesh",
+    "remat",
+    "scan_layers",
+  }
+)
+
+
+class Recipe(NamedTuple):
+  """What is trained.
+
+  Attributes:
+    init: key -> parameters (any pytree of modules and arrays).
+    param_axes: sharding rows for the parameters' names.
+    frozen: pytree of weights the loss needs but does not train.
+    loss_fn: (params, frozen, key, batch) -> (loss, scalars).
+    dataset: an endless Grain dataset of unbatched examples (dicts of arrays).
+    sample: (averaged params, frozen) -> uint8 picture to look at.
+    export: (averaged params, directory) -> None; the run's product.
+  """
+
+  init: Callable[[jax.Array], Any]
+  param_axes: sharding.ParamAxes
+  frozen: Any
+  loss_fn: step_lib.LossFn
+  dataset: grain.MapDataset
+  sample: Callable[[Any, Any], np.ndarray]
+  export: Callable[[Any, epath.Path], None]
+
+
+def train(
+  config: config_lib.TrainConfig, workdir: epath.PathLike, recipe: Recipe
+) -> step_lib.TrainState:
+  """Trains until `config.num_steps`, continuing what `workdir` holds.
+
+  Raises:
+    ValueError: `workdir` belongs to a run with another config.
+    FloatingPointError: the loss is not finite.
+  """
+  config.freeze()
+  workdir = epath.Path(workdir)
+  workdir.mkdir(parents=True, exist_ok=True)
+  claim_workdir(config, workdir)
+  mesh = sharding.make_mesh(config.mesh)
+  key_init, key_train = jax.random.split(jax.random.key(config.seed))
+  tx = optim.make_optimizer(config.optim, config.num_steps)
+  checkpointer = checkpoint.Checkpointer(
+    workdir, keep=config.checkpoints_to_keep
+  )
+  state, shardings = _restore_or_init(recipe, tx, key_init, mesh, checkpointer)
+  frozen = jax.device_put(recipe.frozen, sharding.replicated(mesh))
+  train_step = jax.jit(
+    step_lib.make_train_step(recipe.loss_fn, tx, config.ema_decay),
+    donate_argnums=0,
+    out_shardings=(shardings, sharding.replicated(mesh)),
+  )
+  writer = metrics.MetricWriter(workdir, enabled=jax.process_index() == 0)
+  try:
+    state = _run(
+      config,
+      recipe,
+      _Run(state, frozen, key_train, mesh, train_step, checkpointer, writer),
+    )
+    checkpointer.save(int(state.step), state)
+    checkpointer.wait()
+    if int(state.step) >= config.num_steps and jax.process_index() == 0:
+      recipe.export(state.ema, workdir / "export")
+      logging.info("exported the averaged model to %s", workdir / "export")
+  finally:
+    checkpointer.close()
+    writer.close()
+  return state
+
+
+class _Run(NamedTuple):
+  """The objects of one process's run."""
+
+  state: step_lib.TrainState
+  frozen: Any
+  key: jax.Array
+  mesh: jax.sharding.Mesh
+  train_step: Callable[..., Any]
+  checkpointer: checkpoint.Checkpointer
+  writer: metrics.MetricWriter
+
+
+def _run(
+  config: config_lib.TrainConfig, recipe: Recipe, run: _Run
+) -> step_lib.TrainState:
+  state, step = run.state, int(run.state.step)
+  batches = global_batches(recipe.dataset, config, run.mesh, first_step=step)
+  chrono = metrics.Chrono(step, config.num_steps, config.batch_size)
+  while step < config.num_steps:
+    batch = next(batches)
+    state, scalars = run.train_step(state, run.frozen, run.key, batch)
+    step += 1
+    if step % config.log_every == 0 or step == config.num_steps:
+      values = {name: float(value) for name, value in scalars.items()}
+      _check_finite(step, values)
+      values |= chrono.tick(step)
+      run.writer.scalars(step, values)
+      metrics.log_line(step, config.num_steps, values)
+    started = time.monotonic()
+    stop = run.checkpointer.reached_preemption(step)
+    if step % config.checkpoint_every == 0 or stop:
+      # A checkpoint of a broken state would overwrite the last good one.
+      _check_finite(step, {"loss": float(scalars["loss"])})
+      run.checkpointer.save(step, state)
+    if stop:
+      logging.warning("preempted: saved step %d, stopping", step)
+      break
+    if step % config.sample_every == 0 or step == config.num_steps:
+      run.writer.images(step, recipe.sample(state.ema, run.frozen))
+    chrono.pause(time.monotonic() - started)
+  return state
+
+
+def _restore_or_init(recipe, tx, key, mesh, checkpointer):
+  """Returns the state, born sharded, and its shardings."""
+  abstract = jax.eval_shape(
+    lambda key: step_lib.init_state(recipe.init(key), tx), key
+  )
+  shardings = state_shardings(abstract, tx, recipe.param_axes, mesh)
+  step = checkpointer.latest_step()
+  if step is None:
+    logging.info("starting from scratch")
+    # Jitted, so that large parameters are born sharded on the devices.
+    init = jax.jit(
+      lambda key: step_lib.init_state(recipe.init(key), tx),
+      out_shardings=shardings,
+    )
+    return init(key), shardings
+  placed = jax.tree.map(
+    lambda leaf, place: jax.ShapeDtypeStruct(
+      leaf.shape, leaf.dtype, sharding=place
+    ),
+    abstract,
+    shardings,
+  )
+  logging.info("resuming from step %d", step)
+  return checkpointer.restore(step, placed), shardings
+
+
+def state_shardings(abstract, tx, param_axes, mesh):
+  """Shards moments and average like their parameters, the rest replicated.
+
+  Optimiser states must be placed explicitly: they start as zeros, which depend
+  on no sharded input, so jit alone would put them all on one device.
+  """
+  params = sharding.param_shardings(abstract.params, param_axes, mesh)
+  replicated = sharding.replicated(mesh)
+  opt_state = optax.tree.map_params(
+    tx,
+    lambda _, place: place,
+    abstract.opt_state,
+    params,
+    transform_non_params=lambda _: replicated,
+  )
+  return step_lib.TrainState(replicated, params, params, opt_state)
+
+
+def global_batches(
+  dataset: grain.MapDataset,
+  config: config_lib.TrainConfig,
+  mesh: jax.sharding.Mesh,
+  *,
+  first_step: int,
+) -> Iterator[Any]:
+  """Yields the batches of step `first_step`, `first_step` + 1, ...
+
+  The global batch of a step holds examples step * batch_size onwards of
+  `dataset`, whatever the number of processes.
+
+  Raises:
+    ValueError: the batch does not divide over the devices.
+  """
+  processes, process = jax.process_count(), jax.process_index()
+  if config.batch_size % mesh.size:
+    raise ValueError(
+      f"batch_size ({config.batch_size}) must be a multiple of the number of "
+      f"devices ({mesh.size})."
+    )
+  local = dataset[process::processes].batch(config.batch_size // processes)
+  options = grain.ReadOptions(
+    num_threads=config.data.num_threads, prefetch_buffer_size=8
+  )
+  place = sharding.batch_sharding(mesh)
+  for batch in local[first_step:].to_iter_dataset(options):
+    yield jax.tree.map(
+      lambda x: jax.make_array_from_process_local_data(place, x), batch
+    )
+
+
+def claim_workdir(config: config_lib.TrainConfig, workdir: epath.Path) -> None:
+  """Writes config.json, or checks that the run there is this run."""
+  path = workdir / "config.json"
+  ours = json.loads(config.to_json())
+  if path.exists():
+    theirs = json.loads(path.read_text())
+    differing = sorted(
+      name
+      for name in ours.keys() | theirs.keys()
+      if name not in _MAY_CHANGE and ours.get(name) != theirs.get(name)
+    )
+    if differing:
+      raise ValueError(
+        f"{workdir} holds a run with another config; differing: "
+        f"{', '.join(differing)}. Use another --workdir, or the same values."
+      )
+  if jax.process_index() == 0:
+    path.write_text(json.dumps(ours, indent=2))
+
+
+def _check_finite(step: int, values: dict[str, float]) -> None:
+  bad = {name: v for name, v in values.items() if not math.isfinite(v)}
+  if bad:
+    raise FloatingPointError(
+      f"step {step}: {bad} is not finite. The last checkpoint is intact; lower "
+      f"optim.peak_lr or optim.clip_norm, or set dtype='float32'."
+    )
