@@ -1,0 +1,414 @@
+"""SanaTransformer: a linear diffusion transformer for latent images."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Num
+
+from sana_jax import config as config_lib
+from sana_jax.nn import attention, embeddings, layers, mix_ffn, stack
+
+# Of the output head, whatever `norm_eps` says of the blocks.
+HEAD_NORM_EPS = 1e-6
+CAPTION_NORM_EPS = 1e-5
+# Small captions at the start of training; the weight is learned.
+CAPTION_NORM_INIT = 0.01
+
+
+def modulate(
+  x: Float[Array, "b h w d"],
+  shift: Float[Array, "b 1 1 d"],
+  scale: Float[Array, "b 1 1 d"],
+) -> Float[Array, "b h w d"]:
+  """Computes x (1 + scale) + shift."""
+  return x * (1 + scale) + shift
+
+
+class SanaBlock(nnx.Module):
+  """Linear self-attention, cross-attention to the text, Mix-FFN.
+
+  The first and the last are normalised, modulated and gated (adaLN-single);
+  the cross-attention reads the residual stream as it is.
+
+  Source: SANA, arXiv:2410.10629, section 2.2 and figure 5.
+  """
+
+  def __init__(
+    self,
+    features: int,
+    *,
+    head_dim: int,
+    cross_head_dim: int,
+    mlp_ratio: float,
+    attention_bias: bool,
+    qk_norm: bool,
+    norm_affine: bool,
+    norm_eps: float,
+    dtype: jnp.dtype = jnp.float32,
+    param_dtype: jnp.dtype = jnp.float32,
+    rngs: nnx.Rngs,
+  ):
+    common = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+    self.scale_shift_table = _scale_shift_table(6, features, param_dtype, rngs)
+    self.norm1 = layers.LayerNorm(features, eps=norm_eps)
+    self.self_attention = attention.LinearSelfAttention(
+      features,
+      head_dim=head_dim,
+      use_bias=attention_bias,
+      qk_norm=qk_norm,
+      **common,
+    )
+    self.cross_attention = attention.CrossAttention(
+      features, head_dim=cross_head_dim, qk_norm=qk_norm, **common
+    )
+    # Only this norm follows `norm_elementwise_affine` in the checkpoints.
+    self.norm2 = layers.LayerNorm(
+      features, eps=norm_eps, affine=norm_affine, param_dtype=param_dtype
+    )
+    self.ffn = mix_ffn.MixFFN(features, int(mlp_ratio * features), **common)
+
+  def __call__(
+    self,
+    x: Float[Array, "b h w d"],
+    modulation: Float[Array, "b 6 d"],
+    text: Float[Array, "b l d"],
+    text_mask: Bool[Array, "b l"] | None,
+  ) -> Float[Array, "b h w d"]:
+    shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(modulation)
+    x = x + gate1 * self.attend_image(modulate(self.norm1(x), shift1, scale1))
+    x = x + self.attend_text(x, text, text_mask)
+    return x + gate2 * self.ffn(modulate(self.norm2(x), shift2, scale2))
+
+  def modulation(
+    self, modulation: Float[Array, "b 6 d"]
+  ) -> tuple[Float[Array, "b 1 1 d"], ...]:
+    """Shift, scale and gate of the self-attention, then of the Mix-FFN."""
+    return _rows(self.scale_shift_table, modulation)
+
+  def attend_image(self, x: Float[Array, "b h w d"]) -> Float[Array, "b h w d"]:
+    return self.self_attention(_tokens(x)).reshape(x.shape)
+
+  def attend_text(
+    self,
+    x: Float[Array, "b h w d"],
+    text: Float[Array, "b l d"],
+    text_mask: Bool[Array, "b l"] | None,
+  ) -> Float[Array, "b h w d"]:
+    return self.cross_attention(_tokens(x), text, text_mask).reshape(x.shape)
+
+
+class OutputHead(nnx.Module):
+  """linear(modulate(norm(x))), modulated by the time embedding itself."""
+
+  def __init__(
+    self,
+    features: int,
+    out_features: int,
+    *,
+    dtype: jnp.dtype = jnp.float32,
+    param_dtype: jnp.dtype = jnp.float32,
+    rngs: nnx.Rngs,
+  ):
+    self.scale_shift_table = _scale_shift_table(2, features, param_dtype, rngs)
+    self.norm = layers.LayerNorm(features, eps=HEAD_NORM_EPS)
+    self.projection = layers.Linear(
+      features, out_features, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+    )
+
+  def __call__(
+    self, x: Float[Array, "b h w d"], embedded: Float[Array, "b d"]
+  ) -> Float[Array, "b h w o"]:
+    y = self.projection(self.normalise(x, embedded))
+    return y.astype(jnp.float32)  # Samplers and losses work in float32.
+
+  def normalise(
+    self, x: Float[Array, "b h w d"], embedded: Float[Array, "b d"]
+  ) -> Float[Array, "b h w d"]:
+    shift, scale = _rows(self.scale_shift_table, embedded[:, None])
+    return modulate(self.norm(x), shift, scale)
+
+
+class CaptionEmbed(nnx.Module):
+  """norm(linear_2(gelu(linear_1(text)))) to the transformer's width."""
+
+  def __init__(
+    self,
+    in_features: int,
+    features: int,
+    *,
+    dtype: jnp.dtype = jnp.float32,
+    param_dtype: jnp.dtype = jnp.float32,
+    rngs: nnx.Rngs,
+  ):
+    common = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+    init = nnx.initializers.normal(0.02)
+    self.linear_1 = layers.Linear(
+      in_features, features, kernel_init=init, **common
+    )
+    self.linear_2 = layers.Linear(
+      features, features, kernel_init=init, **common
+    )
+    self.norm = layers.RMSNorm(
+      features,
+      eps=CAPTION_NORM_EPS,
+      scale_init=CAPTION_NORM_INIT,
+      param_dtype=param_dtype,
+    )
+
+  def __call__(self, text: Float[Array, "b l c"]) -> Float[Array, "b l d"]:
+    return self.norm(self.project(text))
+
+  def project(self, text: Float[Array, "b l c"]) -> Float[Array, "b l d"]:
+    y = jax.nn.gelu(self.linear_1(text), approximate=True)
+    return self.linear_2(y)
+
+
+class SanaTransformer(nnx.Module):
+  """Predicts the velocity of noisy latents, given a time and a text.
+
+  The residual stream, norms, modulation, softmax, linear attention and time
+  embedding are float32; the matrix products are in `dtype`. The parameters of
+  all blocks share a leading axis in `blocks`.
+
+  Args:
+    scan: True compiles one block, False unrolls them.
+    remat: what the backward pass keeps; see `stack.run_blocks`.
+
+  Source: Xie et al., SANA, arXiv:2410.10629; SANA-1.5, arXiv:2501.18427;
+  SANA-Sprint, arXiv:2503.09641.
+  """
+
+  def __init__(
+    self,
+    config: config_lib.SanaConfig,
+    *,
+    dtype: jnp.dtype = jnp.float32,
+    param_dtype: jnp.dtype = jnp.float32,
+    scan: bool = True,
+    remat: str = "none",
+    rngs: nnx.Rngs,
+  ):
+    self.in_channels = config.in_channels
+    self.caption_channels = config.caption_channels
+    self.patch_size = config.patch_size
+    self.scan = scan
+    self.remat = remat
+    width = config.width
+    common = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+    self.patch_embed = embeddings.PatchEmbed(
+      config.in_channels,
+      width,
+      patch_size=config.patch_size,
+      base_size=config.sample_size // config.patch_size,
+      interpolation_scale=config.interpolation_scale,
+      **common,
+    )
+    normal = nnx.initializers.normal(0.02)
+    self.time_embed = embeddings.TimeEmbed(
+      width,
+      kernel_inits=(normal, normal),
+      param_dtype=param_dtype,
+      rngs=rngs,
+    )
+    # Starts at zero: a student begins as its unguided teacher.
+    zero_output = (
+      nnx.initializers.xavier_uniform(),
+      nnx.initializers.zeros_init(),
+    )
+    self.guidance_embed = (
+      embeddings.TimeEmbed(
+        width, kernel_inits=zero_output, param_dtype=param_dtype, rngs=rngs
+      )
+      if config.guidance_embeds
+      else None
+    )
+    self.time_modulation = layers.Linear(
+      width, 6 * width, kernel_init=normal, param_dtype=param_dtype, rngs=rngs
+    )
+    self.caption_embed = CaptionEmbed(config.caption_channels, width, **common)
+    self.blocks = stack.make_blocks(
+      lambda key: _make_block(config, dtype, param_dtype, nnx.Rngs(key)),
+      rngs.params(),
+      config.num_layers,
+    )
+    out_channels = config.out_channels or config.in_channels
+    self.head = OutputHead(width, config.patch_size**2 * out_channels, **common)
+
+  @classmethod
+  def from_config(
+    cls,
+    config: config_lib.SanaConfig,
+    *,
+    dtype: jnp.dtype = jnp.float32,
+    param_dtype: jnp.dtype = jnp.float32,
+    scan: bool = True,
+    remat: str = "none",
+    rngs: nnx.Rngs,
+  ) -> "SanaTransformer":
+    """Checks the config and builds the model with fresh parameters."""
+    config.validate()
+    return cls(
+      config,
+      dtype=dtype,
+      param_dtype=param_dtype,
+      scan=scan,
+      remat=remat,
+      rngs=rngs,
+    )
+
+  def __call__(
+    self,
+    latents: Float[Array, "b h w c"],
+    timestep: Num[Array, " b"],
+    text: Float[Array, "b l caption"],
+    text_mask: Bool[Array, "b l"] | None = None,
+    *,
+    guidance: Float[Array, " b"] | None = None,
+  ) -> Float[Array, "b h w out"]:
+    """Runs the network.
+
+    Args:
+      timestep: in the units the checkpoint was trained with: 1000 sigma for
+        SANA and SANA-1.5, the flow time in [0, 1] for SANA-Sprint.
+      text: the text encoder's last hidden states.
+      text_mask: True where a token is to be attended; None attends to all.
+      guidance: guidance scale times `guidance_embeds_scale`; for models with
+        `guidance_embeds`, and only for them.
+
+    Raises:
+      ValueError: an input of the wrong shape, or guidance missing or unused.
+    """
+    self._check_inputs(latents, timestep, text, text_mask, guidance)
+    embedded, modulation = self.embed_time(timestep, guidance)
+    text = self.caption_embed(text)
+    x = stack.run_blocks(
+      lambda block, x: block(x, modulation, text, text_mask),
+      self.patch_embed(latents),
+      self.blocks,
+      scan=self.scan,
+      remat=self.remat,
+    )
+    return embeddings.unpatchify(self.head(x, embedded), self.patch_size)
+
+  def embed_time(
+    self,
+    timestep: Num[Array, " b"],
+    guidance: Float[Array, " b"] | None = None,
+  ) -> tuple[Float[Array, "b d"], Float[Array, "b 6 d"]]:
+    """Returns the time embedding and the modulation that blocks share."""
+    embedded = self.time_embed(timestep)
+    if self.guidance_embed is not None:
+      embedded = embedded + self.guidance_embed(guidance)
+    modulation = self.time_modulation(jax.nn.silu(embedded))
+    return embedded, modulation.reshape(embedded.shape[0], 6, -1)
+
+  def _check_inputs(self, latents, timestep, text, text_mask, guidance):
+    if latents.ndim != 4 or latents.shape[-1] != self.in_channels:
+      raise ValueError(
+        f"latents must be [batch, height, width, {self.in_channels}], "
+        f"got shape {latents.shape}."
+      )
+    batch, height, width, _ = latents.shape
+    if height % self.patch_size or width % self.patch_size:
+      raise ValueError(
+        f"latents of {height}x{width} do not divide into patches of "
+        f"{self.patch_size}x{self.patch_size}."
+      )
+    if (
+      text.ndim != 3
+      or text.shape[0] != batch
+      or text.shape[-1] != self.caption_channels
+    ):
+      raise ValueError(
+        f"text must be [{batch}, tokens, {self.caption_channels}], got shape "
+        f"{text.shape}."
+      )
+    if (guidance is None) != (self.guidance_embed is None):
+      need = "needs" if guidance is None else "does not take"
+      raise ValueError(
+        f"this model {need} guidance: its config has "
+        f"guidance_embeds={self.guidance_embed is not None}."
+      )
+    for name, value in (("timestep", timestep), ("guidance", guidance)):
+      if value is not None and value.shape != (batch,):
+        raise ValueError(
+          f"{name} must have shape ({batch},), got {value.shape}."
+        )
+    if text_mask is not None and (
+      text_mask.shape != text.shape[:2] or text_mask.dtype != jnp.bool_
+    ):
+      raise ValueError(
+        f"text_mask must be bool {text.shape[:2]}, True where a token is "
+        f"kept; got {text_mask.dtype} {text_mask.shape}."
+      )
+
+
+def _make_block(
+  config: config_lib.SanaConfig,
+  dtype: jnp.dtype,
+  param_dtype: jnp.dtype,
+  rngs: nnx.Rngs,
+) -> SanaBlock:
+  return SanaBlock(
+    config.width,
+    head_dim=config.attention_head_dim,
+    cross_head_dim=config.cross_attention_head_dim,
+    mlp_ratio=config.mlp_ratio,
+    attention_bias=config.attention_bias,
+    qk_norm=config.qk_norm is not None,
+    norm_affine=config.norm_elementwise_affine,
+    norm_eps=config.norm_eps,
+    dtype=dtype,
+    param_dtype=param_dtype,
+    rngs=rngs,
+  )
+
+
+def _scale_shift_table(
+  rows: int, features: int, param_dtype: jnp.dtype, rngs: nnx.Rngs
+) -> nnx.Param:
+  init = nnx.initializers.normal(features**-0.5)
+  return nnx.Param(init(rngs.params(), (rows, features), param_dtype))
+
+
+def _rows(
+  table: nnx.Param, embedded: Float[Array, "b #rows d"]
+) -> tuple[Float[Array, "b 1 1 d"], ...]:
+  # float32: gates are small, and bfloat16 would round their updates away.
+  total = table[...].astype(jnp.float32)[None] + embedded
+  return tuple(total[:, i, None, None] for i in range(total.shape[1]))
+
+
+def _tokens(x: Float[Array, "b h w d"]) -> Float[Array, "b n d"]:
+  return x.reshape(x.shape[0], -1, x.shape[-1])
+
+
+# Matrices are sharded along the width. Vectors, tables and the depthwise
+# kernels are small and stay whole under fully sharded data parallelism.
+PARAM_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+  (r"^blocks/scale_shift_table$", ("layers", None, None)),
+  (r"^blocks/self_attention/qkv/kernel$", ("layers", "embed", "heads")),
+  (r"^blocks/cross_attention/(q|kv)/kernel$", ("layers", "embed", "heads")),
+  (r"^blocks/.*attention/(q|kv|qkv)/bias$", ("layers", "heads")),
+  (r"^blocks/.*attention/norm_[qk]/scale$", ("layers", "heads")),
+  (r"^blocks/.*attention/out/kernel$", ("layers", "heads", "embed")),
+  (r"^blocks/.*attention/out/bias$", ("layers", None)),
+  (r"^blocks/norm2/(scale|bias)$", ("layers", None)),
+  (r"^blocks/ffn/inverted/kernel$", ("layers", "embed", "mlp")),
+  (r"^blocks/ffn/inverted/bias$", ("layers", "mlp")),
+  (r"^blocks/ffn/depth_kernel$", ("layers", None, None, "mlp")),
+  (r"^blocks/ffn/depth_bias$", ("layers", "mlp")),
+  (r"^blocks/ffn/point/kernel$", ("layers", "mlp", "embed")),
+  (r"^(patch_embed|head)/projection/bias$", (None,)),
+  (r"^patch_embed/projection/kernel$", (None, "embed")),
+  (r"^(time|guidance)_embed/linear_1/kernel$", (None, "embed")),
+  (r"^(time|guidance)_embed/linear_2/kernel$", ("embed", None)),
+  (r"^time_modulation/kernel$", ("embed", None)),
+  (r"^caption_embed/linear_1/kernel$", (None, "embed")),
+  (r"^caption_embed/linear_2/kernel$", ("embed", None)),
+  (r"^(time|guidance|caption)_embed/linear_[12]/bias$", (None,)),
+  (r"^time_modulation/bias$", (None,)),
+  (r"^caption_embed/norm/scale$", (None,)),
+  (r"^head/scale_shift_table$", (None, None)),
+  (r"^head/projection/kernel$", ("embed", None)),
+)

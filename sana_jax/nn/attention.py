@@ -1,0 +1,98 @@
+"""The two attentions of SANA: linear among patches, softmax to the text."""
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+from sana_jax.nn import layers
+from sana_jax.ops import attention as attention_op
+from sana_jax.ops import linear_attention as linear_attention_op
+
+QK_NORM_EPS = 1e-5
+
+
+class LinearSelfAttention(nnx.Module):
+  """ReLU linear attention among all patches of an image.
+
+  With `qk_norm`, queries and keys are RMS-normalised over the full width,
+  before they are split into heads. `qkv` is one product: on the last axis all
+  queries, then all keys, then all values.
+  """
+
+  def __init__(
+    self,
+    features: int,
+    *,
+    head_dim: int,
+    use_bias: bool,
+    qk_norm: bool,
+    dtype: jnp.dtype = jnp.float32,
+    param_dtype: jnp.dtype = jnp.float32,
+    rngs: nnx.Rngs,
+  ):
+    self.head_dim = head_dim
+    common = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+    self.qkv = layers.Linear(
+      features, 3 * features, use_bias=use_bias, **common
+    )
+    self.norm_q = _qk_norm(features, param_dtype) if qk_norm else None
+    self.norm_k = _qk_norm(features, param_dtype) if qk_norm else None
+    self.out = layers.Linear(features, features, **common)
+
+  def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+    q, k, v = jnp.split(self.qkv(x), 3, axis=-1)
+    if self.norm_q is not None:
+      q, k = self.norm_q(q), self.norm_k(k)
+    q, k, v = (_split_heads(y, self.head_dim) for y in (q, k, v))
+    y = linear_attention_op.relu_linear_attention(q, k, v)
+    return self.out(y.reshape(x.shape))
+
+
+class CrossAttention(nnx.Module):
+  """Softmax attention from the patches to the text tokens.
+
+  `kv` is one product: on the last axis all keys, then all values.
+  """
+
+  def __init__(
+    self,
+    features: int,
+    *,
+    head_dim: int,
+    qk_norm: bool,
+    dtype: jnp.dtype = jnp.float32,
+    param_dtype: jnp.dtype = jnp.float32,
+    rngs: nnx.Rngs,
+  ):
+    self.head_dim = head_dim
+    common = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+    self.q = layers.Linear(features, features, **common)
+    self.kv = layers.Linear(features, 2 * features, **common)
+    self.norm_q = _qk_norm(features, param_dtype) if qk_norm else None
+    self.norm_k = _qk_norm(features, param_dtype) if qk_norm else None
+    self.out = layers.Linear(features, features, **common)
+
+  def __call__(
+    self,
+    x: Float[Array, "b n d"],
+    text: Float[Array, "b l d"],
+    text_mask: Bool[Array, "b l"] | None,
+  ) -> Float[Array, "b n d"]:
+    q = self.q(x)
+    k, v = jnp.split(self.kv(text), 2, axis=-1)
+    if self.norm_q is not None:
+      q, k = self.norm_q(q), self.norm_k(k)
+    q, k, v = (_split_heads(y, self.head_dim) for y in (q, k, v))
+    mask = None if text_mask is None else text_mask[:, None]
+    y = attention_op.softmax_attention(q, k, v, mask=mask)
+    return self.out(y.reshape(x.shape))
+
+
+def _qk_norm(features: int, param_dtype: jnp.dtype) -> layers.RMSNorm:
+  return layers.RMSNorm(features, eps=QK_NORM_EPS, param_dtype=param_dtype)
+
+
+def _split_heads(
+  x: Float[Array, "b n d"], head_dim: int
+) -> Float[Array, "b n heads head_dim"]:
+  return x.reshape(*x.shape[:2], -1, head_dim)
