@@ -1,0 +1,293 @@
+"""Prompts to token ids to the hidden states that condition the transformer."""
+
+import functools
+import hashlib
+import importlib.resources
+import json
+import pathlib
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import sentencepiece
+import tokenizers
+from jaxtyping import Array, Bool, Float, Int, Int32
+
+_BOS, _PAD = "<bos>", "<pad>"
+
+
+class _Backend(Protocol):
+  bos_id: int
+  pad_id: int
+  vocab_size: int
+
+  def to_ids(self, text: str) -> list[int]: ...
+
+  def to_text(self, ids: list[int]) -> str: ...
+
+
+class Tokenizer:
+  """Turns texts into Gemma token ids, `<bos>` first."""
+
+  def __init__(self, backend: _Backend):
+    self._backend = backend
+    self.bos_id = backend.bos_id
+    self.pad_id = backend.pad_id
+    self.vocab_size = backend.vocab_size
+
+  @classmethod
+  def from_pretrained(cls, directory: str | pathlib.Path) -> "Tokenizer":
+    """Reads `tokenizer.json`, or else SentencePiece's `tokenizer.model`.
+
+    Raises:
+      FileNotFoundError: the directory has neither.
+      ValueError: the vocabulary has no `<bos>` or no `<pad>`.
+    """
+    directory = pathlib.Path(directory)
+    fast = directory / "tokenizer.json"
+    slow = directory / "tokenizer.model"
+    if fast.is_file():
+      tokenizer = cls(_Fast(fast))
+    elif slow.is_file():
+      tokenizer = cls(_SentencePiece(slow))
+    else:
+      raise FileNotFoundError(
+        f"No tokenizer in {directory}: expected tokenizer.json or "
+        f"tokenizer.model."
+      )
+    if tokenizer.bos_id is None or tokenizer.pad_id is None:
+      raise ValueError(
+        f"The tokenizer in {directory} lacks {_BOS} or {_PAD}: expected a "
+        f"Gemma vocabulary."
+      )
+    return tokenizer
+
+  def tokenize(self, text: str) -> list[int]:
+    """Returns the ids of one text, `<bos>` included, without padding."""
+    return [self.bos_id, *self._backend.to_ids(text)]
+
+  def decode(self, ids: Sequence[int]) -> str:
+    return self._backend.to_text([int(i) for i in ids])
+
+  def encode(
+    self, texts: Sequence[str], max_length: int, padding_side: str = "right"
+  ) -> tuple[Int32[np.ndarray, "b l"], Int32[np.ndarray, "b l"]]:
+    """Returns ids and mask (1 text, 0 padding), all `max_length` long.
+
+    A longer text loses its end, with a warning that quotes what was lost.
+
+    Args:
+      max_length: tokens per text, `<bos>` included.
+      padding_side: "right" or "left".
+
+    Raises:
+      ValueError: no texts, something that is not a string, or a length or
+        side that cannot be.
+    """
+    _check_texts(texts)
+    if max_length < 1:
+      raise ValueError(f"max_length must be at least 1, got {max_length}.")
+    if padding_side not in ("right", "left"):
+      raise ValueError(
+        f"padding_side must be 'right' or 'left', got {padding_side!r}."
+      )
+    input_ids = np.full((len(texts), max_length), self.pad_id, np.int32)
+    mask = np.zeros_like(input_ids)
+    for row, text in enumerate(texts):
+      ids = self.tokenize(text)
+      if len(ids) > max_length:
+        warnings.warn(
+          f"A prompt has {len(ids)} tokens, {max_length} are used; dropped: "
+          f"{self.decode(ids[max_length:])!r}.",
+          stacklevel=2,
+        )
+        ids = ids[:max_length]
+      start = 0 if padding_side == "right" else max_length - len(ids)
+      input_ids[row, start : start + len(ids)] = ids
+      mask[row, start : start + len(ids)] = 1
+    return input_ids, mask
+
+
+class _Fast:
+  """`tokenizer.json`, which is authoritative where both files exist."""
+
+  def __init__(self, path: pathlib.Path):
+    self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    # A file may carry settings of its last user; lengths are our business.
+    self._tokenizer.no_truncation()
+    self._tokenizer.no_padding()
+    self.bos_id = self._tokenizer.token_to_id(_BOS)
+    self.pad_id = self._tokenizer.token_to_id(_PAD)
+    self.vocab_size = self._tokenizer.get_vocab_size()
+
+  def to_ids(self, text: str) -> list[int]:
+    return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+  def to_text(self, ids: list[int]) -> str:
+    return self._tokenizer.decode(ids, skip_special_tokens=False)
+
+
+class _SentencePiece:
+  """`tokenizer.model`, made to agree with `tokenizer.json`.
+
+  SentencePiece itself reads `<eos>` in a text as five characters;
+  `tokenizer.json` reads control symbols as such.
+  """
+
+  def __init__(self, path: pathlib.Path):
+    self._model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    pieces = {
+      self._model.id_to_piece(i): i
+      for i in range(self._model.vocab_size())
+      if self._model.is_control(i) or self._model.is_unknown(i)
+    }
+    self._controls = pieces
+    self._splitter = "(" + "|".join(map(re.escape, pieces)) + ")"
+    self.bos_id = pieces.get(_BOS)
+    self.pad_id = pieces.get(_PAD)
+    self.vocab_size = self._model.vocab_size()
+
+  def to_ids(self, text: str) -> list[int]:
+    ids = []
+    for part in re.split(self._splitter, text):
+      if part in self._controls:
+        ids.append(self._controls[part])
+      else:
+        ids.extend(self._model.encode(part))
+    return ids
+
+  def to_text(self, ids: list[int]) -> str:
+    return self._model.decode(ids)
+
+
+def prepare(prompt: str, *, lowercase: bool = True) -> str:
+  """Strips a prompt and, as diffusers does, lower-cases it."""
+  return (prompt.lower() if lowercase else prompt).strip()
+
+
+def default_instruction(*, double_quotes: bool = False) -> tuple[str, ...]:
+  """Returns SANA's complex human instruction, line by line.
+
+  Args:
+    double_quotes: the quotation marks of the original release; the published
+      diffusers pipelines have single ones.
+
+  Raises:
+    ValueError: the text is not the one the checkpoints were trained with.
+
+  Source: SANA, arXiv:2410.10629, section 2.3; files named in the asset.
+  """
+  asset = importlib.resources.files("sana_jax.assets") / "prompting.json"
+  data = json.loads(asset.read_text(encoding="utf-8"))
+  entry = data["complex_human_instruction"]
+  lines = tuple(entry["lines"])
+  if double_quotes:
+    lines = tuple(line.replace("'", '"') for line in lines)
+  expected = entry["sha256"]["double_quotes" if double_quotes else "default"]
+  if hashlib.sha256("\n".join(lines).encode()).hexdigest() != expected:
+    raise ValueError(
+      f"{asset}: the complex human instruction was edited; its sha256 must be "
+      f"{expected}. Pass your own lines as complex_human_instruction instead."
+    )
+  return lines
+
+
+def tokenize_prompts(
+  tokenizer: Tokenizer,
+  prompts: Sequence[str],
+  *,
+  complex_human_instruction: Sequence[str] | None = None,
+  max_sequence_length: int = 300,
+  lowercase: bool = True,
+) -> tuple[Int32[np.ndarray, "b l"], Int32[np.ndarray, "b l"]]:
+  """Returns padded ids and mask of prepared prompts, instruction in front.
+
+  With an instruction of n tokens, l = n + max_sequence_length - 2: its `<bos>`
+  is kept for the prompt, and the space it ends with merges into the prompt.
+
+  Args:
+    complex_human_instruction: lines, never for a negative prompt.
+    max_sequence_length: tokens that `encode_tokens` keeps.
+
+  Raises:
+    ValueError: no prompts, something that is not a string, or an instruction
+      that is one string.
+  """
+  _check_texts(prompts)
+  if isinstance(complex_human_instruction, str):
+    raise ValueError(
+      "complex_human_instruction must be a list of lines, got one string."
+    )
+  texts = [prepare(prompt, lowercase=lowercase) for prompt in prompts]
+  length = max_sequence_length
+  if complex_human_instruction:
+    instruction = "\n".join(complex_human_instruction)
+    texts = [instruction + text for text in texts]
+    length += len(tokenizer.tokenize(instruction)) - 2
+  return tokenizer.encode(texts, length)
+
+
+@functools.partial(jax.jit, static_argnames="max_sequence_length")
+def encode_tokens(
+  text_encoder: Callable[..., Array],
+  input_ids: Int[Array, "b l"],
+  attention_mask: Int[Array, "b l"],
+  *,
+  max_sequence_length: int = 300,
+) -> tuple[Float[Array, "b kept d"], Bool[Array, "b kept"]]:
+  """Returns text states and mask: the first token, then the last ones.
+
+  The tokens left out are the instruction, whose content the kept ones have
+  attended to.
+
+  Args:
+    text_encoder: a pytree with Gemma2's `__call__`.
+    max_sequence_length: number of tokens kept.
+  """
+  hidden = text_encoder(input_ids, attention_mask)
+  length = input_ids.shape[1]
+  last = np.arange(length - max_sequence_length + 1, length)
+  keep = np.concatenate([[0], last])
+  return hidden[:, keep], attention_mask[:, keep].astype(bool)
+
+
+def encode_prompts(
+  text_encoder: Callable[..., Array],
+  tokenizer: Tokenizer,
+  prompts: Sequence[str],
+  *,
+  complex_human_instruction: Sequence[str] | None = None,
+  max_sequence_length: int = 300,
+  lowercase: bool = True,
+) -> tuple[Float[Array, "b kept d"], Bool[Array, "b kept"]]:
+  """Returns the text states and mask that condition the transformer.
+
+  See `tokenize_prompts` for the arguments, and `encode_tokens`.
+  """
+  input_ids, attention_mask = tokenize_prompts(
+    tokenizer,
+    prompts,
+    complex_human_instruction=complex_human_instruction,
+    max_sequence_length=max_sequence_length,
+    lowercase=lowercase,
+  )
+  return encode_tokens(
+    text_encoder,
+    jnp.asarray(input_ids),
+    jnp.asarray(attention_mask),
+    max_sequence_length=max_sequence_length,
+  )
+
+
+def _check_texts(texts: Any) -> None:
+  if isinstance(texts, str) or not len(texts):
+    raise ValueError(
+      f"prompts must be a list of at least one string, got {texts!r}."
+    )
+  wrong = [text for text in texts if not isinstance(text, str)]
+  if wrong:
+    raise ValueError(f"prompts must be strings, got {wrong[0]!r}.")
