@@ -1,0 +1,124 @@
+"""Sampling: one loop, from noise to data, that any schedule drives."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from sana_jax.diffusion import schedules
+from sana_jax.typing import VelocityFn
+
+
+class Trajectory(NamedTuple):
+  """What a sampler passed through in n steps."""
+
+  samples: Float[Array, "n+1 b *shape"]  # begins with the given latents
+  denoised: Float[Array, "n b *shape"]  # each step's estimate of the data
+
+
+def sample(
+  velocity_fn: VelocityFn,
+  latents: Float[Array, "b *shape"],
+  schedule: schedules.Schedule,
+  *,
+  key: Key[Array, ""] | None = None,
+  noise: Float[Array, "n b *shape"] | None = None,
+) -> Float[Array, "b *shape"]:
+  """Integrates `latents` along the schedule; returns the last sample.
+
+  The state is float32 (or float64) whatever the network computes in. Schedules
+  are pytrees: under `jax.jit`, pass them as arguments, and one compilation
+  serves every shift and noise level with the same number of steps.
+
+  Args:
+    velocity_fn: called once a step as (x, sigma, timestep), the times repeated
+      for each sample; what it returns is what the schedule expects: a velocity
+      for flow schedules, a TrigFlow prediction for SCM.
+    latents: at the schedule's first sigma, usually standard normal noise.
+    schedule: from one of the solvers in `schedules`.
+    key: noise of stochastic schedules; step i uses `fold_in(key, i)`.
+      Deterministic ones have no use for it.
+    noise: in place of `key`, the standard normal noise of each step.
+
+  Raises:
+    ValueError: a stochastic schedule without noise, or superfluous noise.
+  """
+  return _scan(velocity_fn, latents, schedule, key, noise, record=False)[0]
+
+
+def sample_trajectory(
+  velocity_fn: VelocityFn,
+  latents: Float[Array, "b *shape"],
+  schedule: schedules.Schedule,
+  *,
+  key: Key[Array, ""] | None = None,
+  noise: Float[Array, "n b *shape"] | None = None,
+) -> Trajectory:
+  """Does what `sample` does, and returns every step of it."""
+  _, trajectory = _scan(velocity_fn, latents, schedule, key, noise, record=True)
+  return trajectory
+
+
+def _scan(velocity_fn, latents, schedule, key, noise, *, record):
+  _check_noise(schedule, key, noise)
+  dtype = jnp.promote_types(latents.dtype, jnp.float32)
+  num_steps, num_weights = schedule.update.shape
+  batch = latents.shape[0]
+
+  def step(carry, inputs):
+    x, estimates = carry
+    index, row, given = inputs
+    prediction = velocity_fn(
+      x,
+      jnp.full((batch,), row.sigmas, jnp.float32),
+      jnp.full((batch,), row.timesteps, jnp.float32),
+    )
+    denoised = row.denoise[0] * x + row.denoise[1] * prediction.astype(dtype)
+    estimates = (denoised, *estimates)
+    x = row.update[0] * x
+    for weight, estimate in zip(row.update[1:], estimates, strict=True):
+      x += weight * estimate
+    if row.noise is not None:
+      if given is None:
+        step_key = jax.random.fold_in(key, index)
+        given = jax.random.normal(step_key, x.shape, dtype)
+      x += row.noise * given.astype(dtype)
+    return (x, estimates[:-1]), (x, denoised) if record else None
+
+  rows = jax.tree.map(
+    lambda a: jnp.asarray(a, dtype),
+    schedule._replace(sigmas=schedule.sigmas[:-1]),
+  )
+  x = latents.astype(dtype)
+  # Earlier estimates a multistep solver does not have yet; their weight is 0.
+  start = (x, (jnp.zeros_like(x),) * (num_weights - 2))
+  (x, _), outputs = jax.lax.scan(
+    step, start, (jnp.arange(num_steps), rows, noise)
+  )
+  if not record:
+    return x, None
+  samples, denoised = outputs
+  first = latents.astype(dtype)[None]
+  return x, Trajectory(jnp.concatenate([first, samples]), denoised)
+
+
+def _check_noise(schedule, key, noise):
+  if schedule.noise is None:
+    if noise is not None:
+      raise ValueError(
+        f"noise of shape {noise.shape} given, but the schedule is "
+        "deterministic; leave it out."
+      )
+    return
+  if (key is None) == (noise is None):
+    given = "neither" if key is None else "both"
+    raise ValueError(
+      "A stochastic schedule needs either key or noise; "
+      f"{given} of them was given."
+    )
+  if noise is not None and noise.shape[0] != schedule.num_steps:
+    raise ValueError(
+      f"noise has shape {noise.shape}, but the schedule has "
+      f"{schedule.num_steps} steps: expected ({schedule.num_steps}, b, ...)."
+    )

@@ -1,0 +1,131 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sana_jax.diffusion import guidance, samplers, schedules
+
+
+def _network(sizes):
+  """A velocity that mixes all its inputs; records its batch sizes."""
+
+  def velocity(x, sigma, timestep, condition):
+    sizes.append(x.shape[0])
+    text, mask = condition
+    bias = jnp.sum(text * mask[..., None], axis=(1, 2)) + sigma + timestep
+    return 0.5 * x + bias[:, None, None, None]
+
+  return velocity
+
+
+def _inputs():
+  keys = jax.random.split(jax.random.key(0), 3)
+  x = jax.random.normal(keys[0], (2, 3, 4, 1))
+  text = jax.random.normal(keys[1], (2, 5, 3))
+  null = jax.random.normal(keys[2], (2, 5, 3))
+  mask = jnp.ones((2, 5), bool)
+  sigma = jnp.full((2,), 0.6)
+  return (
+    (x, sigma, 1000 * sigma),
+    (text, mask),
+    (null, mask.at[:, 1:].set(False)),
+  )
+
+
+def test_guidance_extrapolates_from_null_to_condition():
+  args, condition, null = _inputs()
+  network = _network([])
+  guided = guidance.classifier_free(network, condition, null, scale=4.5)
+  v_cond, v_null = network(*args, condition), network(*args, null)
+  # Subtraction of numbers around 600 in float32, times the scale.
+  np.testing.assert_allclose(
+    guided(*args), v_null + 4.5 * (v_cond - v_null), rtol=1e-5
+  )
+
+
+def test_both_passes_are_one_call_of_twice_the_batch():
+  args, condition, null = _inputs()
+  sizes = []
+  guidance.classifier_free(_network(sizes), condition, null, scale=2.0)(*args)
+  assert sizes == [4]
+
+
+@pytest.mark.parametrize("scale", [1, 1.0, 0.0])
+def test_a_scale_of_one_or_less_is_a_single_conditional_pass(scale):
+  args, condition, null = _inputs()
+  sizes = []
+  network = _network(sizes)
+  guided = guidance.classifier_free(network, condition, null, scale=scale)
+  np.testing.assert_array_equal(guided(*args), network(*args, condition))
+  assert sizes == [2, 2]
+
+
+@pytest.mark.parametrize("scale", [0.5, 1.0, 3.0])
+def test_a_traced_scale_gives_what_a_number_gives(scale):
+  args, condition, null = _inputs()
+  network = _network([])
+
+  @jax.jit
+  def traced(scale):
+    return guidance.classifier_free(network, condition, null, scale=scale)(
+      *args
+    )
+
+  fixed = guidance.classifier_free(network, condition, null, scale=scale)
+  np.testing.assert_allclose(traced(scale), fixed(*args), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+  ("sigma", "active"),
+  [(0.2, False), (0.20001, True), (0.5, True), (0.8, False), (0.9, False)],
+)
+def test_the_interval_is_open_at_both_ends(sigma, active):
+  (x, _, _), condition, null = _inputs()
+  args = (x, jnp.full((2,), sigma), jnp.full((2,), 1000 * sigma))
+  network = _network([])
+  inside = guidance.classifier_free(network, condition, null, scale=3.0)
+  outside = guidance.condition_on(network, condition)
+  limited = guidance.classifier_free(
+    network, condition, null, scale=3.0, interval=(0.2, 0.8)
+  )
+  expected = (inside if active else outside)(*args)
+  np.testing.assert_allclose(limited(*args), expected, rtol=1e-6)
+
+
+def test_the_second_pass_is_not_computed_outside_the_interval():
+  args, condition, null = _inputs()
+  ran = []
+  network = _network([])
+
+  def counting(x, *rest):
+    jax.debug.callback(lambda: ran.append(x.shape[0]))
+    return network(x, *rest)
+
+  guided = guidance.classifier_free(
+    counting, condition, null, scale=3.0, interval=(0.0, 0.5)
+  )
+  schedule = schedules.FlowEuler().schedule(6)
+  jax.jit(lambda x: samplers.sample(guided, x, schedule))(args[0])
+  jax.effects_barrier()
+  guided_steps = int(np.sum(schedule.sigmas[:-1] < 0.5))
+  assert guided_steps == 2
+  assert sorted(ran) == [2] * 4 + [4] * 2
+
+
+def test_guidance_of_a_bfloat16_network_is_float32():
+  args, condition, null = _inputs()
+  network = _network([])
+  half = lambda *a: network(*a).astype(jnp.bfloat16)  # noqa: E731
+  for interval in (None, (0.0, 0.5), (0.0, 1.0)):
+    guided = guidance.classifier_free(
+      half, condition, null, scale=3.0, interval=interval
+    )
+    assert guided(*args).dtype == jnp.float32
+
+
+def test_an_empty_interval_is_an_error():
+  _, condition, null = _inputs()
+  with pytest.raises(ValueError, match=r"interval \(0.5, 0.5\) is empty"):
+    guidance.classifier_free(
+      _network([]), condition, null, scale=2.0, interval=(0.5, 0.5)
+    )
