@@ -20,6 +20,7 @@ class Checkpointer:
   def __init__(self, workdir: epath.PathLike, *, keep: int):
     self._manager = ocp.CheckpointManager(
       epath.Path(workdir).absolute() / "checkpoints",
+      item_handlers={"state": ocp.StandardCheckpointHandler()},
       options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
     )
 

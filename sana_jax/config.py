@@ -276,18 +276,26 @@ class FlowConfig(Config):
     logit_mean: mean of the normal whose sigmoid is the raw time.
     logit_std: its standard deviation.
     caption_dropout: share of samples trained with the null caption.
+    null_mask: which text mask goes with a dropped caption: "caption" keeps the
+      caption's (how SANA was trained), "own" takes the null caption's (what
+      diffusers and `SanaPipeline` sample with).
   """
 
   shift: float = 3.0
   logit_mean: float = 0.0
   logit_std: float = 1.0
   caption_dropout: float = 0.1
+  null_mask: str = "caption"
 
   def validate(self) -> None:
     _require(self.shift > 0, f"flow.shift must be > 0, got {self.shift}.")
     _require(
       0 <= self.caption_dropout <= 1,
       f"flow.caption_dropout must be in [0, 1], got {self.caption_dropout}.",
+    )
+    _require(
+      self.null_mask in ("caption", "own"),
+      f"flow.null_mask must be 'caption' or 'own', got {self.null_mask!r}.",
     )
 
 
@@ -329,7 +337,7 @@ class DataConfig(Config):
 
   Args:
     data_dir: the TFDS version directory; None: the bundled emoji.
-    split: TFDS split, slices allowed ("train[:10%]").
+    split: "train" or "heldout".
     image_size: side in pixels; records of another size are an error.
     keyword_probability: share of captions that get keywords appended.
     keywords_only_probability: share of captions made of keywords alone.
@@ -401,6 +409,8 @@ class TextToImageConfig(TrainConfig):
     text_encoder_path: pretrained weights; None: random initialisation.
     train_text_encoder: True trains it together with the transformer.
     max_sequence_length: caption tokens, beginning-of-sequence included.
+    use_complex_human_instruction: True puts SANA's instruction before every
+      caption.
     sample_prompts: prompts of the sample grids made while training.
   """
 
@@ -411,6 +421,7 @@ class TextToImageConfig(TrainConfig):
   autoencoder: str = ""
   tokenizer: str = ""
   max_sequence_length: int = 300
+  use_complex_human_instruction: bool = False
   flow: FlowConfig = dataclasses.field(default_factory=FlowConfig)
   sample_prompts: tuple[str, ...] = ()
   sample_steps: int = 20

@@ -42,8 +42,8 @@ class Recipe(NamedTuple):
   """What is trained.
 
   Attributes:
-    init: key -> parameters (any pytree of modules and arrays).
-    param_axes: sharding rows for the parameters' names.
+    init: key -> {component name: module}.
+    param_axes: {component name: sharding rows of that module}.
     frozen: pytree of weights the loss needs but does not train.
     loss_fn: (params, frozen, key, batch) -> (loss, scalars).
     dataset: an endless Grain dataset of unbatched examples (dicts of arrays).
@@ -51,8 +51,8 @@ class Recipe(NamedTuple):
     export: (averaged params, directory) -> None; the run's product.
   """
 
-  init: Callable[[jax.Array], Any]
-  param_axes: sharding.ParamAxes
+  init: Callable[[jax.Array], dict[str, Any]]
+  param_axes: dict[str, sharding.ParamAxes]
   frozen: Any
   loss_fn: step_lib.LossFn
   dataset: grain.MapDataset
@@ -179,7 +179,10 @@ def state_shardings(abstract, tx, param_axes, mesh):
   Optimiser states must be placed explicitly: they start as zeros, which depend
   on no sharded input, so jit alone would put them all on one device.
   """
-  params = sharding.param_shardings(abstract.params, param_axes, mesh)
+  params = {
+    name: sharding.param_shardings(module, param_axes[name], mesh)
+    for name, module in abstract.params.items()
+  }
   replicated = sharding.replicated(mesh)
   opt_state = optax.tree.map_params(
     tx,

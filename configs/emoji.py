@@ -1,0 +1,75 @@
+"""Text to 64-pixel emoji: the model that ships, about 8M parameters."""
+
+from sana_jax import config as config_lib
+
+_MODEL = "sana_jax/assets/emoji_model"
+
+
+def get_config() -> config_lib.TextToImageConfig:
+  """Returns the run that made the model that ships (see its card)."""
+  config = config_lib.TextToImageConfig()
+  config.autoencoder = f"{_MODEL}/vae"
+  config.tokenizer = f"{_MODEL}/tokenizer"
+  config.model = config_lib.SanaConfig(
+    num_attention_heads=8,
+    attention_head_dim=32,
+    num_layers=6,
+    num_cross_attention_heads=4,
+    cross_attention_head_dim=64,
+    cross_attention_dim=256,
+    caption_channels=192,
+    qk_norm="rms_norm_across_heads",
+    sample_size=4,
+  )
+  config.text_encoder = config_lib.Gemma2Config(
+    vocab_size=2048,
+    hidden_size=192,
+    intermediate_size=384,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=48,
+    query_pre_attn_scalar=48,
+    sliding_window=32,
+  )
+  config.train_text_encoder = True
+  config.max_sequence_length = 32
+  config.data.keyword_probability = 0.2
+  config.data.keywords_only_probability = 0.05
+  # 512 numbers a picture need no shift towards noise.
+  config.flow.shift = 1.0
+  config.flow.null_mask = "own"
+  config.batch_size = 128
+  config.num_steps = 5000
+  config.optim.peak_lr = 1e-3
+  config.optim.warmup_steps = 200
+  config.optim.schedule = "cosine"
+  config.optim.final_lr_ratio = 0.02
+  config.optim.b2 = 0.99
+  config.optim.clip_norm = 1.0
+  config.optim.weight_decay = 1e-2
+  config.ema_decay = 0.999
+  config.dtype = "float32"
+  config.remat = "none"
+  config.scan_layers = False
+  config.checkpoint_every = 250
+  config.sample_every = 500
+  config.sample_prompts = (
+    "red apple",
+    "grinning face",
+    "dog face",
+    "flag: japan",
+    "woman firefighter: dark skin tone",
+    "four o'clock",
+    "rocket",
+    "heart suit",
+    "man farmer: light skin tone",
+    "sunflower",
+    "keycap: 7",
+    "ghost",
+    "bicycle",
+    "slice of pizza",
+    "thumbs up: medium skin tone",
+    "blue square",
+  )
+  return config

@@ -1,0 +1,27 @@
+"""Strict settings for all tests: eight devices, no silent broadcasting."""
+
+import os
+import tempfile
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = (
+  os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update(
+  "jax_compilation_cache_dir",
+  os.path.join(tempfile.gettempdir(), "sana_jax_test_cache"),
+)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+@pytest.fixture
+def rng():
+  """A NumPy generator with a fixed seed."""
+  import numpy as np  # noqa: PLC0415
+
+  return np.random.default_rng(0)

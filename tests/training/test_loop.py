@@ -1,0 +1,150 @@
+"""The loop, on a recipe small enough to see through."""
+
+import json
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from sana_jax import config as config_lib
+from sana_jax.nn import layers
+from sana_jax.training import loop
+
+AXES = (("kernel", ("embed", None)), ("bias", (None,)))
+
+
+def make_recipe(exports=None):
+  """Regresses y = 3 x with noise drawn from the step's key."""
+
+  def loss_fn(params, frozen, key, batch):
+    noise = 0.01 * jax.random.normal(key, batch["x"].shape)
+    error = params["line"](batch["x"] + noise) - frozen * batch["x"]
+    return jnp.square(error).mean(), {"bias": params["line"].bias[...].sum()}
+
+  def example(x, rng):
+    return {"x": np.float32([x, rng.normal()] * 4)}
+
+  dataset = (
+    grain.MapDataset.source(np.linspace(-1, 1, 50))
+    .seed(7)
+    .shuffle()
+    .repeat()
+    .random_map(example)
+  )
+  return loop.Recipe(
+    init=lambda key: {"line": layers.Linear(8, 8, rngs=nnx.Rngs(key))},
+    param_axes={"line": AXES},
+    frozen=np.float32(3.0),
+    loss_fn=loss_fn,
+    dataset=dataset,
+    sample=lambda params, frozen: np.full((4, 6, 3), 200, np.uint8),
+    export=lambda params, path: (
+      exports.append(path) if exports is not None else None
+    ),
+  )
+
+
+def make_config(**changes):
+  config = config_lib.TrainConfig(
+    num_steps=12,
+    batch_size=8,
+    log_every=2,
+    checkpoint_every=4,
+    sample_every=6,
+    ema_decay=0.9,
+  )
+  config.optim.warmup_steps = 2
+  config.optim.peak_lr = 0.05
+  for name, value in changes.items():
+    setattr(config, name, value)
+  return config
+
+
+def assert_states_equal(a, b, **tolerance):
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(
+      np.asarray(x), np.asarray(y), **tolerance
+    ),
+    a,
+    b,
+  )
+
+
+def test_training_lowers_the_loss_and_leaves_its_traces(tmp_path):
+  exports = []
+  loop.train(make_config(num_steps=60), tmp_path, make_recipe(exports))
+  rows = [
+    json.loads(row) for row in (tmp_path / "metrics.jsonl").open().readlines()
+  ]
+  assert rows[-1]["loss"] < 0.5 * rows[0]["loss"]
+  assert [row["step"] for row in rows] == list(range(2, 61, 2))
+  assert (tmp_path / "samples" / "step_0000060.png").exists()
+  assert list((tmp_path / "tensorboard").iterdir())
+  assert exports == [tmp_path / "export"]
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_by_bit(tmp_path):
+  whole = loop.train(make_config(), tmp_path / "whole", make_recipe())
+  loop.train(make_config(num_steps=4), tmp_path / "parts", make_recipe())
+  parts = loop.train(make_config(), tmp_path / "parts", make_recipe())
+  assert int(parts.step) == 12
+  assert_states_equal(whole, parts, rtol=0)
+
+
+def test_sharding_does_not_change_the_training(tmp_path):
+  data = loop.train(make_config(), tmp_path / "data", make_recipe())
+  fsdp = loop.train(
+    make_config(mesh={"data": 2, "fsdp": 4}), tmp_path / "fsdp", make_recipe()
+  )
+  kernel = fsdp.params["line"].kernel[...]
+  assert kernel.addressable_shards[0].data.shape == (2, 8)
+  moment = fsdp.opt_state[1][0].mu["line"].kernel[...]
+  assert moment.sharding == kernel.sharding
+  # Sums over devices are taken in another order.
+  assert_states_equal(data, fsdp, rtol=2e-5, atol=1e-6)
+
+
+def test_a_checkpoint_moves_to_another_mesh(tmp_path):
+  loop.train(
+    make_config(num_steps=4, mesh={"data": 1, "fsdp": 8}),
+    tmp_path / "moved",
+    make_recipe(),
+  )
+  moved = loop.train(make_config(), tmp_path / "moved", make_recipe())
+  whole = loop.train(make_config(), tmp_path / "whole", make_recipe())
+  assert_states_equal(whole, moved, rtol=2e-5, atol=1e-6)
+
+
+def test_another_config_is_refused_by_name(tmp_path):
+  loop.train(make_config(num_steps=2), tmp_path, make_recipe())
+  other = make_config(num_steps=2, batch_size=16)
+  with pytest.raises(ValueError, match="differing: batch_size"):
+    loop.train(other, tmp_path, make_recipe())
+
+
+def test_a_non_finite_loss_stops_and_keeps_the_checkpoint(tmp_path):
+  recipe = make_recipe()
+  broken = recipe._replace(frozen=np.float32(np.nan))
+  loop.train(make_config(num_steps=4), tmp_path, recipe)
+  with pytest.raises(FloatingPointError, match="step 6: .*loss.*peak_lr"):
+    loop.train(make_config(), tmp_path, broken)
+  assert int(loop.train(make_config(), tmp_path, recipe).step) == 12
+
+
+def test_a_batch_that_does_not_divide_is_an_error(tmp_path):
+  with pytest.raises(ValueError, match=r"batch_size \(12\).*devices \(8\)"):
+    loop.train(make_config(batch_size=12), tmp_path, make_recipe())
+
+
+def test_a_changed_model_is_reported_leaf_by_leaf(tmp_path):
+  loop.train(make_config(num_steps=2), tmp_path, make_recipe())
+  wider = make_recipe()._replace(
+    init=lambda key: {
+      "line": layers.Linear(8, 16, use_bias=False, rngs=nnx.Rngs(key))
+    }
+  )
+  with pytest.raises(ValueError, match=r"unexpected params/line/bias"):
+    loop.train(make_config(), tmp_path, wider)
