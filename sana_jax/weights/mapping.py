@@ -84,6 +84,7 @@ def load(
 
   Args:
     abstract_model: from `jax.eval_shape`; the result has its structure.
+    rules: the model's table for the file's layout.
     tensors: values need `shape` and `np.asarray`; each is read as it is used,
       so that a lazy mapping keeps memory at one copy.
     dtype: of the parameters; None keeps those of `abstract_model`.
@@ -159,9 +160,7 @@ def _fill(leaf, rules: Sequence[Rule], tensors: Mapping[str, Any], dtype):
 def _read(rule: Rule, tensors: Mapping[str, Any]) -> np.ndarray:
   parts = [np.asarray(tensors[name]) for name in rule.names]
   tensor = parts[0] if len(parts) == 1 else np.concatenate(parts)
-  return rule.to_jax(
-    tensor if rule.rows is None else tensor[slice(*rule.rows)]
-  )
+  return rule.to_jax(tensor if rule.rows is None else tensor[slice(*rule.rows)])
 
 
 def _check(leaves, rules, tensors, ignore) -> list[str]:

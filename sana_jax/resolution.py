@@ -1,0 +1,69 @@
+"""Resolution bins: the shapes a checkpoint was trained at, and back from them."""
+
+import functools
+import importlib.resources
+import json
+from collections.abc import Mapping
+
+import jax
+from jaxtyping import Array, Float
+
+# Latent grid of a square image -> how often the 512-pixel table is doubled.
+_SCALES = {16: 1, 32: 2, 64: 4, 128: 8}
+SAMPLE_SIZES = tuple(_SCALES)
+
+
+@functools.cache
+def bins(sample_size: int) -> Mapping[float, tuple[int, int]]:
+  """Maps height / width to the (height, width) in pixels it is trained at.
+
+  Args:
+    sample_size: of the transformer's config.
+
+  Raises:
+    ValueError: no published checkpoint has this sample size.
+  """
+  if sample_size not in _SCALES:
+    raise ValueError(
+      f"There are no resolution bins for sample_size {sample_size}, only for "
+      f"{SAMPLE_SIZES}; pass use_resolution_binning=False."
+    )
+  asset = importlib.resources.files("sana_jax") / "assets/aspect_ratios.json"
+  data = json.loads(asset.read_text(encoding="utf-8"))
+  scale = _SCALES[sample_size]
+  left_out = data["not_at_512_and_1024"] if scale <= 2 else ()
+  return {
+    ratio: (scale * height, scale * width)
+    for ratio, height, width in data["bins_512"]
+    if ratio not in left_out
+  }
+
+
+def closest_bin(height: int, width: int, sample_size: int) -> tuple[int, int]:
+  """Returns the bin whose height / width is closest, the flatter one of two."""
+  table = bins(sample_size)
+  return table[min(table, key=lambda ratio: abs(ratio - height / width))]
+
+
+def cover_and_crop(
+  images: Float[Array, "b h w c"], height: int, width: int
+) -> Float[Array, "b {height} {width} c"]:
+  """Scales images until they cover (height, width), and crops the centre.
+
+  Bilinear without antialiasing, pixel centres at half-integers; scaled sides
+  are truncated to integers, as in the reference pipelines.
+  """
+  batch, old_height, old_width, channels = images.shape
+  if (old_height, old_width) == (height, width):
+    return images
+  ratio = max(height / old_height, width / old_width)
+  # `max`: a product such as 49 * (1 / 49) may truncate to one pixel too few.
+  scaled = (
+    max(height, int(old_height * ratio)),
+    max(width, int(old_width * ratio)),
+  )
+  images = jax.image.resize(
+    images, (batch, *scaled, channels), "linear", antialias=False
+  )
+  top, left = (scaled[0] - height) // 2, (scaled[1] - width) // 2
+  return images[:, top : top + height, left : left + width]
