@@ -57,7 +57,7 @@ def make_recipe(config: config_lib.TextToImageConfig) -> loop.Recipe:
       text_encoder_config=config.text_encoder,
       tokenizer=tokenizer,
       autoencoder=autoencoder,
-      solver=schedules.FlowDPMSolver(shift=config.flow.shift),
+      solver=schedules.FlowDPMSolver(flow_shift=config.flow.shift),
     )
 
   def sample(params, frozen):
