@@ -1,5 +1,7 @@
 """SanaTransformer: a linear diffusion transformer for latent images."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -10,9 +12,6 @@ from sana_jax.nn import attention, embeddings, layers, mix_ffn, stack
 
 # Of the output head, whatever `norm_eps` says of the blocks.
 HEAD_NORM_EPS = 1e-6
-CAPTION_NORM_EPS = 1e-5
-# Small captions at the start of training; the weight is learned.
-CAPTION_NORM_INIT = 0.01
 
 
 def modulate(
@@ -128,41 +127,6 @@ class OutputHead(nnx.Module):
     return modulate(self.norm(x), shift, scale)
 
 
-class CaptionEmbed(nnx.Module):
-  """norm(linear_2(gelu(linear_1(text)))) to the transformer's width."""
-
-  def __init__(
-    self,
-    in_features: int,
-    features: int,
-    *,
-    dtype: jnp.dtype = jnp.float32,
-    param_dtype: jnp.dtype = jnp.float32,
-    rngs: nnx.Rngs,
-  ):
-    common = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-    init = nnx.initializers.normal(0.02)
-    self.linear_1 = layers.Linear(
-      in_features, features, kernel_init=init, **common
-    )
-    self.linear_2 = layers.Linear(
-      features, features, kernel_init=init, **common
-    )
-    self.norm = layers.RMSNorm(
-      features,
-      eps=CAPTION_NORM_EPS,
-      scale_init=CAPTION_NORM_INIT,
-      param_dtype=param_dtype,
-    )
-
-  def __call__(self, text: Float[Array, "b l c"]) -> Float[Array, "b l d"]:
-    return self.norm(self.project(text))
-
-  def project(self, text: Float[Array, "b l c"]) -> Float[Array, "b l d"]:
-    y = jax.nn.gelu(self.linear_1(text), approximate=True)
-    return self.linear_2(y)
-
-
 class SanaTransformer(nnx.Module):
   """Predicts the velocity of noisy latents, given a time and a text.
 
@@ -180,59 +144,57 @@ class SanaTransformer(nnx.Module):
 
   def __init__(
     self,
-    config: config_lib.SanaConfig,
+    width: int,
     *,
+    in_channels: int,
+    out_channels: int,
+    caption_channels: int,
+    patch_size: int,
+    base_size: int,
+    interpolation_scale: float | None,
+    guidance_embeds: bool,
+    make_block: Callable[[jax.Array], SanaBlock],
+    num_layers: int,
     dtype: jnp.dtype = jnp.float32,
     param_dtype: jnp.dtype = jnp.float32,
     scan: bool = True,
     remat: str = "none",
     rngs: nnx.Rngs,
   ):
-    self.in_channels = config.in_channels
-    self.caption_channels = config.caption_channels
-    self.patch_size = config.patch_size
+    self.in_channels = in_channels
+    self.caption_channels = caption_channels
+    self.patch_size = patch_size
     self.scan = scan
     self.remat = remat
-    width = config.width
     common = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
     self.patch_embed = embeddings.PatchEmbed(
-      config.in_channels,
+      in_channels,
       width,
-      patch_size=config.patch_size,
-      base_size=config.sample_size // config.patch_size,
-      interpolation_scale=config.interpolation_scale,
+      patch_size=patch_size,
+      base_size=base_size,
+      interpolation_scale=interpolation_scale,
       **common,
     )
+    float32 = {"param_dtype": param_dtype, "rngs": rngs}
     normal = nnx.initializers.normal(0.02)
     self.time_embed = embeddings.TimeEmbed(
-      width,
-      kernel_inits=(normal, normal),
-      param_dtype=param_dtype,
-      rngs=rngs,
+      width, kernel_inits=(normal, normal), **float32
     )
-    # Starts at zero: a student begins as its unguided teacher.
-    zero_output = (
-      nnx.initializers.xavier_uniform(),
-      nnx.initializers.zeros_init(),
-    )
+    # Its output starts at zero: a student begins as its unguided teacher.
+    inits = (nnx.initializers.xavier_uniform(), nnx.initializers.zeros_init())
     self.guidance_embed = (
-      embeddings.TimeEmbed(
-        width, kernel_inits=zero_output, param_dtype=param_dtype, rngs=rngs
-      )
-      if config.guidance_embeds
+      embeddings.TimeEmbed(width, kernel_inits=inits, **float32)
+      if guidance_embeds
       else None
     )
     self.time_modulation = layers.Linear(
-      width, 6 * width, kernel_init=normal, param_dtype=param_dtype, rngs=rngs
+      width, 6 * width, kernel_init=normal, **float32
     )
-    self.caption_embed = CaptionEmbed(config.caption_channels, width, **common)
-    self.blocks = stack.make_blocks(
-      lambda key: _make_block(config, dtype, param_dtype, nnx.Rngs(key)),
-      rngs.params(),
-      config.num_layers,
+    self.caption_embed = embeddings.CaptionEmbed(
+      caption_channels, width, **common
     )
-    out_channels = config.out_channels or config.in_channels
-    self.head = OutputHead(width, config.patch_size**2 * out_channels, **common)
+    self.blocks = stack.make_blocks(make_block, rngs.params(), num_layers)
+    self.head = OutputHead(width, patch_size**2 * out_channels, **common)
 
   @classmethod
   def from_config(
@@ -245,10 +207,39 @@ class SanaTransformer(nnx.Module):
     remat: str = "none",
     rngs: nnx.Rngs,
   ) -> "SanaTransformer":
-    """Checks the config and builds the model with fresh parameters."""
+    """Builds the model with fresh parameters.
+
+    Raises:
+      ValueError: sizes in the config that do not fit together.
+    """
     config.validate()
+
+    def make_block(key: jax.Array) -> SanaBlock:
+      return SanaBlock(
+        config.width,
+        head_dim=config.attention_head_dim,
+        cross_head_dim=config.cross_attention_head_dim,
+        mlp_ratio=config.mlp_ratio,
+        attention_bias=config.attention_bias,
+        qk_norm=config.qk_norm is not None,
+        norm_affine=config.norm_elementwise_affine,
+        norm_eps=config.norm_eps,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        rngs=nnx.Rngs(key),
+      )
+
     return cls(
-      config,
+      config.width,
+      in_channels=config.in_channels,
+      out_channels=config.out_channels or config.in_channels,
+      caption_channels=config.caption_channels,
+      patch_size=config.patch_size,
+      base_size=config.sample_size // config.patch_size,
+      interpolation_scale=config.interpolation_scale,
+      guidance_embeds=config.guidance_embeds,
+      make_block=make_block,
+      num_layers=config.num_layers,
       dtype=dtype,
       param_dtype=param_dtype,
       scan=scan,
@@ -303,65 +294,43 @@ class SanaTransformer(nnx.Module):
     return embedded, modulation.reshape(embedded.shape[0], 6, -1)
 
   def _check_inputs(self, latents, timestep, text, text_mask, guidance):
-    if latents.ndim != 4 or latents.shape[-1] != self.in_channels:
-      raise ValueError(
-        f"latents must be [batch, height, width, {self.in_channels}], "
-        f"got shape {latents.shape}."
-      )
+    channels, captions = self.in_channels, self.caption_channels
+    _check_shape("latents", latents, ("batch", "height", "width", channels))
     batch, height, width, _ = latents.shape
     if height % self.patch_size or width % self.patch_size:
       raise ValueError(
         f"latents of {height}x{width} do not divide into patches of "
         f"{self.patch_size}x{self.patch_size}."
       )
-    if (
-      text.ndim != 3
-      or text.shape[0] != batch
-      or text.shape[-1] != self.caption_channels
-    ):
-      raise ValueError(
-        f"text must be [{batch}, tokens, {self.caption_channels}], got shape "
-        f"{text.shape}."
-      )
+    _check_shape("timestep", timestep, (batch,))
+    _check_shape("text", text, (batch, "tokens", captions))
+    if text_mask is not None:
+      _check_shape("text_mask", text_mask, text.shape[:2])
+      if text_mask.dtype != jnp.bool_:
+        raise ValueError(
+          f"text_mask must be bool, True where a token is kept; got "
+          f"{text_mask.dtype}."
+        )
     if (guidance is None) != (self.guidance_embed is None):
-      need = "needs" if guidance is None else "does not take"
+      verb = "needs" if guidance is None else "does not take"
       raise ValueError(
-        f"this model {need} guidance: its config has "
+        f"this model {verb} guidance: it was built with "
         f"guidance_embeds={self.guidance_embed is not None}."
       )
-    for name, value in (("timestep", timestep), ("guidance", guidance)):
-      if value is not None and value.shape != (batch,):
-        raise ValueError(
-          f"{name} must have shape ({batch},), got {value.shape}."
-        )
-    if text_mask is not None and (
-      text_mask.shape != text.shape[:2] or text_mask.dtype != jnp.bool_
-    ):
-      raise ValueError(
-        f"text_mask must be bool {text.shape[:2]}, True where a token is "
-        f"kept; got {text_mask.dtype} {text_mask.shape}."
-      )
+    if guidance is not None:
+      _check_shape("guidance", guidance, (batch,))
 
 
-def _make_block(
-  config: config_lib.SanaConfig,
-  dtype: jnp.dtype,
-  param_dtype: jnp.dtype,
-  rngs: nnx.Rngs,
-) -> SanaBlock:
-  return SanaBlock(
-    config.width,
-    head_dim=config.attention_head_dim,
-    cross_head_dim=config.cross_attention_head_dim,
-    mlp_ratio=config.mlp_ratio,
-    attention_bias=config.attention_bias,
-    qk_norm=config.qk_norm is not None,
-    norm_affine=config.norm_elementwise_affine,
-    norm_eps=config.norm_eps,
-    dtype=dtype,
-    param_dtype=param_dtype,
-    rngs=rngs,
+def _check_shape(name: str, array: Array, expected: tuple[int | str, ...]):
+  fits = len(array.shape) == len(expected) and all(
+    isinstance(size, str) or size == n
+    for size, n in zip(expected, array.shape, strict=True)
   )
+  if not fits:
+    raise ValueError(
+      f"{name} must have shape ({', '.join(map(str, expected))}), "
+      f"got {tuple(array.shape)}."
+    )
 
 
 def _scale_shift_table(

@@ -1,4 +1,4 @@
-"""Entrance of a diffusion transformer: patches, positions and time."""
+"""Entrances of a diffusion transformer: patches, positions, time, text."""
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,9 @@ from jaxtyping import Array, Float, Num
 from sana_jax.nn import layers
 
 TIME_FEATURES = 256
+CAPTION_NORM_EPS = 1e-5
+# Training starts with small captions; the scale is learned.
+CAPTION_NORM_INIT = 0.01
 
 
 def patchify(
@@ -157,3 +160,38 @@ class TimeEmbed(nnx.Module):
       time.astype(jnp.float32), TIME_FEATURES
     )
     return self.linear_2(jax.nn.silu(self.linear_1(features)))
+
+
+class CaptionEmbed(nnx.Module):
+  """Computes norm(linear_2(gelu(linear_1(text)))), to the model's width."""
+
+  def __init__(
+    self,
+    in_features: int,
+    features: int,
+    *,
+    dtype: jnp.dtype = jnp.float32,
+    param_dtype: jnp.dtype = jnp.float32,
+    rngs: nnx.Rngs,
+  ):
+    common = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+    init = nnx.initializers.normal(0.02)
+    self.linear_1 = layers.Linear(
+      in_features, features, kernel_init=init, **common
+    )
+    self.linear_2 = layers.Linear(
+      features, features, kernel_init=init, **common
+    )
+    self.norm = layers.RMSNorm(
+      features,
+      eps=CAPTION_NORM_EPS,
+      scale_init=CAPTION_NORM_INIT,
+      param_dtype=param_dtype,
+    )
+
+  def __call__(self, text: Float[Array, "b l c"]) -> Float[Array, "b l d"]:
+    return self.norm(self.project(text))
+
+  def project(self, text: Float[Array, "b l c"]) -> Float[Array, "b l d"]:
+    y = jax.nn.gelu(self.linear_1(text), approximate=True)
+    return self.linear_2(y)
