@@ -15,7 +15,7 @@ from tokenizers import (
 )
 
 _SPACE = "\u2581"
-_SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>")
+_SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>")
 _BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))
 _RESERVED = _SPECIAL + _BYTES
 
@@ -33,7 +33,7 @@ def train_tokenizer(
 
   Args:
     captions: texts as they will be encoded (lower-cased, if prompts are).
-    vocab_size: number of ids, 260 of which are special symbols and bytes.
+    vocab_size: number of ids, 261 of which are special symbols and bytes.
       The result has fewer when the captions do not offer as many words.
 
   Raises:
