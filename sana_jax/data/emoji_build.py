@@ -309,6 +309,9 @@ def build(
 ) -> None:
   """Writes the data set into `output_dir`, which must not hold one.
 
+  Equal inputs give equal records in equal order. The files differ in bytes from
+  process to process: protobuf serializes the fields of a record in any order.
+
   Raises:
     ValueError: `output_dir` holds a data set, or a split would be empty.
   """
