@@ -13,6 +13,28 @@ def make_blocks(make_block: Callable[[Any], Any], key: jax.Array, depth: int):
   return jax.vmap(make_block)(jax.random.split(key, depth))
 
 
+def checkpointed(
+  function: Callable[..., Any], remat: str
+) -> Callable[..., Any]:
+  """Returns `function` with its backward pass told what to keep.
+
+  Args:
+    remat: "none" recomputes nothing, "full" recomputes everything inside,
+      "dots" keeps the matrix products.
+
+  Raises:
+    ValueError: an unknown `remat`.
+  """
+  if remat == "none":
+    return function
+  if remat == "full":
+    return jax.checkpoint(function)
+  if remat == "dots":
+    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    return jax.checkpoint(function, policy=policy)
+  raise ValueError(f"remat must be one of {REMAT_POLICIES}, got {remat!r}.")
+
+
 def run_blocks(
   block_fn: Callable[..., Any],
   x: Any,
@@ -28,8 +50,7 @@ def run_blocks(
     per_block: further arrays with that leading axis, sliced alongside.
     scan: True compiles one block (fast compile; accelerators); False unrolls
       (about a third faster on CPU for small models).
-    remat: what the backward pass keeps: "none" recomputes nothing, "full"
-      recomputes each block, "dots" keeps the matrix products.
+    remat: what the backward pass keeps of each block; see `checkpointed`.
 
   Raises:
     ValueError: an unknown `remat`.
@@ -39,13 +60,7 @@ def run_blocks(
     block, slices = sliced
     return block_fn(block, carry, *slices), None
 
-  if remat == "full":
-    body = jax.checkpoint(body)
-  elif remat == "dots":
-    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    body = jax.checkpoint(body, policy=policy)
-  elif remat != "none":
-    raise ValueError(f"remat must be one of {REMAT_POLICIES}, got {remat!r}.")
+  body = checkpointed(body, remat)
   if scan:
     return jax.lax.scan(body, x, (blocks, per_block))[0]
   for i in range(jax.tree.leaves(blocks)[0].shape[0]):

@@ -1,0 +1,588 @@
+"""DC-AE, the deep-compression autoencoder: 32x fewer pixels per side.
+
+A pyramid of stages, residual convolutions at high resolution and linear
+attention at low; every change of resolution has a parameter-free shortcut.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from sana_jax import config as config_lib
+from sana_jax.nn import layers, mix_ffn, stack, vision
+from sana_jax.ops import depthwise_conv as depthwise_conv_op
+from sana_jax.ops import linear_attention as linear_attention_op
+
+NORM_EPS = 1e-5
+_FFN_EXPANSION = 4
+_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+  "silu": jax.nn.silu,
+  "swish": jax.nn.silu,
+  "relu": jax.nn.relu,
+  "mish": jax.nn.mish,
+  "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+}
+_BLOCKS = ("ResBlock", "EfficientViTBlock")
+_NORMS = ("rms_norm", "batch_norm")
+
+
+class StageSpec(NamedTuple):
+  """One resolution of the encoder or the decoder.
+
+  Args:
+    block: "ResBlock" or "EfficientViTBlock".
+    scales: kernel sides of the attention's multi-scale branches.
+    norm: "rms_norm" or "batch_norm".
+  """
+
+  width: int
+  depth: int
+  block: str
+  scales: tuple[int, ...] = ()
+  norm: str = "rms_norm"
+  activation: str = "silu"
+
+
+def encoder_stages(config: config_lib.DCAEConfig) -> tuple[StageSpec, ...]:
+  """Lists the encoder's stages, from full resolution down."""
+  count = len(config.encoder_block_out_channels)
+  columns = {
+    "encoder_block_out_channels": config.encoder_block_out_channels,
+    "encoder_layers_per_block": config.encoder_layers_per_block,
+    "encoder_block_types": _per_stage(config.encoder_block_types, count),
+    "encoder_qkv_multiscales": config.encoder_qkv_multiscales,
+  }
+  return _stages(columns, count)
+
+
+def decoder_stages(config: config_lib.DCAEConfig) -> tuple[StageSpec, ...]:
+  """Lists the decoder's stages, from full resolution down; run in reverse."""
+  count = len(config.decoder_block_out_channels)
+  columns = {
+    "decoder_block_out_channels": config.decoder_block_out_channels,
+    "decoder_layers_per_block": config.decoder_layers_per_block,
+    "decoder_block_types": _per_stage(config.decoder_block_types, count),
+    "decoder_qkv_multiscales": config.decoder_qkv_multiscales,
+    "decoder_norm_types": _per_stage(config.decoder_norm_types, count),
+    "decoder_act_fns": _per_stage(config.decoder_act_fns, count),
+  }
+  return _stages(columns, count)
+
+
+def _per_stage(value: str | tuple[str, ...], count: int) -> tuple[str, ...]:
+  return (value,) * count if isinstance(value, str) else value
+
+
+def _stages(columns: dict[str, Sequence], count: int) -> tuple[StageSpec, ...]:
+  for name, column in columns.items():
+    if len(column) != count:
+      raise ValueError(
+        f"{name} has {len(column)} entries for {count} stages: {column}."
+      )
+  stages = tuple(StageSpec(*row) for row in zip(*columns.values(), strict=True))
+  for stage in stages:
+    for kind, value, known in (
+      ("block type", stage.block, _BLOCKS),
+      ("norm type", stage.norm, _NORMS),
+      ("activation", stage.activation, tuple(_ACTIVATIONS)),
+    ):
+      if value not in known:
+        raise ValueError(f"{kind} must be one of {known}, got {value!r}.")
+  return stages
+
+
+class ResBlock(nnx.Module):
+  """x + norm(conv2(activation(conv1(x)))), two 3x3 convolutions."""
+
+  def __init__(
+    self,
+    features: int,
+    *,
+    norm: str,
+    activation: str,
+    dtype: jnp.dtype = jnp.float32,
+    param_dtype: jnp.dtype = jnp.float32,
+    rngs: nnx.Rngs,
+  ):
+    common = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+    self.activation = _ACTIVATIONS[activation]
+    self.conv1 = layers.Conv(features, features, **common)
+    self.conv2 = layers.Conv(features, features, use_bias=False, **common)
+    self.norm = _norm(norm, features, param_dtype)
+
+  def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+    return x + self.norm(self.conv2(self.activation(self.conv1(x))))
+
+
+class ScaleBranch(nnx.Module):
+  """Aggregates queries, keys and values over a neighbourhood.
+
+  A depthwise convolution over space, then one small matrix per group of
+  head_dim channels.
+  """
+
+  def __init__(
+    self,
+    features: int,
+    *,
+    head_dim: int,
+    kernel_size: int,
+    dtype: jnp.dtype = jnp.float32,
+    param_dtype: jnp.dtype = jnp.float32,
+    rngs: nnx.Rngs,
+  ):
+    self.dtype = dtype
+    self.depth_kernel = nnx.Param(
+      layers.torch_default_init(kernel_size**2)(
+        rngs.params(), (kernel_size, kernel_size, features), param_dtype
+      )
+    )
+    self.point_kernel = nnx.Param(
+      layers.torch_default_init(head_dim)(
+        rngs.params(), (features // head_dim, head_dim, head_dim), param_dtype
+      )
+    )
+
+  def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+    point = self.point_kernel[...].astype(self.dtype)
+    y = depthwise_conv_op.depthwise_conv(
+      x, self.depth_kernel[...].astype(self.dtype)
+    )
+    groups = y.reshape(*y.shape[:3], *point.shape[:2])
+    return jnp.einsum("bhwgi,gio->bhwgo", groups, point).reshape(x.shape)
+
+
+class MultiScaleLinearAttention(nnx.Module):
+  """ReLU linear attention whose heads see tokens at several scales.
+
+  Each run of 3 * head_dim channels of [qkv, branch(qkv), ...] is the query, key
+  and value of one head. The first half of the heads hence reads plain tokens,
+  the others (one share per entry of `scales`) neighbourhoods of them.
+
+  Source: Cai et al., EfficientViT, arXiv:2205.14756, section 3.1.
+  """
+
+  def __init__(
+    self,
+    features: int,
+    *,
+    head_dim: int,
+    scales: Sequence[int],
+    norm: str,
+    dtype: jnp.dtype = jnp.float32,
+    param_dtype: jnp.dtype = jnp.float32,
+    rngs: nnx.Rngs,
+  ):
+    self.head_dim = head_dim
+    common = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+    inner = features // head_dim * head_dim
+    self.qkv = layers.Linear(
+      features,
+      3 * inner,
+      use_bias=False,
+      kernel_init=layers.torch_default_init(features),
+      **common,
+    )
+    self.branches = nnx.List(
+      [
+        ScaleBranch(3 * inner, head_dim=head_dim, kernel_size=k, **common)
+        for k in scales
+      ]
+    )
+    joined = inner * (1 + len(scales))
+    self.out = layers.Linear(
+      joined,
+      features,
+      use_bias=False,
+      kernel_init=layers.torch_default_init(joined),
+      **common,
+    )
+    self.norm = _norm(norm, features, param_dtype)
+
+  def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+    b, h, w, _ = x.shape
+    qkv = self.qkv(x)
+    qkv = jnp.concatenate(
+      [qkv, *(branch(qkv) for branch in self.branches)], axis=-1
+    )
+    heads = qkv.reshape(b, h * w, -1, 3 * self.head_dim)
+    y = linear_attention_op.relu_linear_attention(*jnp.split(heads, 3, axis=-1))
+    return self.norm(self.out(y.reshape(b, h, w, -1)))
+
+
+class EfficientViTBlock(nnx.Module):
+  """x + attention(x), then x + norm(ffn(x)).
+
+  Norms close the residual branches; there are none before them.
+  """
+
+  def __init__(
+    self,
+    features: int,
+    *,
+    head_dim: int,
+    scales: Sequence[int],
+    norm: str,
+    dtype: jnp.dtype = jnp.float32,
+    param_dtype: jnp.dtype = jnp.float32,
+    rngs: nnx.Rngs,
+  ):
+    common = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+    self.attention = MultiScaleLinearAttention(
+      features, head_dim=head_dim, scales=scales, norm=norm, **common
+    )
+    self.ffn = mix_ffn.MixFFN(features, _FFN_EXPANSION * features, **common)
+    # Whatever the stage's norm: published models have RMS norm here.
+    self.norm = _norm("rms_norm", features, param_dtype)
+
+  def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+    x = x + self.attention(x)
+    return x + self.norm(self.ffn(x))
+
+
+class EncoderStage(nnx.Module):
+  """Blocks, then a step down unless `down` is None."""
+
+  def __init__(self, blocks: nnx.List, down: vision.Downsample | None):
+    self.blocks = blocks
+    self.down = down
+
+  def __call__(
+    self, x: Float[Array, "b h w c"], *, remat: str
+  ) -> Float[Array, "b h2 w2 d"]:
+    x = _run_blocks(self.blocks, x, remat)
+    return x if self.down is None else self.down(x)
+
+
+class DecoderStage(nnx.Module):
+  """A step up unless `up` is None, then blocks."""
+
+  def __init__(self, blocks: nnx.List, up: vision.Upsample | None):
+    self.blocks = blocks
+    self.up = up
+
+  def __call__(
+    self, x: Float[Array, "b h w c"], *, remat: str
+  ) -> Float[Array, "b h2 w2 d"]:
+    x = x if self.up is None else self.up(x)
+    return _run_blocks(self.blocks, x, remat)
+
+
+class Encoder(nnx.Module):
+  """Images to latents.
+
+  An empty stage neither transforms nor resamples; when it is the first,
+  `conv_in` goes down in its place.
+
+  Args:
+    out_shortcut: adds the channel averages of the last features to the output.
+  """
+
+  def __init__(
+    self,
+    stages: Sequence[StageSpec],
+    *,
+    in_channels: int,
+    latent_channels: int,
+    head_dim: int,
+    downsample: str,
+    out_shortcut: bool,
+    remat: str,
+    dtype: jnp.dtype = jnp.float32,
+    param_dtype: jnp.dtype = jnp.float32,
+    rngs: nnx.Rngs,
+  ):
+    self.remat = remat
+    self.latent_channels = latent_channels
+    self.out_shortcut = out_shortcut
+    common = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+    self.conv_in = (
+      layers.Conv(in_channels, stages[0].width, **common)
+      if stages[0].depth
+      else vision.Downsample(
+        in_channels,
+        stages[1].width,
+        method=downsample,
+        shortcut=False,
+        **common,
+      )
+    )
+
+    def down(i: int) -> vision.Downsample | None:
+      if not stages[i].depth or i + 1 == len(stages):
+        return None
+      widths = stages[i].width, stages[i + 1].width
+      return vision.Downsample(*widths, method=downsample, **common)
+
+    self.stages = nnx.List(
+      [
+        EncoderStage(_blocks(stage, head_dim, **common), down(i))
+        for i, stage in enumerate(stages)
+      ]
+    )
+    width = stages[-1].width
+    _check_shortcut(
+      out_shortcut, "encoder_out_shortcut", width, latent_channels
+    )
+    self.conv_out = layers.Conv(width, latent_channels, **common)
+
+  def __call__(self, images: Float[Array, "b h w c"]) -> Array:
+    x = self.conv_in(images)
+    for stage in self.stages:
+      x = stage(x, remat=self.remat)
+    y = self.conv_out(x)
+    if self.out_shortcut:
+      y = y + vision.average_channels(x, self.latent_channels)
+    return y
+
+
+class Decoder(nnx.Module):
+  """Latents to images.
+
+  An empty stage neither resamples nor transforms; when it is the first,
+  `conv_out` goes up in its place.
+
+  Args:
+    in_shortcut: adds the repeated latent channels to the first features.
+    out_activation: before the last convolution.
+  """
+
+  def __init__(
+    self,
+    stages: Sequence[StageSpec],
+    *,
+    out_channels: int,
+    latent_channels: int,
+    head_dim: int,
+    upsample: str,
+    in_shortcut: bool,
+    out_activation: str,
+    remat: str,
+    dtype: jnp.dtype = jnp.float32,
+    param_dtype: jnp.dtype = jnp.float32,
+    rngs: nnx.Rngs,
+  ):
+    self.remat = remat
+    self.in_shortcut = in_shortcut
+    self.width = stages[-1].width
+    common = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+    _check_shortcut(
+      in_shortcut, "decoder_in_shortcut", self.width, latent_channels
+    )
+    self.conv_in = layers.Conv(latent_channels, self.width, **common)
+
+    def up(i: int) -> vision.Upsample | None:
+      if not stages[i].depth or i + 1 == len(stages):
+        return None
+      widths = stages[i + 1].width, stages[i].width
+      return vision.Upsample(*widths, method=upsample, **common)
+
+    self.stages = nnx.List(
+      [
+        DecoderStage(_blocks(stage, head_dim, **common), up(i))
+        for i, stage in enumerate(stages)
+      ]
+    )
+    width = stages[0 if stages[0].depth else 1].width
+    self.norm_out = _norm("rms_norm", width, param_dtype)
+    self.out_activation = _ACTIVATIONS[out_activation]
+    self.conv_out = (
+      layers.Conv(width, out_channels, **common)
+      if stages[0].depth
+      else vision.Upsample(
+        width, out_channels, method=upsample, shortcut=False, **common
+      )
+    )
+
+  def __call__(self, latents: Float[Array, "b h w c"]) -> Array:
+    x = self.conv_in(latents)
+    if self.in_shortcut:
+      x = x + vision.repeat_channels(latents.astype(x.dtype), self.width)
+    for stage in reversed(self.stages):
+      x = stage(x, remat=self.remat)
+    return self.conv_out(self.out_activation(self.norm_out(x)))
+
+
+class DCAE(nnx.Module):
+  """The autoencoder: deterministic, convolutional, for any multiple of 32.
+
+  Images are in [-1, 1]. Latents are raw: the diffusion model works on
+  `scaling_factor * latents`, and whoever joins the two applies the factor.
+
+  Args:
+    spatial_compression: pixels per latent, along each side.
+
+  Source: Chen et al., DC-AE, arXiv:2410.10733; SANA, arXiv:2410.10629,
+  section 2.1.
+  """
+
+  def __init__(
+    self,
+    encoder: Encoder,
+    decoder: Decoder,
+    *,
+    spatial_compression: int,
+    scaling_factor: float,
+  ):
+    self.encoder = encoder
+    self.decoder = decoder
+    self.spatial_compression = spatial_compression
+    self.scaling_factor = scaling_factor
+
+  @classmethod
+  def from_config(
+    cls,
+    config: config_lib.DCAEConfig,
+    *,
+    dtype: jnp.dtype = jnp.float32,
+    param_dtype: jnp.dtype = jnp.float32,
+    remat: str = "none",
+    rngs: nnx.Rngs,
+  ) -> "DCAE":
+    """Checks the config and builds the model with fresh parameters.
+
+    Args:
+      remat: what the backward pass keeps of each block; see
+        `stack.checkpointed`.
+
+    Raises:
+      ValueError: an unknown option, or widths that do not fit together.
+    """
+    config.validate()
+    if config.decoder_conv_act_fn not in _ACTIVATIONS:
+      raise ValueError(
+        f"decoder_conv_act_fn must be one of {tuple(_ACTIVATIONS)}, "
+        f"got {config.decoder_conv_act_fn!r}."
+      )
+    common = {
+      "latent_channels": config.latent_channels,
+      "head_dim": config.attention_head_dim,
+      "remat": remat,
+      "dtype": dtype,
+      "param_dtype": param_dtype,
+      "rngs": rngs,
+    }
+    encoder = Encoder(
+      encoder_stages(config),
+      in_channels=config.in_channels,
+      downsample=config.downsample_block_type,
+      out_shortcut=config.encoder_out_shortcut,
+      **common,
+    )
+    decoder = Decoder(
+      decoder_stages(config),
+      out_channels=config.in_channels,
+      upsample=config.upsample_block_type,
+      in_shortcut=config.decoder_in_shortcut,
+      out_activation=config.decoder_conv_act_fn,
+      **common,
+    )
+    return cls(
+      encoder,
+      decoder,
+      spatial_compression=config.spatial_compression,
+      scaling_factor=config.scaling_factor,
+    )
+
+  def encode(
+    self, images: Float[Array, "b h w 3"]
+  ) -> Float[Array, "b h2 w2 c"]:
+    """Encodes images, without the scaling factor.
+
+    Raises:
+      ValueError: a side that is not a multiple of `spatial_compression`.
+    """
+    height, width = images.shape[1:3]
+    if height % self.spatial_compression or width % self.spatial_compression:
+      raise ValueError(
+        f"images of {height}x{width} cannot be encoded: both sides must be "
+        f"multiples of {self.spatial_compression}; resize or crop them."
+      )
+    return self.encoder(images)
+
+  def decode(
+    self, latents: Float[Array, "b h w c"]
+  ) -> Float[Array, "b h2 w2 3"]:
+    """Decodes latents (divided by the scaling factor); values are unbounded."""
+    return self.decoder(latents)
+
+
+def _blocks(
+  stage: StageSpec,
+  head_dim: int,
+  *,
+  dtype: jnp.dtype,
+  param_dtype: jnp.dtype,
+  rngs: nnx.Rngs,
+) -> nnx.List:
+  common = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+  if stage.block == "ResBlock":
+    return nnx.List(
+      [
+        ResBlock(
+          stage.width, norm=stage.norm, activation=stage.activation, **common
+        )
+        for _ in range(stage.depth)
+      ]
+    )
+  return nnx.List(
+    [
+      EfficientViTBlock(
+        stage.width,
+        head_dim=head_dim,
+        scales=stage.scales,
+        norm=stage.norm,
+        **common,
+      )
+      for _ in range(stage.depth)
+    ]
+  )
+
+
+def _run_blocks(
+  blocks: nnx.List, x: Float[Array, "b h w c"], remat: str
+) -> Float[Array, "b h w c"]:
+  apply = stack.checkpointed(lambda block, x: block(x), remat)
+  for block in blocks:
+    x = apply(block, x)
+  return x
+
+
+def _norm(
+  kind: str, features: int, param_dtype: jnp.dtype
+) -> layers.RMSNorm | vision.BatchNorm:
+  if kind == "batch_norm":
+    return vision.BatchNorm(features, eps=NORM_EPS, param_dtype=param_dtype)
+  return layers.RMSNorm(
+    features, eps=NORM_EPS, use_bias=True, param_dtype=param_dtype
+  )
+
+
+def _check_shortcut(used: bool, name: str, width: int, latents: int) -> None:
+  if used and width % latents:
+    raise ValueError(
+      f"{name}: the last stage's {width} channels must be a multiple of "
+      f"latent_channels ({latents})."
+    )
+
+
+# Matrices are sharded along the model's width, convolutions along their output
+# channels. Vectors and depthwise kernels are small and stay whole.
+PARAM_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+  (r"/conv(1|2|_in|_out)?/kernel$", (None, None, None, "embed")),
+  (r"/conv(1|2|_in|_out)?/bias$", (None,)),
+  (r"/norm(_out)?/(scale|bias|mean|var)$", (None,)),
+  (r"/attention/qkv/kernel$", ("embed", "heads")),
+  (r"/attention/branches/\d+/depth_kernel$", (None, None, "heads")),
+  (r"/attention/branches/\d+/point_kernel$", ("heads", None, None)),
+  (r"/attention/out/kernel$", ("heads", "embed")),
+  (r"/ffn/inverted/kernel$", ("embed", "mlp")),
+  (r"/ffn/inverted/bias$", ("mlp",)),
+  (r"/ffn/depth_kernel$", (None, None, "mlp")),
+  (r"/ffn/depth_bias$", ("mlp",)),
+  (r"/ffn/point/kernel$", ("mlp", "embed")),
+)
