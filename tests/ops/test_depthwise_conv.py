@@ -1,0 +1,58 @@
+import jax
+import numpy as np
+import pytest
+
+from sana_jax.ops import depthwise_conv as depthwise_conv_op
+
+
+def _loop(x, kernel):
+  b, h, w, c = x.shape
+  kh, kw, _ = kernel.shape
+  out = np.zeros(x.shape)
+  for n, y, z, ch in np.ndindex(b, h, w, c):
+    for i in range(kh):
+      for j in range(kw):
+        row, column = y + i - kh // 2, z + j - kw // 2
+        if 0 <= row < h and 0 <= column < w:
+          out[n, y, z, ch] += kernel[i, j, ch] * x[n, row, column, ch]
+  return out
+
+
+@pytest.mark.parametrize("sides", [(3, 3), (5, 5), (1, 3)])
+def test_depthwise_conv_equals_the_written_out_loop(rng, sides):
+  x = rng.normal(size=(2, 4, 6, 3)).astype(np.float32)
+  kernel = rng.normal(size=(*sides, 3)).astype(np.float32)
+  out = depthwise_conv_op.depthwise_conv(x, kernel)
+  # float32 sums of at most 25 products.
+  np.testing.assert_allclose(out, _loop(x, kernel), rtol=1e-5, atol=1e-5)
+
+
+def test_depthwise_conv_never_mixes_channels(rng):
+  x = rng.normal(size=(1, 3, 3, 2)).astype(np.float32)
+  kernel = rng.normal(size=(3, 3, 2)).astype(np.float32)
+  changed = x.copy()
+  changed[..., 1] += 1
+  before, after = (
+    depthwise_conv_op.depthwise_conv(y, kernel) for y in (x, changed)
+  )
+  np.testing.assert_array_equal(before[..., 0], after[..., 0])
+  assert np.abs(before[..., 1] - after[..., 1]).max() > 0.1
+
+
+def test_depthwise_conv_has_forward_and_reverse_derivatives(rng):
+  x, dx, out = rng.normal(size=(3, 1, 4, 5, 2)).astype(np.float32)
+  kernel = rng.normal(size=(3, 3, 2)).astype(np.float32)
+  fn = lambda x: depthwise_conv_op.depthwise_conv(x, kernel)  # noqa: E731
+  forward = jax.jvp(fn, (x,), (dx,))[1]
+  (backward,) = jax.vjp(fn, x)[1](out)
+  # <out, J dx> = <J^T out, dx>, up to float32 rounding of 40 terms.
+  np.testing.assert_allclose(
+    np.sum(out * forward), np.sum(backward * dx), rtol=1e-4
+  )
+
+
+def test_depthwise_conv_refuses_an_even_kernel(rng):
+  x = rng.normal(size=(1, 4, 4, 2)).astype(np.float32)
+  kernel = rng.normal(size=(2, 3, 2)).astype(np.float32)
+  with pytest.raises(ValueError, match="must be odd"):
+    depthwise_conv_op.depthwise_conv(x, kernel)
