@@ -1,4 +1,4 @@
-"""Resolution bins: the shapes a checkpoint was trained at, and back from them."""
+"""Resolution bins: the shapes a checkpoint was trained at, and back again."""
 
 import functools
 import importlib.resources
@@ -11,6 +11,8 @@ from jaxtyping import Array, Float
 # Latent grid of a square image -> how often the 512-pixel table is doubled.
 _SCALES = {16: 1, 32: 2, 64: 4, 128: 8}
 SAMPLE_SIZES = tuple(_SCALES)
+# Pixels per latent of the checkpoints that were trained at these bins.
+COMPRESSION = 32
 
 
 @functools.cache

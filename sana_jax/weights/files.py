@@ -78,6 +78,15 @@ def read_json(path: epath.PathLike) -> dict[str, Any]:
   return value
 
 
+def variants(directory: epath.PathLike) -> set[str | None]:
+  """Lists the variants a component has weights in; None is the usual one.
+
+  Raises:
+    FileNotFoundError: there is no such directory.
+  """
+  return set(_entry_points(epath.Path(directory)))
+
+
 def weight_files(
   directory: epath.PathLike, *, variant: str | None = None
 ) -> list[epath.Path]:
@@ -93,11 +102,6 @@ def weight_files(
     ValueError: several variants and no choice, or an index naming paths.
   """
   directory = epath.Path(directory)
-  if not directory.is_dir():
-    raise FileNotFoundError(
-      f"{directory} does not exist; expected a directory with config.json and "
-      "safetensors weights."
-    )
   found = _entry_points(directory)
   if variant is None and None not in found and len(found) > 1:
     raise ValueError(
@@ -199,6 +203,11 @@ def write_json(path: epath.PathLike, value: Any) -> None:
 
 def _entry_points(directory: epath.Path) -> dict[str | None, epath.Path]:
   """Maps variants to the file, or index of files, that holds their weights."""
+  if not directory.is_dir():
+    raise FileNotFoundError(
+      f"{directory} does not exist; expected a directory with config.json and "
+      "safetensors weights."
+    )
   found: dict[str | None, epath.Path] = {}
   for pattern in (_INDEX_NAME, _FILE_NAME):  # a whole file beats an index
     for path in directory.iterdir():

@@ -144,7 +144,7 @@ def save(model: Any, rules: Sequence[Rule]) -> dict[str, np.ndarray]:
       tensors[name] = np.ascontiguousarray(part)
   for name, parts in pieces.items():
     ordered = [tensor for _, tensor in sorted(parts, key=lambda part: part[0])]
-    tensors[name] = np.concatenate(ordered)
+    tensors[name] = np.ascontiguousarray(np.concatenate(ordered))
   return tensors
 
 

@@ -132,13 +132,11 @@ class _Reader(pickle.Unpickler):
     self, storage, offset, shape, strides, requires_grad, hooks, metadata=None
   ) -> files.Tensor:
     shape, strides = tuple(shape), tuple(strides)
-    span = sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) + 1
-    count = math.prod(shape)
-    if (
-      min(shape + strides + (offset,)) < 0
-      or count > storage.length
-      or (count and offset + span > storage.length)
-    ):
+    if len(shape) != len(strides) or min((offset, *shape, *strides)) < 0:
+      raise pickle.UnpicklingError(f"impossible tensor of {storage.entry}")
+    last = sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
+    span, count = last + 1, math.prod(shape)
+    if count > storage.length or (count and offset + span > storage.length):
       raise pickle.UnpicklingError(f"a tensor exceeds its {storage.entry}")
     path = self._path
 
