@@ -1,5 +1,6 @@
 """Trains a small tokenizer in Gemma's format on one's own captions."""
 
+import collections
 import json
 import pathlib
 from collections.abc import Iterable
@@ -78,10 +79,16 @@ def _learn(
       pre_tokenizers.Digits(individual_digits=True),
     ]
   )
+  # A rare character is better spelt in bytes than given a token. The library
+  # would break ties between rare characters at random.
+  counts = collections.Counter(char for caption in captions for char in caption)
+  counts[_SPACE] += counts.pop(" ", 0)
+  common = sorted(counts, key=lambda char: (-counts[char], char))
+  common = common[: max(size // 2, 1)]
   trainer = trainers.BpeTrainer(
     vocab_size=size,
-    # A rare character is better spelt in bytes than given a token.
-    limit_alphabet=max(size // 4, 1),
+    initial_alphabet=common,
+    limit_alphabet=len(common),
     show_progress=False,
   )
   learner.train_from_iterator(captions, trainer)

@@ -82,7 +82,7 @@ class Attention(nnx.Module):
   def __call__(
     self,
     x: Float[Array, "b l d"],
-    mask: Bool[Array, "b l l"],
+    mask: Bool[Array, "#b l l"],
     cos: Float[Array, "l half"],
     sin: Float[Array, "l half"],
   ) -> Float[Array, "b l d"]:
@@ -158,7 +158,7 @@ class Gemma2Block(nnx.Module):
   def __call__(
     self,
     x: Float[Array, "b l d"],
-    mask: Bool[Array, "b l l"],
+    mask: Bool[Array, "#b l l"],
     cos: Float[Array, "l half"],
     sin: Float[Array, "l half"],
   ) -> Float[Array, "b l d"]:
