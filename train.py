@@ -3,6 +3,7 @@
 Running the same command again continues from the last checkpoint.
 """
 
+import logging as std_logging
 import sys
 
 import jax
@@ -29,11 +30,22 @@ _RECIPES = {
 }
 
 
+def _quiet_orbax() -> None:
+  """Keeps Orbax's many lines about every save out of the training log."""
+  handler = logging.get_absl_handler()
+  handler.addFilter(
+    lambda record: (
+      "orbax" not in record.pathname or record.levelno >= std_logging.WARNING
+    )
+  )
+
+
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"Unexpected arguments: {argv[1:]}.")
   if _CACHE.value:
     jax.config.update("jax_compilation_cache_dir", _CACHE.value)
+  _quiet_orbax()
   config = _CONFIG.value
   logging.info(
     "%s on %d %s device(s)",

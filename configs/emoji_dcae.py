@@ -13,14 +13,14 @@ def get_config() -> config_lib.AutoencoderConfig:
     decoder_block_types=blocks,
     encoder_block_out_channels=(32, 32, 64, 128, 128),
     decoder_block_out_channels=(32, 32, 64, 128, 128),
-    encoder_layers_per_block=(0, 1, 2, 2, 2),
-    decoder_layers_per_block=(0, 2, 2, 2, 2),
+    encoder_layers_per_block=(0, 1, 1, 2, 2),
+    decoder_layers_per_block=(0, 1, 2, 2, 2),
     encoder_qkv_multiscales=((), (), (), (5,), (5,)),
     decoder_qkv_multiscales=((), (), (), (5,), (5,)),
     scaling_factor=1.0,
   )
-  config.batch_size = 32
-  config.num_steps = 4000
+  config.batch_size = 16
+  config.num_steps = 2400
   config.optim.peak_lr = 1e-3
   config.optim.warmup_steps = 100
   config.optim.schedule = "cosine"

@@ -11,8 +11,7 @@ from sana_jax import config as config_lib
 from sana_jax.data import examples
 from sana_jax.models import dc_ae
 from sana_jax.training import loop
-from sana_jax.weights import dc_ae as dc_ae_weights
-from sana_jax.weights import files
+from sana_jax.weights import components
 
 _SHOWN = 16
 
@@ -49,10 +48,11 @@ def make_recipe(config: config_lib.AutoencoderConfig) -> loop.Recipe:
     decoded = reconstruct(params["autoencoder"], images)
     return side_by_side(images, np.asarray(decoded))
 
-  def export(params, directory: epath.Path) -> None:
+  def export(params, frozen, directory: epath.Path) -> None:
+    del frozen
     model = params["autoencoder"]
     factor = scaling_factor(model, config.data)
-    files.save_autoencoder(
+    components.save_autoencoder(
       directory / "vae", model, _with_scaling(config.model, factor)
     )
 

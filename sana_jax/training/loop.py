@@ -48,7 +48,7 @@ class Recipe(NamedTuple):
     loss_fn: (params, frozen, key, batch) -> (loss, scalars).
     dataset: an endless Grain dataset of unbatched examples (dicts of arrays).
     sample: (averaged params, frozen) -> uint8 picture to look at.
-    export: (averaged params, directory) -> None; the run's product.
+    export: (averaged params, frozen, directory) -> None; the run's product.
   """
 
   init: Callable[[jax.Array], dict[str, Any]]
@@ -57,7 +57,7 @@ class Recipe(NamedTuple):
   loss_fn: step_lib.LossFn
   dataset: grain.MapDataset
   sample: Callable[[Any, Any], np.ndarray]
-  export: Callable[[Any, epath.Path], None]
+  export: Callable[[Any, Any, epath.Path], None]
 
 
 def train(
@@ -96,7 +96,7 @@ def train(
     checkpointer.save(int(state.step), state)
     checkpointer.wait()
     if int(state.step) >= config.num_steps and jax.process_index() == 0:
-      recipe.export(state.ema, workdir / "export")
+      recipe.export(state.ema, frozen, workdir / "export")
       logging.info("exported the averaged model to %s", workdir / "export")
   finally:
     checkpointer.close()

@@ -1,12 +1,12 @@
 """The recipe that trains a SanaTransformer on latents of a fixed DCAE."""
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from etils import epath
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -18,57 +18,44 @@ from sana_jax.data import examples
 from sana_jax.diffusion import flow, schedules
 from sana_jax.models import dc_ae, gemma2, sana
 from sana_jax.training import loop
+from sana_jax.weights import components
 
 
 def make_recipe(config: config_lib.TextToImageConfig) -> loop.Recipe:
   """Loads what stays fixed, encodes the images once, and builds the rest."""
-  autoencoder, scaling = _load_autoencoder(config.autoencoder)
+  autoencoder, autoencoder_config = components.load_autoencoder(
+    config.autoencoder
+  )
   tokenizer = text_lib.Tokenizer.from_pretrained(config.tokenizer)
   _check_vocabulary(config, tokenizer)
-  logging.info("encoding the images of %s", config.data.split)
-  latents = encode_images(autoencoder, config.data) * scaling
-  instruction = (
-    text_lib.default_instruction()
-    if config.use_complex_human_instruction
-    else None
-  )
+  logging.info("encoding the %s images", config.data.split)
+  latents = encode_images(autoencoder, config.data)
+  generation = generation_config(config)
+  pipe = None
 
-  def tokenize(caption: str) -> dict[str, np.ndarray]:
-    ids, mask = text_lib.tokenize_prompts(
-      tokenizer,
-      [caption],
-      complex_human_instruction=instruction,
-      max_sequence_length=config.max_sequence_length,
-    )
-    return {"input_ids": ids[0], "attention_mask": mask[0]}
-
-  null_ids, null_mask = text_lib.tokenize_prompts(
-    tokenizer, [""], max_sequence_length=config.max_sequence_length
-  )
-  frozen = {"null_ids": null_ids, "null_mask": null_mask}
-  if not config.train_text_encoder:
-    frozen["text_encoder"] = _load_text_encoder(config)
-
-  def make_pipeline(params) -> pipeline_lib.SanaPipeline:
-    return pipeline_lib.SanaPipeline(
-      transformer=params["transformer"],
-      transformer_config=config.model,
-      text_encoder=params.get("text_encoder", frozen.get("text_encoder")),
-      text_encoder_config=config.text_encoder,
-      tokenizer=tokenizer,
-      autoencoder=autoencoder,
-      solver=schedules.FlowDPMSolver(flow_shift=config.flow.shift),
-    )
+  def updated_pipeline(params, frozen) -> pipeline_lib.SanaPipeline:
+    # One object for the whole run: it keeps its compiled programs.
+    nonlocal pipe
+    models = {"text_encoder": frozen.get("text_encoder"), **params}
+    if pipe is None:
+      pipe = pipeline_lib.SanaPipeline(
+        **models,
+        transformer_config=config.model,
+        text_encoder_config=config.text_encoder,
+        tokenizer=tokenizer,
+        tokenizer_directory=config.tokenizer,
+        autoencoder=autoencoder,
+        autoencoder_config=autoencoder_config,
+        solver=schedules.FlowDPMSolver(flow_shift=config.flow.shift),
+        generation_config=generation,
+      )
+    pipe.transformer = models["transformer"]
+    pipe.text_encoder = models["text_encoder"]
+    return pipe
 
   def sample(params, frozen):
-    del frozen
-    output = make_pipeline(params)(
-      list(config.sample_prompts),
-      num_inference_steps=config.sample_steps,
-      guidance_scale=config.sample_guidance_scale,
-      seed=0,
-    )
-    return images_lib.grid(output.images)
+    output = updated_pipeline(params, frozen)(config.sample_prompts, seed=0)
+    return images_lib.to_uint8(images_lib.grid(output.images))
 
   return loop.Recipe(
     init=lambda key: init_params(config, key),
@@ -76,15 +63,35 @@ def make_recipe(config: config_lib.TextToImageConfig) -> loop.Recipe:
       "transformer": sana.PARAM_AXES,
       "text_encoder": gemma2.PARAM_AXES,
     },
-    frozen=frozen,
-    loss_fn=lambda params, frozen, key, batch: flow_loss(
-      params, frozen, key, batch, config
-    ),
+    frozen=_frozen(config, tokenizer),
+    loss_fn=functools.partial(flow_loss, config=config),
     dataset=examples.caption_examples(
-      config.data, config.seed, latents, tokenize
+      config.data,
+      config.seed,
+      latents * np.float32(autoencoder_config.scaling_factor),
+      functools.partial(_tokenize, tokenizer, generation),
     ),
     sample=sample,
-    export=lambda params, path: make_pipeline(params).save_pretrained(path),
+    export=lambda params, frozen, path: updated_pipeline(
+      params, frozen
+    ).save_pretrained(path),
+  )
+
+
+def generation_config(
+  config: config_lib.TextToImageConfig,
+) -> pipeline_lib.GenerationConfig:
+  """What the trained model is sampled with, in training and once exported."""
+  return pipeline_lib.GenerationConfig(
+    num_inference_steps=config.sample_steps,
+    guidance_scale=config.sample_guidance_scale,
+    max_sequence_length=config.max_sequence_length,
+    complex_human_instruction=(
+      text_lib.default_instruction()
+      if config.use_complex_human_instruction
+      else None
+    ),
+    null_mask=config.flow.null_mask,
   )
 
 
@@ -184,6 +191,40 @@ def encode_images(
     images = [examples.to_unit_range(source[i]["image"]) for i in indices]
     latents.append(np.asarray(encode(np.stack(images)), np.float32))
   return np.concatenate(latents)[: len(source)]
+
+
+def _tokenize(
+  tokenizer: text_lib.Tokenizer,
+  generation: pipeline_lib.GenerationConfig,
+  caption: str,
+) -> dict[str, np.ndarray]:
+  input_ids, attention_mask = text_lib.tokenize_prompts(
+    tokenizer,
+    [caption],
+    complex_human_instruction=generation.complex_human_instruction,
+    max_sequence_length=generation.max_sequence_length,
+  )
+  return {"input_ids": input_ids[0], "attention_mask": attention_mask[0]}
+
+
+def _frozen(
+  config: config_lib.TextToImageConfig, tokenizer: text_lib.Tokenizer
+) -> dict[str, Any]:
+  """The empty caption, and the text encoder when it is not trained."""
+  null_ids, null_mask = text_lib.tokenize_prompts(
+    tokenizer, [""], max_sequence_length=config.max_sequence_length
+  )
+  frozen = {"null_ids": null_ids, "null_mask": null_mask}
+  if not config.train_text_encoder:
+    frozen["text_encoder"], found = components.load_text_encoder(
+      config.text_encoder_path, dtype=jnp.dtype(config.dtype)
+    )
+    if found != config.text_encoder:
+      raise ValueError(
+        f"{config.text_encoder_path} holds a text encoder with another "
+        f"config: {found}; text_encoder is {config.text_encoder}."
+      )
+  return frozen
 
 
 def _check_vocabulary(config, tokenizer) -> None:

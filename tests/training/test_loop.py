@@ -41,7 +41,7 @@ def make_recipe(exports=None):
     loss_fn=loss_fn,
     dataset=dataset,
     sample=lambda params, frozen: np.full((4, 6, 3), 200, np.uint8),
-    export=lambda params, path: (
+    export=lambda params, frozen, path: (
       exports.append(path) if exports is not None else None
     ),
   )
