@@ -4,30 +4,17 @@ A pyramid of stages, residual convolutions at high resolution and linear
 attention at low; every change of resolution has a parameter-free shortcut.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
 from sana_jax import config as config_lib
-from sana_jax.nn import layers, mix_ffn, stack, vision
-from sana_jax.ops import depthwise_conv as depthwise_conv_op
-from sana_jax.ops import linear_attention as linear_attention_op
+from sana_jax.nn import efficientvit, layers, stack, vision
 
-NORM_EPS = 1e-5
-_FFN_EXPANSION = 4
-_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-  "silu": jax.nn.silu,
-  "swish": jax.nn.silu,
-  "relu": jax.nn.relu,
-  "mish": jax.nn.mish,
-  "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-}
 _BLOCKS = ("ResBlock", "EfficientViTBlock")
-_NORMS = ("rms_norm", "batch_norm")
 
 
 class StageSpec(NamedTuple):
@@ -87,161 +74,12 @@ def _stages(columns: dict[str, Sequence], count: int) -> tuple[StageSpec, ...]:
   for stage in stages:
     for kind, value, known in (
       ("block type", stage.block, _BLOCKS),
-      ("norm type", stage.norm, _NORMS),
-      ("activation", stage.activation, tuple(_ACTIVATIONS)),
+      ("norm type", stage.norm, efficientvit.NORMS),
+      ("activation", stage.activation, tuple(efficientvit.ACTIVATIONS)),
     ):
       if value not in known:
         raise ValueError(f"{kind} must be one of {known}, got {value!r}.")
   return stages
-
-
-class ResBlock(nnx.Module):
-  """x + norm(conv2(activation(conv1(x)))), two 3x3 convolutions."""
-
-  def __init__(
-    self,
-    features: int,
-    *,
-    norm: str,
-    activation: str,
-    dtype: jnp.dtype = jnp.float32,
-    param_dtype: jnp.dtype = jnp.float32,
-    rngs: nnx.Rngs,
-  ):
-    common = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-    self.activation = _ACTIVATIONS[activation]
-    self.conv1 = layers.Conv(features, features, **common)
-    self.conv2 = layers.Conv(features, features, use_bias=False, **common)
-    self.norm = _norm(norm, features, param_dtype)
-
-  def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-    return x + self.norm(self.conv2(self.activation(self.conv1(x))))
-
-
-class ScaleBranch(nnx.Module):
-  """Aggregates queries, keys and values over a neighbourhood.
-
-  A depthwise convolution over space, then one small matrix per group of
-  head_dim channels.
-  """
-
-  def __init__(
-    self,
-    features: int,
-    *,
-    head_dim: int,
-    kernel_size: int,
-    dtype: jnp.dtype = jnp.float32,
-    param_dtype: jnp.dtype = jnp.float32,
-    rngs: nnx.Rngs,
-  ):
-    self.dtype = dtype
-    self.depth_kernel = nnx.Param(
-      layers.torch_default_init(kernel_size**2)(
-        rngs.params(), (kernel_size, kernel_size, features), param_dtype
-      )
-    )
-    self.point_kernel = nnx.Param(
-      layers.torch_default_init(head_dim)(
-        rngs.params(), (features // head_dim, head_dim, head_dim), param_dtype
-      )
-    )
-
-  def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-    point = self.point_kernel[...].astype(self.dtype)
-    y = depthwise_conv_op.depthwise_conv(
-      x, self.depth_kernel[...].astype(self.dtype)
-    )
-    groups = y.reshape(*y.shape[:3], *point.shape[:2])
-    return jnp.einsum("bhwgi,gio->bhwgo", groups, point).reshape(x.shape)
-
-
-class MultiScaleLinearAttention(nnx.Module):
-  """ReLU linear attention whose heads see tokens at several scales.
-
-  Each run of 3 * head_dim channels of [qkv, branch(qkv), ...] is the query, key
-  and value of one head. The first half of the heads hence reads plain tokens,
-  the others (one share per entry of `scales`) neighbourhoods of them.
-
-  Source: Cai et al., EfficientViT, arXiv:2205.14756, section 3.1.
-  """
-
-  def __init__(
-    self,
-    features: int,
-    *,
-    head_dim: int,
-    scales: Sequence[int],
-    norm: str,
-    dtype: jnp.dtype = jnp.float32,
-    param_dtype: jnp.dtype = jnp.float32,
-    rngs: nnx.Rngs,
-  ):
-    self.head_dim = head_dim
-    common = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-    inner = features // head_dim * head_dim
-    self.qkv = layers.Linear(
-      features,
-      3 * inner,
-      use_bias=False,
-      kernel_init=layers.torch_default_init(features),
-      **common,
-    )
-    self.branches = nnx.List(
-      [
-        ScaleBranch(3 * inner, head_dim=head_dim, kernel_size=k, **common)
-        for k in scales
-      ]
-    )
-    joined = inner * (1 + len(scales))
-    self.out = layers.Linear(
-      joined,
-      features,
-      use_bias=False,
-      kernel_init=layers.torch_default_init(joined),
-      **common,
-    )
-    self.norm = _norm(norm, features, param_dtype)
-
-  def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-    b, h, w, _ = x.shape
-    qkv = self.qkv(x)
-    qkv = jnp.concatenate(
-      [qkv, *(branch(qkv) for branch in self.branches)], axis=-1
-    )
-    heads = qkv.reshape(b, h * w, -1, 3 * self.head_dim)
-    y = linear_attention_op.relu_linear_attention(*jnp.split(heads, 3, axis=-1))
-    return self.norm(self.out(y.reshape(b, h, w, -1)))
-
-
-class EfficientViTBlock(nnx.Module):
-  """x + attention(x), then x + norm(ffn(x)).
-
-  Norms close the residual branches; there are none before them.
-  """
-
-  def __init__(
-    self,
-    features: int,
-    *,
-    head_dim: int,
-    scales: Sequence[int],
-    norm: str,
-    dtype: jnp.dtype = jnp.float32,
-    param_dtype: jnp.dtype = jnp.float32,
-    rngs: nnx.Rngs,
-  ):
-    common = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-    self.attention = MultiScaleLinearAttention(
-      features, head_dim=head_dim, scales=scales, norm=norm, **common
-    )
-    self.ffn = mix_ffn.MixFFN(features, _FFN_EXPANSION * features, **common)
-    # Whatever the stage's norm: published models have RMS norm here.
-    self.norm = _norm("rms_norm", features, param_dtype)
-
-  def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-    x = x + self.attention(x)
-    return x + self.norm(self.ffn(x))
 
 
 class EncoderStage(nnx.Module):
@@ -388,8 +226,8 @@ class Decoder(nnx.Module):
       ]
     )
     width = stages[0 if stages[0].depth else 1].width
-    self.norm_out = _norm("rms_norm", width, param_dtype)
-    self.out_activation = _ACTIVATIONS[out_activation]
+    self.norm_out = efficientvit.make_norm("rms_norm", width, param_dtype)
+    self.out_activation = efficientvit.ACTIVATIONS[out_activation]
     self.conv_out = (
       layers.Conv(width, out_channels, **common)
       if stages[0].depth
@@ -453,9 +291,10 @@ class DCAE(nnx.Module):
       ValueError: an unknown option, or widths that do not fit together.
     """
     config.validate()
-    if config.decoder_conv_act_fn not in _ACTIVATIONS:
+    known = tuple(efficientvit.ACTIVATIONS)
+    if config.decoder_conv_act_fn not in known:
       raise ValueError(
-        f"decoder_conv_act_fn must be one of {tuple(_ACTIVATIONS)}, "
+        f"decoder_conv_act_fn must be one of {known}, "
         f"got {config.decoder_conv_act_fn!r}."
       )
     common = {
@@ -523,7 +362,7 @@ def _blocks(
   if stage.block == "ResBlock":
     return nnx.List(
       [
-        ResBlock(
+        efficientvit.ResBlock(
           stage.width, norm=stage.norm, activation=stage.activation, **common
         )
         for _ in range(stage.depth)
@@ -531,7 +370,7 @@ def _blocks(
     )
   return nnx.List(
     [
-      EfficientViTBlock(
+      efficientvit.EfficientViTBlock(
         stage.width,
         head_dim=head_dim,
         scales=stage.scales,
@@ -550,16 +389,6 @@ def _run_blocks(
   for block in blocks:
     x = apply(block, x)
   return x
-
-
-def _norm(
-  kind: str, features: int, param_dtype: jnp.dtype
-) -> layers.RMSNorm | vision.BatchNorm:
-  if kind == "batch_norm":
-    return vision.BatchNorm(features, eps=NORM_EPS, param_dtype=param_dtype)
-  return layers.RMSNorm(
-    features, eps=NORM_EPS, use_bias=True, param_dtype=param_dtype
-  )
 
 
 def _check_shortcut(used: bool, name: str, width: int, latents: int) -> None:

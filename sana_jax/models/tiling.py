@@ -165,8 +165,9 @@ def _join(grid: _Grid, *, overlap: _Size, keep: _Size) -> Array:
 def _blend(before: Array, after: Array, extent: int, *, axis: int) -> Array:
   """Fades from the end of `before` to `after`: a (1 - k/E) + b k/E.
 
-  Published pipelines fade over the overlap even where `before` ends early, at
-  the border of the image: E is then the smaller of the sizes.
+  E is `extent`, or a whole tile that is smaller. A tile that the image's border
+  cuts overlaps its neighbour by less: published models fade over E all the
+  same, and so does this.
   """
   extent = min(before.shape[axis], after.shape[axis], extent)
   start = before.shape[axis] - extent
