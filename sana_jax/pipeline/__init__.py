@@ -1,0 +1,14 @@
+"""From prompts to pictures, with a checkpoint directory."""
+
+from sana_jax.pipeline.execution import Progress
+from sana_jax.pipeline.options import GenerationConfig
+from sana_jax.pipeline.stages import Condition
+from sana_jax.pipeline.text_to_image import SanaOutput, SanaPipeline
+
+__all__ = [
+  "Condition",
+  "GenerationConfig",
+  "Progress",
+  "SanaOutput",
+  "SanaPipeline",
+]

@@ -1,0 +1,118 @@
+"""Runs a pipeline's stages: compiled once per shape, batches over devices."""
+
+import contextlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from sana_jax import sharding
+
+_RULES = {"batch": "data"}
+
+
+class Progress(NamedTuple):
+  """One event: a phase begins (`seconds` is None) or has ended.
+
+  Attributes:
+    stage: "text encoder", "transformer" or "decoder".
+    phase: "compile" or "run".
+    seconds: how long it took.
+  """
+
+  stage: str
+  phase: str
+  seconds: float | None
+
+
+ProgressFn = Callable[[Progress], None]
+
+
+class Executor:
+  """Compiles functions of models and batches for a row of devices.
+
+  Every device holds the models whole and computes its share of the batch,
+  which is filled up to a multiple of the number of devices.
+  """
+
+  def __init__(self, devices: Sequence[jax.Device]):
+    self._mesh = sharding.make_mesh({"data": len(devices)}, devices)
+    self._compiled: dict[Any, Callable[..., Any]] = {}
+
+  def place(self, tree: Any) -> Any:
+    """Puts a copy on every device; costs nothing when it is there."""
+    return jax.device_put(tree, sharding.replicated(self._mesh))
+
+  def run(
+    self,
+    stage: str,
+    function: Callable[..., Any],
+    *,
+    shared: Mapping[str, Any],
+    batched: Mapping[str, Any],
+    static: Mapping[str, Any],
+    progress: ProgressFn | None = None,
+  ) -> Any:
+    """Returns function(**shared, **batched, **static).
+
+    Args:
+      stage: its name in progress events.
+      shared: pytrees every device needs: models, coefficients.
+      batched: pytrees whose leaves have the batch as their first axis, like
+        those of the result.
+      static: hashable settings.
+    """
+    size = jax.tree.leaves(batched)[0].shape[0]
+    args = self.place(dict(shared)), self._split(dict(batched), size)
+    key = (function, tuple(sorted(static.items())), _signature(args))
+    if key not in self._compiled:
+      with _timed(stage, "compile", progress):
+        self._compiled[key] = self._compile(function, static, args)
+    with _timed(stage, "run", progress):
+      result = jax.block_until_ready(self._compiled[key](*args))
+    return jax.tree.map(lambda leaf: leaf[:size], result)
+
+  def _compile(self, function, static, args) -> Callable[..., Any]:
+    def local(shared, batched):
+      return function(**shared, **batched, **static)
+
+    data = PartitionSpec("data")
+    mapped = jax.shard_map(
+      local,
+      mesh=self._mesh,
+      in_specs=(PartitionSpec(), data),
+      out_specs=data,
+      check_vma=False,
+    )
+    return jax.jit(mapped).lower(*args).compile()
+
+  def _split(self, batched: Any, size: int) -> Any:
+    missing = -size % self._mesh.size
+
+    def place(leaf):
+      if missing:
+        last = jnp.broadcast_to(leaf[-1:], (missing, *leaf.shape[1:]))
+        leaf = jnp.concatenate([leaf, last])
+      return jax.device_put(leaf, sharding.batch_sharding(self._mesh, _RULES))
+
+    return jax.tree.map(place, batched)
+
+
+def _signature(args: Any) -> Any:
+  leaves, structure = jax.tree.flatten(args)
+  shapes = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+  return structure, shapes, jax.config.jax_default_matmul_precision
+
+
+@contextlib.contextmanager
+def _timed(stage: str, phase: str, progress: ProgressFn | None):
+  if progress is None:
+    yield
+    return
+  progress(Progress(stage, phase, None))
+  start = time.monotonic()
+  yield
+  progress(Progress(stage, phase, time.monotonic() - start))
