@@ -63,6 +63,21 @@ def run_blocks(
   body = checkpointed(body, remat)
   if scan:
     return jax.lax.scan(body, x, (blocks, per_block))[0]
-  for i in range(jax.tree.leaves(blocks)[0].shape[0]):
-    x, _ = body(x, jax.tree.map(lambda leaf: leaf[i], (blocks, per_block)))  # noqa: B023
+  for sliced in _unstack((blocks, per_block)):
+    x, _ = body(x, sliced)
   return x
+
+
+def _unstack(stacked: Any) -> list[Any]:
+  """Splits every leaf along its leading axis.
+
+  By one `split` a leaf, whose derivative is one concatenation; indexing block
+  by block would add up as many full-size, mostly zero gradients.
+  """
+  leaves, structure = jax.tree.flatten(stacked)
+  depth = leaves[0].shape[0]
+  parts = [jax.lax.split(leaf, (1,) * depth) for leaf in leaves]
+  return [
+    structure.unflatten([part[i].reshape(part[i].shape[1:]) for part in parts])
+    for i in range(depth)
+  ]
