@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from sana_jax import config as config_lib
@@ -130,8 +131,8 @@ class Encoder(nnx.Module):
     downsample: str,
     out_shortcut: bool,
     remat: str,
-    dtype: jnp.dtype = jnp.float32,
-    param_dtype: jnp.dtype = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
+    param_dtype: DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
   ):
     self.remat = remat
@@ -200,8 +201,8 @@ class Decoder(nnx.Module):
     in_shortcut: bool,
     out_activation: str,
     remat: str,
-    dtype: jnp.dtype = jnp.float32,
-    param_dtype: jnp.dtype = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
+    param_dtype: DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
   ):
     self.remat = remat
@@ -276,8 +277,8 @@ class DCAE(nnx.Module):
     cls,
     config: config_lib.DCAEConfig,
     *,
-    dtype: jnp.dtype = jnp.float32,
-    param_dtype: jnp.dtype = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
+    param_dtype: DTypeLike = jnp.float32,
     remat: str = "none",
     rngs: nnx.Rngs,
   ) -> "DCAE":
@@ -354,8 +355,8 @@ def _blocks(
   stage: StageSpec,
   head_dim: int,
   *,
-  dtype: jnp.dtype,
-  param_dtype: jnp.dtype,
+  dtype: DTypeLike,
+  param_dtype: DTypeLike,
   rngs: nnx.Rngs,
 ) -> nnx.List:
   common = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}

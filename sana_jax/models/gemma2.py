@@ -11,6 +11,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from sana_jax import config as config_lib
@@ -66,8 +67,8 @@ class Attention(nnx.Module):
     head_dim: int,
     scale: float,
     softcap: float | None,
-    dtype: jnp.dtype,
-    param_dtype: jnp.dtype,
+    dtype: DTypeLike,
+    param_dtype: DTypeLike,
     rngs: nnx.Rngs,
   ):
     self.head_dim = head_dim
@@ -106,8 +107,8 @@ class GatedMLP(nnx.Module):
     width: int,
     hidden: int,
     *,
-    dtype: jnp.dtype,
-    param_dtype: jnp.dtype,
+    dtype: DTypeLike,
+    param_dtype: DTypeLike,
     rngs: nnx.Rngs,
   ):
     common = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
@@ -134,8 +135,8 @@ class Gemma2Block(nnx.Module):
     attention_scale: float,
     attention_softcap: float | None,
     norm_eps: float,
-    dtype: jnp.dtype = jnp.float32,
-    param_dtype: jnp.dtype = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
+    param_dtype: DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
   ):
     common = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
@@ -195,7 +196,7 @@ class Gemma2(nnx.Module):
     rope_theta: float,
     norm_eps: float,
     final_softcap: float | None,
-    param_dtype: jnp.dtype = jnp.float32,
+    param_dtype: DTypeLike = jnp.float32,
     scan: bool = True,
     remat: str = "none",
     rngs: nnx.Rngs,
@@ -217,8 +218,8 @@ class Gemma2(nnx.Module):
     cls,
     config: config_lib.Gemma2Config,
     *,
-    dtype: jnp.dtype = jnp.float32,
-    param_dtype: jnp.dtype = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
+    param_dtype: DTypeLike = jnp.float32,
     scan: bool = True,
     remat: str = "none",
     rngs: nnx.Rngs,
@@ -338,7 +339,7 @@ def _windows(config: config_lib.Gemma2Config) -> tuple[int | None, ...]:
   return tuple(windows[kind] for kind in kinds)
 
 
-def _norm(width: int, eps: float, param_dtype: jnp.dtype) -> layers.RMSNorm:
+def _norm(width: int, eps: float, param_dtype: DTypeLike) -> layers.RMSNorm:
   return layers.RMSNorm(
     width, eps=eps, zero_centered=True, param_dtype=param_dtype
   )
@@ -348,8 +349,8 @@ def _linear(
   in_features: int,
   out_features: int,
   *,
-  dtype: jnp.dtype,
-  param_dtype: jnp.dtype,
+  dtype: DTypeLike,
+  param_dtype: DTypeLike,
   rngs: nnx.Rngs,
 ) -> layers.Linear:
   return layers.Linear(

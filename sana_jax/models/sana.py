@@ -5,6 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Num
 
 from sana_jax import config as config_lib
@@ -43,8 +44,8 @@ class SanaBlock(nnx.Module):
     qk_norm: bool,
     norm_affine: bool,
     norm_eps: float,
-    dtype: jnp.dtype = jnp.float32,
-    param_dtype: jnp.dtype = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
+    param_dtype: DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
   ):
     common = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
@@ -104,8 +105,8 @@ class OutputHead(nnx.Module):
     features: int,
     out_features: int,
     *,
-    dtype: jnp.dtype = jnp.float32,
-    param_dtype: jnp.dtype = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
+    param_dtype: DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
   ):
     self.scale_shift_table = _scale_shift_table(2, features, param_dtype, rngs)
@@ -155,8 +156,8 @@ class SanaTransformer(nnx.Module):
     guidance_embeds: bool,
     make_block: Callable[[jax.Array], SanaBlock],
     num_layers: int,
-    dtype: jnp.dtype = jnp.float32,
-    param_dtype: jnp.dtype = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
+    param_dtype: DTypeLike = jnp.float32,
     scan: bool = True,
     remat: str = "none",
     rngs: nnx.Rngs,
@@ -201,8 +202,8 @@ class SanaTransformer(nnx.Module):
     cls,
     config: config_lib.SanaConfig,
     *,
-    dtype: jnp.dtype = jnp.float32,
-    param_dtype: jnp.dtype = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
+    param_dtype: DTypeLike = jnp.float32,
     scan: bool = True,
     remat: str = "none",
     rngs: nnx.Rngs,
@@ -334,7 +335,7 @@ def _check_shape(name: str, array: Array, expected: tuple[int | str, ...]):
 
 
 def _scale_shift_table(
-  rows: int, features: int, param_dtype: jnp.dtype, rngs: nnx.Rngs
+  rows: int, features: int, param_dtype: DTypeLike, rngs: nnx.Rngs
 ) -> nnx.Param:
   init = nnx.initializers.normal(features**-0.5)
   return nnx.Param(init(rngs.params(), (rows, features), param_dtype))

@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from sana_jax.nn import layers
@@ -26,8 +27,8 @@ class LinearSelfAttention(nnx.Module):
     head_dim: int,
     use_bias: bool,
     qk_norm: bool,
-    dtype: jnp.dtype = jnp.float32,
-    param_dtype: jnp.dtype = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
+    param_dtype: DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
   ):
     self.head_dim = head_dim
@@ -60,8 +61,8 @@ class CrossAttention(nnx.Module):
     *,
     head_dim: int,
     qk_norm: bool,
-    dtype: jnp.dtype = jnp.float32,
-    param_dtype: jnp.dtype = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
+    param_dtype: DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
   ):
     self.head_dim = head_dim
@@ -88,7 +89,7 @@ class CrossAttention(nnx.Module):
     return self.out(y.reshape(x.shape))
 
 
-def _qk_norm(features: int, param_dtype: jnp.dtype) -> layers.RMSNorm:
+def _qk_norm(features: int, param_dtype: DTypeLike) -> layers.RMSNorm:
   return layers.RMSNorm(features, eps=QK_NORM_EPS, param_dtype=param_dtype)
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from sana_jax.nn import layers, mix_ffn, vision
@@ -24,7 +25,7 @@ NORMS = ("rms_norm", "batch_norm")
 
 
 def make_norm(
-  kind: str, features: int, param_dtype: jnp.dtype
+  kind: str, features: int, param_dtype: DTypeLike
 ) -> layers.RMSNorm | vision.BatchNorm:
   """Builds one of `NORMS`, with scale and bias."""
   if kind == "batch_norm":
@@ -43,8 +44,8 @@ class ResBlock(nnx.Module):
     *,
     norm: str,
     activation: str,
-    dtype: jnp.dtype = jnp.float32,
-    param_dtype: jnp.dtype = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
+    param_dtype: DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
   ):
     common = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
@@ -70,8 +71,8 @@ class ScaleBranch(nnx.Module):
     *,
     head_dim: int,
     kernel_size: int,
-    dtype: jnp.dtype = jnp.float32,
-    param_dtype: jnp.dtype = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
+    param_dtype: DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
   ):
     self.dtype = dtype
@@ -112,8 +113,8 @@ class MultiScaleLinearAttention(nnx.Module):
     head_dim: int,
     scales: Sequence[int],
     norm: str,
-    dtype: jnp.dtype = jnp.float32,
-    param_dtype: jnp.dtype = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
+    param_dtype: DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
   ):
     self.head_dim = head_dim
@@ -166,8 +167,8 @@ class EfficientViTBlock(nnx.Module):
     head_dim: int,
     scales: Sequence[int],
     norm: str,
-    dtype: jnp.dtype = jnp.float32,
-    param_dtype: jnp.dtype = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
+    param_dtype: DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
   ):
     common = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}

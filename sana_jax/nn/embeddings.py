@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Num
 
 from sana_jax.nn import layers
@@ -96,8 +97,8 @@ class PatchEmbed(nnx.Module):
     patch_size: int,
     base_size: int,
     interpolation_scale: float | None,
-    dtype: jnp.dtype = jnp.float32,
-    param_dtype: jnp.dtype = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
+    param_dtype: DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
   ):
     self.patch_size = patch_size
@@ -136,7 +137,7 @@ class TimeEmbed(nnx.Module):
     features: int,
     *,
     kernel_inits: tuple[layers.Initializer, layers.Initializer],
-    param_dtype: jnp.dtype = jnp.float32,
+    param_dtype: DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
   ):
     first, second = kernel_inits
@@ -170,8 +171,8 @@ class CaptionEmbed(nnx.Module):
     in_features: int,
     features: int,
     *,
-    dtype: jnp.dtype = jnp.float32,
-    param_dtype: jnp.dtype = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
+    param_dtype: DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
   ):
     common = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 Initializer = Callable[..., Array]
@@ -37,8 +38,8 @@ class Linear(nnx.Module):
     out_features: int,
     *,
     use_bias: bool = True,
-    dtype: jnp.dtype = jnp.float32,
-    param_dtype: jnp.dtype = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
+    param_dtype: DTypeLike = jnp.float32,
     kernel_init: Initializer = XAVIER_UNIFORM,
     bias_init: Initializer = ZEROS,
     rngs: nnx.Rngs,
@@ -75,8 +76,8 @@ class Conv(nnx.Module):
     kernel_size: int = 3,
     stride: int = 1,
     use_bias: bool = True,
-    dtype: jnp.dtype = jnp.float32,
-    param_dtype: jnp.dtype = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
+    param_dtype: DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
   ):
     self.dtype = dtype
@@ -113,7 +114,7 @@ class LayerNorm(nnx.Module):
     *,
     eps: float = 1e-6,
     affine: bool = False,
-    param_dtype: jnp.dtype = jnp.float32,
+    param_dtype: DTypeLike = jnp.float32,
   ):
     self.eps = eps
     self.scale = (
@@ -149,7 +150,7 @@ class RMSNorm(nnx.Module):
     use_bias: bool = False,
     zero_centered: bool = False,
     scale_init: float = 1.0,
-    param_dtype: jnp.dtype = jnp.float32,
+    param_dtype: DTypeLike = jnp.float32,
   ):
     self.eps = eps
     self.zero_centered = zero_centered

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from sana_jax.nn import layers
@@ -57,7 +58,7 @@ class BatchNorm(nnx.Module):
   """
 
   def __init__(
-    self, features: int, *, eps: float, param_dtype: jnp.dtype = jnp.float32
+    self, features: int, *, eps: float, param_dtype: DTypeLike = jnp.float32
   ):
     self.eps = eps
     self.mean = nnx.Param(jnp.zeros((features,), param_dtype))
@@ -99,8 +100,8 @@ class Downsample(nnx.Module):
     *,
     method: str,
     shortcut: bool = True,
-    dtype: jnp.dtype = jnp.float32,
-    param_dtype: jnp.dtype = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
+    param_dtype: DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
   ):
     if method not in DOWNSAMPLE_METHODS:
@@ -160,8 +161,8 @@ class Upsample(nnx.Module):
     *,
     method: str,
     shortcut: bool = True,
-    dtype: jnp.dtype = jnp.float32,
-    param_dtype: jnp.dtype = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
+    param_dtype: DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
   ):
     if method not in UPSAMPLE_METHODS:
