@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Real
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key, Real
 
 from sana_jax import resolution, text
 from sana_jax.diffusion import guidance, samplers, trigflow
@@ -23,21 +23,21 @@ class Condition(NamedTuple):
   mask: Bool[Array, "b l"]
 
 
-def image_keys(seed: int, indices: Int[Array, "b"]) -> Array:
+def image_keys(seed: int, indices: Int[ArrayLike, "b"]) -> Key[Array, "b"]:
   """Gives every image its own key, whatever batch it is made in."""
   key = jax.random.key(seed)
   return jax.vmap(lambda index: jax.random.fold_in(key, index))(indices)
 
 
 def initial_latents(
-  keys: Array, shape: tuple[int, int, int]
+  keys: Key[Array, "b"], shape: tuple[int, int, int]
 ) -> Float[Array, "b h w c"]:
   """Draws standard normal latents, each image from its own key."""
   return _normal(keys, 0, shape)
 
 
 def step_noise(
-  keys: Array, num_steps: int, shape: tuple[int, int, int]
+  keys: Key[Array, "b"], num_steps: int, shape: tuple[int, int, int]
 ) -> Float[Array, "n b h w c"]:
   """Draws the noise that stochastic samplers add, each image from its key."""
   return jnp.stack(
@@ -81,7 +81,8 @@ def denoise(
   Args:
     null_condition: of the negative prompt; None: no classifier-free guidance.
     noise: for stochastic schedules.
-    trajectory: True returns a `samplers.Trajectory`, the batch axis first.
+    trajectory: True returns the parts of a `samplers.Trajectory`, the batch
+      axis first.
   """
 
   def velocity(x, sigma, timestep, text_condition):
@@ -182,7 +183,7 @@ def _sample(velocity_fn, latents, schedule, noise, trajectory: bool):
   steps = samplers.sample_trajectory(
     velocity_fn, latents, schedule, noise=noise
   )
-  return jax.tree.map(lambda a: a.swapaxes(0, 1), steps)
+  return tuple(part.swapaxes(0, 1) for part in steps)
 
 
 def _normal(keys: Array, index: int, shape) -> Float[Array, "b h w c"]:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 from etils import epath
-from jaxtyping import Array, Float
+from jaxtyping import Array, ArrayLike, Float
 
 from sana_jax import config as config_lib
 from sana_jax import images as images_lib
@@ -132,8 +132,8 @@ class SanaPipeline:
     seed: int = 0,
     num_images_per_prompt: int = 1,
     first_image_index: int = 0,
-    latents: Float[Array, "n h w c"] | None = None,
-    noise: Float[Array, "steps n h w c"] | None = None,
+    latents: Float[ArrayLike, "n h w c"] | None = None,
+    noise: Float[ArrayLike, "steps n h w c"] | None = None,
     sigmas: Sequence[float] | None = None,
     timesteps: Sequence[float] | None = None,
     progress: execution.ProgressFn | None = None,
@@ -280,13 +280,13 @@ class SanaPipeline:
 
   def denoise(
     self,
-    latents: Float[Array, "b h w c"],
+    latents: Float[ArrayLike, "b h w c"],
     schedule: schedules.Schedule,
     condition: stages.Condition,
     null_condition: stages.Condition | None = None,
     settings: options.GenerationConfig | None = None,
     *,
-    noise: Float[Array, "steps b h w c"] | None = None,
+    noise: Float[ArrayLike, "steps b h w c"] | None = None,
     trajectory: bool = False,
     progress: execution.ProgressFn | None = None,
   ) -> Float[Array, "b h w c"] | samplers.Trajectory:
@@ -323,7 +323,7 @@ class SanaPipeline:
 
     def run_trajectory() -> samplers.Trajectory:
       steps = run(static=static | {"trajectory": True})
-      steps = jax.tree.map(lambda a: a.swapaxes(0, 1), steps)
+      steps = samplers.Trajectory(*(part.swapaxes(0, 1) for part in steps))
       checks.check_steps_finite(steps.samples, schedule)
       return steps
 
@@ -337,7 +337,7 @@ class SanaPipeline:
 
   def decode(
     self,
-    latents: Float[Array, "b h w c"],
+    latents: Float[ArrayLike, "b h w c"],
     *,
     size: ImageSize | None = None,
     progress: execution.ProgressFn | None = None,

@@ -95,13 +95,7 @@ def load(
     ValueError: lists all missing, unexpected and misshapen tensors, and all
       parameters that no rule fills.
   """
-  leaves = dict(
-    zip(
-      tree.leaf_names(abstract_model),
-      jax.tree.leaves(abstract_model),
-      strict=True,
-    )
-  )
+  leaves = _leaves(abstract_model)
   problems = _check(leaves, rules, tensors, ignore)
   if problems:
     raise ValueError(
@@ -125,9 +119,7 @@ def save(model: Any, rules: Sequence[Rule]) -> dict[str, np.ndarray]:
     ValueError: lists the parameters that no rule covers, and the rules without
       a parameter.
   """
-  leaves = dict(
-    zip(tree.leaf_names(model), jax.tree.leaves(model), strict=True)
-  )
+  leaves = _leaves(model)
   problems = _check_coverage(leaves, rules)
   if problems:
     raise ValueError("The table does not fit the model: " + "; ".join(problems))
@@ -146,6 +138,18 @@ def save(model: Any, rules: Sequence[Rule]) -> dict[str, np.ndarray]:
     ordered = [tensor for _, tensor in sorted(parts, key=lambda part: part[0])]
     tensors[name] = np.ascontiguousarray(np.concatenate(ordered))
   return tensors
+
+
+def expected_shapes(
+  abstract_model: Any, rules: Sequence[Rule]
+) -> dict[str, tuple[int, ...]]:
+  """Lists the tensors a complete file has, and their shapes."""
+  return _expected_shapes(_leaves(abstract_model), rules)
+
+
+def _leaves(model: Any) -> dict[str, Any]:
+  names, leaves = tree.leaf_names(model), jax.tree.leaves(model)
+  return dict(zip(names, leaves, strict=True))
 
 
 def _fill(leaf, rules: Sequence[Rule], tensors: Mapping[str, Any], dtype):
