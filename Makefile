@@ -15,7 +15,7 @@ $(VENV)/.installed: setup.cfg pyproject.toml
 	touch $@
 
 demo: setup
-	$(BIN)/python sample.py --prompt_file=configs/demo_prompts.txt --grid --output_dir=outputs
+	$(BIN)/python sample.py --prompt_file=configs/emoji_prompts.txt --grid --output_dir=outputs --overwrite
 
 test: setup
 	$(BIN)/python -m pytest

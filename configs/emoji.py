@@ -33,14 +33,14 @@ def get_config() -> config_lib.TextToImageConfig:
     sliding_window=32,
   )
   config.train_text_encoder = True
-  config.max_sequence_length = 32
-  config.data.keyword_probability = 0.2
+  config.max_sequence_length = 24
+  config.data.keyword_probability = 0.1
   config.data.keywords_only_probability = 0.05
   # 512 numbers a picture need no shift towards noise.
   config.flow.shift = 1.0
   config.flow.null_mask = "own"
-  config.batch_size = 128
-  config.num_steps = 5000
+  config.batch_size = 64
+  config.num_steps = 5500
   config.optim.peak_lr = 1e-3
   config.optim.warmup_steps = 200
   config.optim.schedule = "cosine"
@@ -58,17 +58,17 @@ def get_config() -> config_lib.TextToImageConfig:
     "red apple",
     "grinning face",
     "dog face",
-    "flag: japan",
+    "flag: Japan",
     "woman firefighter: dark skin tone",
-    "four o'clock",
+    "snowman",
     "rocket",
-    "heart suit",
+    "red heart",
     "man farmer: light skin tone",
     "sunflower",
     "keycap: 7",
     "ghost",
     "bicycle",
-    "slice of pizza",
+    "pizza",
     "thumbs up: medium skin tone",
     "blue square",
   )

@@ -20,7 +20,7 @@ def get_config() -> config_lib.AutoencoderConfig:
     scaling_factor=1.0,
   )
   config.batch_size = 16
-  config.num_steps = 2400
+  config.num_steps = 1700
   config.optim.peak_lr = 1e-3
   config.optim.warmup_steps = 100
   config.optim.schedule = "cosine"
