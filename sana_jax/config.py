@@ -329,6 +329,16 @@ class OptimConfig(Config):
         value > 0 and math.isfinite(value),
         f"optim.{name} must be a positive number, got {value}.",
       )
+    for name in ("warmup_steps", "weight_decay"):
+      value = getattr(self, name)
+      _require(value >= 0, f"optim.{name} must not be negative, got {value}.")
+    for name in ("b1", "b2"):
+      value = getattr(self, name)
+      _require(0 <= value < 1, f"optim.{name} must be in [0, 1), got {value}.")
+    _require(
+      0 <= self.final_lr_ratio <= 1,
+      f"optim.final_lr_ratio must be in [0, 1], got {self.final_lr_ratio}.",
+    )
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -357,7 +367,8 @@ class TrainConfig(Config):
 
   Args:
     ema_decay: of the averaged parameters that are sampled and exported.
-    mesh: mesh axis name to size; one -1 takes the devices that are left.
+    mesh: sizes of the axes "data" (copies) and "fsdp" (shards of parameters);
+      one -1 takes the devices that are left.
     checkpoints_to_keep: older checkpoints are deleted.
     dtype: compute dtype; parameters and optimiser state stay float32.
     remat: "none", "full" or "dots" (see nn/stack.py).
@@ -382,9 +393,16 @@ class TrainConfig(Config):
   scan_layers: bool = True
 
   def validate(self) -> None:
-    for name in ("num_steps", "batch_size", "log_every", "checkpoint_every"):
+    for name in (
+      *("num_steps", "batch_size", "log_every", "sample_every"),
+      *("checkpoint_every", "checkpoints_to_keep"),
+    ):
       value = getattr(self, name)
       _require(value > 0, f"{name} must be positive, got {value}.")
+    _require(
+      set(self.mesh) == {"data", "fsdp"},
+      f"mesh must have the axes 'data' and 'fsdp', got {self.mesh}.",
+    )
     _require(
       self.remat in ("none", "full", "dots"),
       f"remat must be 'none', 'full' or 'dots', got {self.remat!r}.",
@@ -394,7 +412,8 @@ class TrainConfig(Config):
       f"dtype must be 'float32' or 'bfloat16', got {self.dtype!r}.",
     )
     _require(
-      0 <= self.ema_decay < 1, f"ema_decay must be in [0, 1): {self.ema_decay}."
+      0 <= self.ema_decay < 1,
+      f"ema_decay must be in [0, 1), got {self.ema_decay}.",
     )
 
 
@@ -439,6 +458,8 @@ class TextToImageConfig(TrainConfig):
       "text_encoder_path is None: give the pretrained text encoder's "
       "directory, or set train_text_encoder=True.",
     )
+    for name in ("autoencoder", "tokenizer", "sample_prompts"):
+      _require(bool(getattr(self, name)), f"{name} is empty: set it.")
 
 
 @dataclasses.dataclass(kw_only=True)

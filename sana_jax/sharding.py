@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from sana_jax import tree
@@ -93,6 +94,33 @@ def param_shardings(
     return NamedSharding(mesh, PartitionSpec(*fits))
 
   return tree.map_with_names(place, abstract)
+
+
+def place(arrays: Any, shardings: Any) -> Any:
+  """Puts arrays that every process holds, alike, where `shardings` says."""
+
+  def put(array: Any, target: NamedSharding) -> jax.Array:
+    whole = np.asarray(array)
+    return jax.make_array_from_callback(
+      whole.shape, target, lambda index: whole[index]
+    )
+
+  return jax.tree.map(put, arrays, shardings)
+
+
+def gather(arrays: Any) -> Any:
+  """Returns arrays of which this process holds the whole.
+
+  All processes must call it: what other processes hold is sent to each.
+  """
+  return jax.tree.map(
+    lambda array: (
+      array
+      if array.is_fully_addressable
+      else multihost_utils.process_allgather(array, tiled=True)
+    ),
+    arrays,
+  )
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

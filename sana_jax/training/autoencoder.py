@@ -59,7 +59,7 @@ def make_recipe(config: config_lib.AutoencoderConfig) -> loop.Recipe:
   return loop.Recipe(
     init=init,
     param_axes={"autoencoder": dc_ae.PARAM_AXES},
-    frozen=(),
+    frozen={},
     loss_fn=loss_fn,
     dataset=examples.image_examples(config.data, config.seed),
     sample=sample,
@@ -95,13 +95,14 @@ def scaling_factor(
 ) -> float:
   """Measures 1 / std(latents), so that scaled latents have unit variance."""
   source = examples.load_source(config)
-  encode = jax.jit(model.encode)
+  encode = jax.jit(dc_ae.DCAE.encode)
   indices = np.linspace(0, len(source) - 1, min(count, len(source)))
   batches = np.array_split(indices.astype(int), max(len(indices) // 32, 1))
   latents = [
     np.asarray(
       encode(
-        np.stack([examples.to_unit_range(source[i]["image"]) for i in batch])
+        model,
+        np.stack([examples.to_unit_range(source[i]["image"]) for i in batch]),
       )
     )
     for batch in batches

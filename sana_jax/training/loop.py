@@ -7,7 +7,6 @@ the step number is all a resumed run needs to know about its input.
 
 import json
 import math
-import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -20,20 +19,16 @@ from etils import epath
 
 from sana_jax import checkpoint, sharding
 from sana_jax import config as config_lib
-from sana_jax.training import metrics, optim
+from sana_jax.training import metrics, optim, preemption
 from sana_jax.training import step as step_lib
 
 # A run may be continued with other values of these; all else must stay.
 _MAY_CHANGE = frozenset(
   {
-    "num_steps",
-    "log_every",
-    "checkpoint_every",
-    "checkpoints_to_keep",
-    "sample_every",
-    "mesh",
-    "remat",
-    "scan_layers",
+    *("num_steps", "log_every", "checkpoint_every", "checkpoints_to_keep"),
+    *("sample_every", "sample_prompts", "sample_steps"),
+    *("sample_guidance_scale", "mesh.data", "mesh.fsdp", "remat"),
+    *("scan_layers", "data.num_threads"),
   }
 )
 
@@ -44,16 +39,18 @@ class Recipe(NamedTuple):
   Attributes:
     init: key -> {component name: module}.
     param_axes: {component name: sharding rows of that module}.
-    frozen: pytree of weights the loss needs but does not train.
+    frozen: {name: arrays} the loss needs but does not train; what has sharding
+      rows is sharded by them.
     loss_fn: (params, frozen, key, batch) -> (loss, scalars).
     dataset: an endless Grain dataset of unbatched examples (dicts of arrays).
-    sample: (averaged params, frozen) -> uint8 picture to look at.
+    sample: (averaged params, frozen) -> uint8 picture to look at; called, like
+      `export`, by one process, with arrays that this process holds whole.
     export: (averaged params, frozen, directory) -> None; the run's product.
   """
 
   init: Callable[[jax.Array], dict[str, Any]]
   param_axes: dict[str, sharding.ParamAxes]
-  frozen: Any
+  frozen: dict[str, Any]
   loss_fn: step_lib.LossFn
   dataset: grain.MapDataset
   sample: Callable[[Any, Any], np.ndarray]
@@ -80,24 +77,29 @@ def train(
     workdir, keep=config.checkpoints_to_keep
   )
   state, shardings = _restore_or_init(recipe, tx, key_init, mesh, checkpointer)
-  frozen = jax.device_put(recipe.frozen, sharding.replicated(mesh))
+  frozen = sharding.place(
+    recipe.frozen, frozen_shardings(recipe.frozen, recipe.param_axes, mesh)
+  )
   train_step = jax.jit(
     step_lib.make_train_step(recipe.loss_fn, tx, config.ema_decay),
     donate_argnums=0,
     out_shardings=(shardings, sharding.replicated(mesh)),
   )
-  writer = metrics.MetricWriter(workdir, enabled=jax.process_index() == 0)
+  writer = metrics.MetricWriter(
+    workdir, enabled=jax.process_index() == 0, first_step=int(state.step)
+  )
   try:
     state = _run(
       config,
       recipe,
       _Run(state, frozen, key_train, mesh, train_step, checkpointer, writer),
     )
-    checkpointer.save(int(state.step), state)
     checkpointer.wait()
-    if int(state.step) >= config.num_steps and jax.process_index() == 0:
-      recipe.export(state.ema, frozen, workdir / "export")
-      logging.info("exported the averaged model to %s", workdir / "export")
+    if int(state.step) >= config.num_steps:
+      whole = sharding.gather((state.ema, frozen))
+      if jax.process_index() == 0:
+        recipe.export(*whole, workdir / "export")
+        logging.info("exported the averaged model to %s", workdir / "export")
   finally:
     checkpointer.close()
     writer.close()
@@ -122,29 +124,43 @@ def _run(
   state, step = run.state, int(run.state.step)
   batches = global_batches(recipe.dataset, config, run.mesh, first_step=step)
   chrono = metrics.Chrono(step, config.num_steps, config.batch_size)
-  while step < config.num_steps:
-    batch = next(batches)
-    state, scalars = run.train_step(state, run.frozen, run.key, batch)
-    step += 1
-    if step % config.log_every == 0 or step == config.num_steps:
-      values = {name: float(value) for name, value in scalars.items()}
-      _check_finite(step, values)
-      values |= chrono.tick(step)
-      run.writer.scalars(step, values)
-      metrics.log_line(step, config.num_steps, values)
-    started = time.monotonic()
-    stop = run.checkpointer.reached_preemption(step)
-    if step % config.checkpoint_every == 0 or stop:
-      # A checkpoint of a broken state would overwrite the last good one.
-      _check_finite(step, {"loss": float(scalars["loss"])})
-      run.checkpointer.save(step, state)
-    if stop:
-      logging.warning("preempted: saved step %d, stopping", step)
-      break
-    if step % config.sample_every == 0 or step == config.num_steps:
-      run.writer.images(step, recipe.sample(state.ema, run.frozen))
-    chrono.pause(time.monotonic() - started)
+  with preemption.stop_request() as requested:
+    while step < config.num_steps:
+      batch = next(batches)
+      state, scalars = run.train_step(state, run.frozen, run.key, batch)
+      step += 1
+      last = step == config.num_steps
+      if last or step % config.log_every == 0:
+        _log(config, run, chrono, step, scalars)
+      stop = requested.is_set() or run.checkpointer.reached_preemption(step)
+      if stop or last or step % config.checkpoint_every == 0:
+        # A checkpoint of a broken state would replace the last good one.
+        _check_finite(step, scalars)
+        with chrono.paused():
+          run.checkpointer.save(step, state)
+      if stop:
+        logging.warning("asked to stop: saved step %d", step)
+        break
+      if last or step % config.sample_every == 0:
+        # Waits for the step, whose time is no pause.
+        _check_finite(step, scalars)
+        with chrono.paused():
+          _sample(recipe, run, state, step)
   return state
+
+
+def _log(config, run, chrono, step, scalars) -> None:
+  _check_finite(step, scalars)
+  values = {name: float(value) for name, value in scalars.items()}
+  values |= chrono.tick(step)
+  run.writer.scalars(step, values)
+  metrics.log_line(step, config.num_steps, values)
+
+
+def _sample(recipe, run, state, step) -> None:
+  whole = sharding.gather((state.ema, run.frozen))
+  if jax.process_index() == 0:
+    run.writer.images(step, recipe.sample(*whole))
 
 
 def _restore_or_init(recipe, tx, key, mesh, checkpointer):
@@ -194,6 +210,17 @@ def state_shardings(abstract, tx, param_axes, mesh):
   return step_lib.TrainState(replicated, params, params, opt_state)
 
 
+def frozen_shardings(frozen, param_axes, mesh):
+  """Shards frozen components like trained ones; what has no rows is whole."""
+  replicated = sharding.replicated(mesh)
+  return {
+    name: sharding.param_shardings(arrays, param_axes[name], mesh)
+    if name in param_axes
+    else jax.tree.map(lambda _: replicated, arrays)
+    for name, arrays in frozen.items()
+  }
+
+
 def global_batches(
   dataset: grain.MapDataset,
   config: config_lib.TrainConfig,
@@ -204,7 +231,7 @@ def global_batches(
   """Yields the batches of step `first_step`, `first_step` + 1, ...
 
   The global batch of a step holds examples step * batch_size onwards of
-  `dataset`, whatever the number of processes.
+  `dataset`, in order, whatever the number of processes.
 
   Raises:
     ValueError: the batch does not divide over the devices.
@@ -215,7 +242,7 @@ def global_batches(
       f"batch_size ({config.batch_size}) must be a multiple of the number of "
       f"devices ({mesh.size})."
     )
-  local = dataset[process::processes].batch(config.batch_size // processes)
+  local = dataset.batch(config.batch_size // processes)[process::processes]
   options = grain.ReadOptions(
     num_threads=config.data.num_threads, prefetch_buffer_size=8
   )
@@ -227,26 +254,53 @@ def global_batches(
 
 
 def claim_workdir(config: config_lib.TrainConfig, workdir: epath.Path) -> None:
-  """Writes config.json, or checks that the run there is this run."""
+  """Writes config.json, or checks that the run there is this run.
+
+  Raises:
+    ValueError: it is another; all differences are listed.
+  """
   path = workdir / "config.json"
-  ours = json.loads(config.to_json())
+  ours = _flatten(json.loads(config.to_json()))
   if path.exists():
-    theirs = json.loads(path.read_text())
-    differing = sorted(
-      name
-      for name in ours.keys() | theirs.keys()
+    theirs = _flatten(json.loads(path.read_text()))
+    differing = [
+      f"{name} ({theirs.get(name)} there, {ours.get(name)} here)"
+      for name in sorted(ours.keys() | theirs.keys())
       if name not in _MAY_CHANGE and ours.get(name) != theirs.get(name)
-    )
+    ]
     if differing:
       raise ValueError(
         f"{workdir} holds a run with another config; differing: "
         f"{', '.join(differing)}. Use another --workdir, or the same values."
       )
+    before = theirs["num_steps"]
+    if before != config.num_steps and config.optim.schedule == "cosine":
+      logging.warning(
+        "num_steps was %d, now %d: the learning rate jumps to the cosine that "
+        "ends there",
+        *(before, config.num_steps),
+      )
   if jax.process_index() == 0:
-    path.write_text(json.dumps(ours, indent=2))
+    # Renamed into place: neither another process nor a run that follows a
+    # killed one sees half a file.
+    partial = workdir / "config.json.partial"
+    partial.write_text(config.to_json())
+    partial.replace(path)
 
 
-def _check_finite(step: int, values: dict[str, float]) -> None:
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+  """Turns nested dicts into one with names such as "optim.peak_lr"."""
+  flat = {}
+  for name, value in values.items():
+    if isinstance(value, dict):
+      flat |= _flatten(value, f"{prefix}{name}.")
+    else:
+      flat[prefix + name] = value
+  return flat
+
+
+def _check_finite(step: int, scalars: dict[str, Any]) -> None:
+  values = {name: float(scalars[name]) for name in ("loss", "grad_norm")}
   bad = {name: v for name, v in values.items() if not math.isfinite(v)}
   if bad:
     raise FloatingPointError(

@@ -1,7 +1,9 @@
 """Numbers of a run: JSON lines, TensorBoard and one readable line."""
 
+import contextlib
 import json
 import time
+from collections.abc import Iterator
 
 import numpy as np
 import tensorboardX
@@ -11,17 +13,23 @@ from PIL import Image
 
 
 class MetricWriter:
-  """Writes scalars and image grids under a work directory (process 0 only)."""
+  """Writes scalars and image grids under a work directory (process 0 only).
 
-  def __init__(self, workdir: epath.Path, *, enabled: bool):
+  Args:
+    first_step: where the run goes on; what an earlier, killed process wrote
+      about later steps is dropped, for they are run again.
+  """
+
+  def __init__(self, workdir: epath.Path, *, enabled: bool, first_step: int):
     self._enabled = enabled
     if not enabled:
       return
     self._jsonl = workdir / "metrics.jsonl"
+    _drop_rows_after(self._jsonl, first_step)
     self._samples = workdir / "samples"
     self._samples.mkdir(parents=True, exist_ok=True)
     self._board = tensorboardX.SummaryWriter(
-      str(workdir / "tensorboard"), write_to_disk=True
+      str(workdir / "tensorboard"), purge_step=first_step + 1
     )
 
   def scalars(self, step: int, values: dict[str, float]) -> None:
@@ -57,9 +65,12 @@ class Chrono:
     self._started = False
     self._paused = 0.0
 
-  def pause(self, seconds: float) -> None:
-    """Excludes time spent on samples or saving from the speed."""
-    self._paused += seconds
+  @contextlib.contextmanager
+  def paused(self) -> Iterator[None]:
+    """Excludes what happens inside from the speed: saving, sampling."""
+    started = time.monotonic()
+    yield
+    self._paused += time.monotonic() - started
 
   def tick(self, step: int) -> dict[str, float]:
     """Returns images per second and seconds left since the last tick."""
@@ -94,6 +105,15 @@ def log_line(step: int, num_steps: int, values: dict[str, float]) -> None:
     shown,
     eta,
   )
+
+
+def _drop_rows_after(path: epath.Path, step: int) -> None:
+  if not path.exists():
+    return
+  # A killed process may have left half a row at the end.
+  rows = [row for row in path.read_text().splitlines(True) if row[-1] == "\n"]
+  kept = [row for row in rows if json.loads(row)["step"] <= step]
+  path.write_text("".join(kept))
 
 
 def _clock(seconds: float) -> str:

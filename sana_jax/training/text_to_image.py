@@ -181,7 +181,7 @@ def encode_images(
 ) -> Float[np.ndarray, "n h w c"]:
   """Encodes every image of the split once; the latents stay in memory."""
   source = examples.load_source(config)
-  encode = jax.jit(autoencoder.encode)
+  encode = jax.jit(dc_ae.DCAE.encode)
   latents = []
   for start in range(0, len(source), batch_size):
     # The last batch is filled up, so that one shape is compiled.
@@ -189,7 +189,9 @@ def encode_images(
       min(i, len(source) - 1) for i in range(start, start + batch_size)
     ]
     images = [examples.to_unit_range(source[i]["image"]) for i in indices]
-    latents.append(np.asarray(encode(np.stack(images)), np.float32))
+    latents.append(
+      np.asarray(encode(autoencoder, np.stack(images)), np.float32)
+    )
   return np.concatenate(latents)[: len(source)]
 
 

@@ -21,7 +21,7 @@ def make_recipe(exports=None):
 
   def loss_fn(params, frozen, key, batch):
     noise = 0.01 * jax.random.normal(key, batch["x"].shape)
-    error = params["line"](batch["x"] + noise) - frozen * batch["x"]
+    error = params["line"](batch["x"] + noise) - frozen["slope"] * batch["x"]
     return jnp.square(error).mean(), {"bias": params["line"].bias[...].sum()}
 
   def example(x, rng):
@@ -37,7 +37,7 @@ def make_recipe(exports=None):
   return loop.Recipe(
     init=lambda key: {"line": layers.Linear(8, 8, rngs=nnx.Rngs(key))},
     param_axes={"line": AXES},
-    frozen=np.float32(3.0),
+    frozen={"slope": np.float32(3.0)},
     loss_fn=loss_fn,
     dataset=dataset,
     sample=lambda params, frozen: np.full((4, 6, 3), 200, np.uint8),
@@ -127,7 +127,7 @@ def test_another_config_is_refused_by_name(tmp_path):
 
 def test_a_non_finite_loss_stops_and_keeps_the_checkpoint(tmp_path):
   recipe = make_recipe()
-  broken = recipe._replace(frozen=np.float32(np.nan))
+  broken = recipe._replace(frozen={"slope": np.float32(np.nan)})
   loop.train(make_config(num_steps=4), tmp_path, recipe)
   with pytest.raises(FloatingPointError, match="step 6: .*loss.*peak_lr"):
     loop.train(make_config(), tmp_path, broken)
