@@ -1,6 +1,7 @@
 """Trains what a config describes: train.py --config=configs/x.py --workdir=DIR.
 
-Running the same command again continues from the last checkpoint.
+Running the same command again continues from the last checkpoint. On SIGTERM a
+checkpoint is saved first.
 """
 
 import logging as std_logging
@@ -22,6 +23,12 @@ _WORKDIR = flags.DEFINE_string(
 _CACHE = flags.DEFINE_string(
   "compilation_cache", None, "Directory that keeps compiled programs."
 )
+_DISTRIBUTED = flags.DEFINE_bool(
+  "distributed",
+  False,
+  "Join the other processes of a TPU pod, Slurm job or Open MPI run; the "
+  "command is the same for all.",
+)
 flags.mark_flags_as_required(["config", "workdir"])
 
 _RECIPES = {
@@ -40,11 +47,34 @@ def _quiet_orbax() -> None:
   )
 
 
+def _parse_flags(argv: list[str]) -> list[str]:
+  """Parses the flags, and makes one line of what a config file gets wrong."""
+  try:
+    return app.parse_flags_with_usage(argv)
+  except (KeyError, AttributeError, OSError) as error:
+    # Of a KeyError, str() is the representation of its message.
+    text = error.args[0] if isinstance(error, KeyError) else str(error)
+    return sys.exit(f"train.py: --config: {' '.join(text.split())}")
+
+
+def _make_recipe(config: config_lib.Config) -> loop.Recipe:
+  if type(config) not in _RECIPES:
+    raise ValueError(
+      f"get_config() of --config must return one of "
+      f"{', '.join(cls.__name__ for cls in _RECIPES)}, got "
+      f"{type(config).__name__}."
+    )
+  config.freeze()
+  return _RECIPES[type(config)](config)
+
+
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"Unexpected arguments: {argv[1:]}.")
   if _CACHE.value:
     jax.config.update("jax_compilation_cache_dir", _CACHE.value)
+  if _DISTRIBUTED.value:
+    jax.distributed.initialize()
   _quiet_orbax()
   config = _CONFIG.value
   logging.info(
@@ -54,13 +84,12 @@ def main(argv: list[str]) -> None:
     jax.default_backend(),
   )
   try:
-    config.freeze()
-    recipe = _RECIPES[type(config)](config)
-    loop.train(config, _WORKDIR.value, recipe)
+    loop.train(config, _WORKDIR.value, _make_recipe(config))
   except (ValueError, FileNotFoundError, FloatingPointError) as error:
     logging.error("%s", error)
+    logging.debug("raised here (--verbosity=1 shows it)", exc_info=True)
     sys.exit(1)
 
 
 if __name__ == "__main__":
-  app.run(main)
+  app.run(main, flags_parser=_parse_flags)
