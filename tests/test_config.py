@@ -1,0 +1,147 @@
+"""Configs: typos are errors, values are checked, dicts become configs."""
+
+import json
+
+import pytest
+
+from sana_jax import config as config_lib
+
+TRAIN = config_lib.TrainConfig
+PRESETS = (
+  config_lib.sana_600m,
+  config_lib.sana_1600m,
+  config_lib.sana_1600m_2k,
+  config_lib.sana_1600m_4k,
+  config_lib.sana15_1600m,
+  config_lib.sana15_4800m,
+  config_lib.sana_sprint_600m,
+  config_lib.sana_sprint_1600m,
+  config_lib.dc_ae_lite,
+  config_lib.DCAEConfig,
+  config_lib.Gemma2Config,
+)
+
+
+def text_to_image(**changes) -> config_lib.TextToImageConfig:
+  values = {
+    "autoencoder": "vae",
+    "tokenizer": "tokenizer",
+    "text_encoder_path": "text_encoder",
+    "sample_prompts": ("a cat",),
+  }
+  return config_lib.TextToImageConfig(**values | changes)
+
+
+def test_a_misspelled_field_is_an_error_that_lists_the_fields():
+  config = TRAIN()
+  with pytest.raises(
+    AttributeError, match="TrainConfig has no field 'batchsize'.*batch_size"
+  ):
+    config.batchsize = 8
+  with pytest.raises(AttributeError, match="OptimConfig has no field 'lr'"):
+    config.optim.lr = 1e-3
+
+
+def test_a_frozen_config_cannot_be_changed_anywhere():
+  config = TRAIN()
+  config.freeze()
+  with pytest.raises(AttributeError, match="TrainConfig.seed.*frozen"):
+    config.seed = 1
+  with pytest.raises(AttributeError, match="OptimConfig.peak_lr.*frozen"):
+    config.optim.peak_lr = 1.0
+  config.freeze()  # freezing twice is no error
+
+
+def test_configs_do_not_share_their_parts():
+  one, other = TRAIN(), TRAIN()
+  one.optim.peak_lr = 5.0
+  one.mesh["data"] = 2
+  assert other.optim.peak_lr != 5.0
+  assert other.mesh["data"] == -1
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_are_valid_and_survive_json(preset):
+  config = preset()
+  config.freeze()
+  values = json.loads(config.to_json())
+  assert config_lib.from_dict(type(config), values, strict=True) == config
+
+
+def test_from_dict_ignores_unknown_keys_unless_strict():
+  values = {"num_layers": 3, "_class_name": "SanaTransformer2DModel"}
+  config = config_lib.from_dict(config_lib.SanaConfig, values)
+  assert config.num_layers == 3
+  assert config.attention_head_dim == 32
+  with pytest.raises(ValueError, match=r"SanaConfig has no fields \['_class"):
+    config_lib.from_dict(config_lib.SanaConfig, values, strict=True)
+
+
+def test_lists_become_tuples_at_every_depth():
+  config = config_lib.from_dict(
+    config_lib.DCAEConfig, {"encoder_qkv_multiscales": [[], [5, 3]]}
+  )
+  assert config.encoder_qkv_multiscales == ((), (5, 3))
+
+
+def test_a_complete_training_config_is_valid():
+  TRAIN().freeze()
+  text_to_image().freeze()
+  config_lib.AutoencoderConfig().freeze()
+
+
+@pytest.mark.parametrize(
+  ("config", "message"),
+  [
+    (
+      config_lib.SanaConfig(num_cross_attention_heads=19),
+      r"\(2128\).*must equal the width.*\(2240\)",
+    ),
+    (
+      config_lib.SanaConfig(cross_attention_dim=1152),
+      r"cross_attention_dim \(1152\) must equal the width \(2240\)",
+    ),
+    (config_lib.SanaConfig(qk_norm="layer"), "model.qk_norm .*got 'layer'"),
+    (
+      config_lib.Gemma2Config(num_key_value_heads=3),
+      r"num_attention_heads \(8\) must be a multiple .*\(3\)",
+    ),
+    (config_lib.FlowConfig(shift=0.0), "flow.shift must be > 0, got 0.0"),
+    (
+      config_lib.FlowConfig(caption_dropout=1.5),
+      r"flow.caption_dropout must be in \[0, 1\], got 1.5",
+    ),
+    (config_lib.FlowConfig(null_mask="none"), "flow.null_mask .*got 'none'"),
+    (config_lib.OptimConfig(schedule="linear"), "optim.schedule.*'linear'"),
+    (config_lib.OptimConfig(peak_lr=0.0), "optim.peak_lr .*positive.*0.0"),
+    (
+      config_lib.OptimConfig(clip_norm=float("inf")),
+      "optim.clip_norm must be a positive number, got inf",
+    ),
+    (config_lib.OptimConfig(warmup_steps=-1), "optim.warmup_steps .*-1"),
+    (config_lib.OptimConfig(weight_decay=-0.1), "optim.weight_decay .*-0.1"),
+    (config_lib.OptimConfig(b2=1.0), r"optim.b2 must be in \[0, 1\), got 1.0"),
+    (config_lib.OptimConfig(final_lr_ratio=2.0), "final_lr_ratio .*got 2.0"),
+    (TRAIN(num_steps=0), "num_steps must be positive, got 0"),
+    (TRAIN(sample_every=0), "sample_every must be positive, got 0"),
+    (TRAIN(mesh={"data": 8}), "mesh must have the axes .*{'data': 8}"),
+    (TRAIN(remat="some"), "remat must be .*got 'some'"),
+    (TRAIN(dtype="float16"), "dtype must be .*got 'float16'"),
+    (TRAIN(ema_decay=1.0), r"ema_decay must be in \[0, 1\), got 1.0"),
+    (
+      TRAIN(optim=config_lib.OptimConfig(eps=0.0)),
+      "optim.eps must be a positive number",
+    ),
+    (
+      text_to_image(text_encoder=config_lib.Gemma2Config(hidden_size=64)),
+      r"caption_channels \(2304\) must equal text_encoder.hidden_size \(64\)",
+    ),
+    (text_to_image(text_encoder_path=None), "set train_text_encoder=True"),
+    (text_to_image(autoencoder=""), "autoencoder is empty"),
+    (text_to_image(tokenizer=""), "tokenizer is empty"),
+    (text_to_image(sample_prompts=()), "sample_prompts is empty"),
+  ],
+)
+def test_values_that_cannot_be_are_named(config, message):
+  with pytest.raises(ValueError, match=message):
+    config.freeze()
