@@ -40,7 +40,7 @@ def get_config() -> config_lib.TextToImageConfig:
   config.flow.shift = 1.0
   config.flow.null_mask = "own"
   config.batch_size = 64
-  config.num_steps = 5500
+  config.num_steps = 4600
   config.optim.peak_lr = 1e-3
   config.optim.warmup_steps = 200
   config.optim.schedule = "cosine"
