@@ -6,7 +6,6 @@ files carry everything needed to make them again.
 
 import hashlib
 import importlib.metadata
-import importlib.resources
 import json
 import re
 import sys
@@ -54,7 +53,6 @@ _OUTPUT_DIR = flags.DEFINE_string("output_dir", "outputs", "For PNG files.")
 _GRID = flags.DEFINE_boolean("grid", False, "Write grid.png of all images too.")
 _OVERWRITE = flags.DEFINE_boolean("overwrite", False, "Replace old files.")
 
-_BUNDLED = "assets/emoji_model"
 _SLUG_LENGTH = 60
 _HASH_CHUNK = 1 << 24
 
@@ -139,14 +137,9 @@ def plan_files(prompts: Sequence[str]) -> list[epath.Path]:
 
 def checkpoint_path() -> epath.Path:
   """Returns --checkpoint, or the model that comes with the package."""
-  if _CHECKPOINT.value is not None:
-    return epath.Path(_CHECKPOINT.value)
-  bundled = epath.Path(importlib.resources.files("sana_jax") / _BUNDLED)
-  if not bundled.is_dir():
-    raise FileNotFoundError(
-      f"This installation has no bundled model ({bundled}); give --checkpoint."
-    )
-  return bundled
+  if _CHECKPOINT.value is None:
+    return pipeline_lib.bundled_checkpoint()
+  return epath.Path(_CHECKPOINT.value)
 
 
 def square_tiles(side: int) -> tiling.Tiling:

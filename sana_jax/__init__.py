@@ -1,4 +1,5 @@
-"""SANA text-to-image models in JAX.
+"""SANA text-to-image models in JAX."""
 
-Importing this loads nothing; `from sana_jax import pipeline` and so on do.
-"""
+from sana_jax.pipeline import SanaOutput, SanaPipeline, bundled_checkpoint
+
+__all__ = ["SanaOutput", "SanaPipeline", "bundled_checkpoint"]

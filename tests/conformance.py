@@ -61,7 +61,7 @@ def run_case(case_dir: pathlib.Path) -> Arrays:
   runner = _RUNNERS[case["case"].partition("/")[0]]
   with jax.default_matmul_precision("highest"):
     outputs = runner(case, inputs, case_dir)
-  return {k: np.ascontiguousarray(v) for k, v in outputs.items()}
+  return {k: np.asarray(v, order="C") for k, v in outputs.items()}
 
 
 def main(argv: list[str]) -> int:

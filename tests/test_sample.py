@@ -11,6 +11,7 @@ from absl import flags
 from absl.testing import flagsaver
 
 import sample
+from sana_jax.pipeline import files as pipeline_files
 from tests import tiny
 
 
@@ -141,7 +142,7 @@ def test_mistakes_end_in_one_line(run, capsys, values, message):
 def test_without_a_bundled_model_a_checkpoint_is_asked_for(
   run, capsys, monkeypatch
 ):
-  monkeypatch.setattr(sample, "_BUNDLED", "assets/absent")
+  monkeypatch.setattr(pipeline_files, "_BUNDLED", "absent")
   message = failure(run, capsys, prompt=["a"], checkpoint=None)
   assert "no bundled model" in message
 

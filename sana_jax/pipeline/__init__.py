@@ -1,6 +1,7 @@
 """From prompts to pictures, with a checkpoint directory."""
 
 from sana_jax.pipeline.execution import Progress
+from sana_jax.pipeline.files import bundled_checkpoint
 from sana_jax.pipeline.options import GenerationConfig
 from sana_jax.pipeline.stages import Condition
 from sana_jax.pipeline.text_to_image import SanaOutput, SanaPipeline
@@ -11,4 +12,5 @@ __all__ = [
   "Progress",
   "SanaOutput",
   "SanaPipeline",
+  "bundled_checkpoint",
 ]

@@ -1,5 +1,6 @@
 """Checkpoint directories: model_index.json and one directory per component."""
 
+import importlib.resources
 from typing import TYPE_CHECKING, Any
 
 from etils import epath
@@ -21,9 +22,25 @@ _CLASSES = {
   "text_encoder": ["transformers", "Gemma2Model"],
   "tokenizer": ["transformers", "GemmaTokenizerFast"],
 }
+_BUNDLED = "emoji_model"
 _INDEX = "model_index.json"
 _GENERATION_CONFIG = "generation_config.json"
 _SCHEDULER = "scheduler/scheduler_config.json"
+
+
+def bundled_checkpoint() -> epath.Path:
+  """Returns the directory of the emoji model that comes with the package.
+
+  Raises:
+    FileNotFoundError: this installation was made without it.
+  """
+  path = epath.Path(importlib.resources.files("sana_jax.assets") / _BUNDLED)
+  if not (path / _INDEX).is_file():
+    raise FileNotFoundError(
+      f"This installation has no bundled model ({path}); give the directory "
+      "of a checkpoint."
+    )
+  return path
 
 
 def load(
