@@ -22,7 +22,9 @@ def to_pil(images: Float[np.ndarray, "b h w 3"]) -> list[PIL.Image.Image]:
 
 
 def grid(
-  images: Sequence[Float[np.ndarray, "h w 3"]], *, columns: int | None = None
+  images: Float[np.ndarray, "n h w 3"] | Sequence[Float[np.ndarray, "h w 3"]],
+  *,
+  columns: int | None = None,
 ) -> Float[np.ndarray, "rows cols 3"]:
   """Lays images of one size out row by row, empty places white.
 

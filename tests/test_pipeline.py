@@ -11,7 +11,7 @@ import pytest
 
 from sana_jax import pipeline as pipeline_lib
 from sana_jax.diffusion import schedules
-from sana_jax.pipeline import stages
+from sana_jax.pipeline import checks, stages
 from tests import tiny
 
 PROMPTS = ["a red apple", "a green cat", "a table", "a cat on a red table"]
@@ -105,7 +105,9 @@ def test_the_parts_together_are_the_whole(flow):
   latents = flow.denoise(
     noise, flow.make_schedule(settings), condition, null, settings
   )
-  whole = flow(PROMPTS[:2], negative_prompt="blurry", guidance_scale=3, seed=5)
+  whole = flow(
+    PROMPTS[:2], negative_prompt="blurry", guidance_scale=3.0, seed=5
+  )
   np.testing.assert_allclose(latents, whole.latents, **TOLERANCE)
   np.testing.assert_allclose(flow.decode(latents), whole.images, **TOLERANCE)
 
@@ -149,7 +151,7 @@ def test_given_noise_replaces_the_seed(sprint):
 
 
 def test_guidance_and_the_negative_prompt_matter(flow):
-  plain = flow("a cat", guidance_scale=1).latents
+  plain = flow("a cat", guidance_scale=1.0).latents
   guided = flow("a cat").latents
   negative = flow("a cat", negative_prompt="a red apple").latents
   masked = flow("a cat", null_mask="caption").latents
@@ -241,6 +243,7 @@ def test_settings_come_from_the_checkpoint_or_its_kind(broken):
   assert load(broken).generation_config == pipeline_lib.GenerationConfig()
 
 
+@pytest.mark.slow
 def test_bfloat16_gives_nearly_the_same_image(saved, flow):
   pipe = pipeline_lib.SanaPipeline.from_pretrained(
     saved, dtype=jnp.bfloat16, devices=jax.devices()[:1]
@@ -282,7 +285,6 @@ def test_progress_tells_compiling_from_running(tokenizer):
     ({"prompt": ""}, "prompt 0 is empty"),
     ({"prompt": []}, "empty list"),
     ({"prompt": ["a cat", "  "]}, "prompt 1 is empty"),
-    ({"prompt": ["a cat", 3]}, "prompt 1 is 3; expected a string"),
     ({"num_inference_steps": 0}, "num_inference_steps must be at least 1"),
     ({"max_sequence_length": 0}, "max_sequence_length must be at least 1"),
     ({"guidance_scale": float("nan")}, "guidance_scale must be a finite"),
@@ -326,6 +328,11 @@ def test_wrong_arguments_are_named(flow, arguments, message):
 def test_wrong_arguments_of_sprint_are_named(sprint, arguments, message):
   with pytest.raises(ValueError, match=message):
     sprint("a cat", **arguments)
+
+
+def test_prompts_must_be_strings():
+  with pytest.raises(ValueError, match="prompt 1 is 3; expected a string"):
+    checks.prompt_list(["a cat", 3])
 
 
 def test_unknown_options_are_named(flow):

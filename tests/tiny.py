@@ -60,7 +60,7 @@ def text_encoder_config(vocab_size: int) -> config_lib.Gemma2Config:
     num_attention_heads=2,
     num_key_value_heads=1,
     head_dim=8,
-    query_pre_attn_scalar=8,
+    query_pre_attn_scalar=8.0,
     sliding_window=6,
   )
 

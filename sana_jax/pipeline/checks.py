@@ -46,7 +46,7 @@ def check_components(
     raise ValueError("The components do not fit: " + "; ".join(problems) + ".")
 
 
-def prompt_list(prompt: str | Sequence[str]) -> list[str]:
+def prompt_list(prompt: Any) -> list[str]:
   """Returns the prompts; raises ValueError if there are none or empty ones."""
   prompts = [prompt] if isinstance(prompt, str) else list(prompt)
   if not prompts:
@@ -136,7 +136,7 @@ def check_finite(stage: str, array: Float[Array, "..."]) -> None:
 
 
 def check_steps_finite(
-  samples: Float[Array, "n+1 b h w c"], schedule: schedules.Schedule
+  samples: Float[Array, "states b h w c"], schedule: schedules.Schedule
 ) -> None:
   """Raises FloatingPointError naming the first broken step."""
   finite = np.asarray(jnp.isfinite(samples).all(axis=(1, 2, 3, 4)))

@@ -71,7 +71,7 @@ def load(
       directory, variant=variant if has_variant else None, dtype=dtype
     )
   return loaded | {
-    "tokenizer": text.Tokenizer.from_pretrained(path / "tokenizer"),
+    "tokenizer": text.Tokenizer.from_pretrained(str(path / "tokenizer")),
     "tokenizer_directory": path / "tokenizer",
     "solver": scheduler_config.from_config(
       weight_files.read_json(path / _SCHEDULER)

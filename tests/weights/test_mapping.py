@@ -98,7 +98,8 @@ def test_the_loaded_model_computes(tensors, rng):
   x = rng.normal(size=(5, 4)).astype(np.float32)
   expected = x @ tensors["both.weight"][:2].T
   # float32 rounding of a sum of four products.
-  np.testing.assert_allclose(model.part(x), expected, rtol=1e-5, atol=1e-6)
+  found = model.part(jnp.asarray(x))
+  np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_saving_returns_what_was_loaded(tensors):
