@@ -23,12 +23,20 @@ Arrays = dict[str, np.ndarray]
 def text_case(
   case: dict[str, Any], inputs: Arrays, case_dir: pathlib.Path
 ) -> Arrays:
-  """Returns the outputs of a case under the reference's names."""
+  """Returns the outputs of a case under the reference's names.
+
+  Args:
+    case: the contents of case.json.
+    inputs: the `in.` tensors, with their prefix.
+    case_dir: where the model and its tokenizer are.
+  """
   with jax.default_matmul_precision("highest"), warnings.catch_warnings():
     warnings.filterwarnings("ignore", "A prompt has")
     if "runs" in case:
-      return _encode_prompt_case(case, case_dir)
-    return _gemma2_case(case, inputs, case_dir)
+      outputs = _encode_prompt_case(case, case_dir)
+    else:
+      outputs = _gemma2_case(case, inputs, case_dir)
+  return {f"out.{name}": value for name, value in outputs.items()}
 
 
 def load_text_encoder(directory: pathlib.Path) -> gemma2.Gemma2:
@@ -68,7 +76,7 @@ def _gemma2_case(
     states = model.hidden_states(jnp.asarray(ids), jnp.asarray(mask))
     for i, state in enumerate(states):
       out[f"right.hidden_states.{i}"] = np.asarray(state)
-  ids = jnp.asarray(inputs["nomask.input_ids"], jnp.int32)
+  ids = jnp.asarray(inputs["in.nomask.input_ids"], jnp.int32)
   out["nomask.last_hidden_state"] = np.asarray(run(model, ids))
   if (case_dir / "causal_lm").is_dir():
     causal_lm = load_text_encoder(case_dir / "causal_lm")
