@@ -43,7 +43,7 @@ def get_config() -> config_lib.TextToImageConfig:
   config.flow.caption_dropout = 0.05
   config.flow.null_mask = "own"
   config.batch_size = 32
-  config.num_steps = 8000
+  config.num_steps = 6400
   config.optim.peak_lr = 1.5e-3
   config.optim.warmup_steps = 200
   config.optim.schedule = "cosine"
