@@ -86,8 +86,8 @@ def _stages(columns: dict[str, Sequence], count: int) -> tuple[StageSpec, ...]:
 class EncoderStage(nnx.Module):
   """Blocks, then a step down unless `down` is None."""
 
-  def __init__(self, blocks: nnx.List, down: vision.Downsample | None):
-    self.blocks = blocks
+  def __init__(self, blocks: list[nnx.Module], down: vision.Downsample | None):
+    self.blocks = nnx.List(blocks)
     self.down = down
 
   def __call__(
@@ -100,8 +100,8 @@ class EncoderStage(nnx.Module):
 class DecoderStage(nnx.Module):
   """A step up unless `up` is None, then blocks."""
 
-  def __init__(self, blocks: nnx.List, up: vision.Upsample | None):
-    self.blocks = blocks
+  def __init__(self, blocks: list[nnx.Module], up: vision.Upsample | None):
+    self.blocks = nnx.List(blocks)
     self.up = up
 
   def __call__(
@@ -329,7 +329,7 @@ class DCAE(nnx.Module):
     )
 
   def encode(
-    self, images: Float[Array, "b h w 3"]
+    self, images: Float[Array, "b h w rgb"]
   ) -> Float[Array, "b h2 w2 c"]:
     """Encodes images, without the scaling factor.
 
@@ -346,7 +346,7 @@ class DCAE(nnx.Module):
 
   def decode(
     self, latents: Float[Array, "b h w c"]
-  ) -> Float[Array, "b h2 w2 3"]:
+  ) -> Float[Array, "b h2 w2 rgb"]:
     """Decodes latents (divided by the scaling factor); values are unbounded."""
     return self.decoder(latents)
 
@@ -358,33 +358,29 @@ def _blocks(
   dtype: DTypeLike,
   param_dtype: DTypeLike,
   rngs: nnx.Rngs,
-) -> nnx.List:
+) -> list[nnx.Module]:
   common = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
   if stage.block == "ResBlock":
-    return nnx.List(
-      [
-        efficientvit.ResBlock(
-          stage.width, norm=stage.norm, activation=stage.activation, **common
-        )
-        for _ in range(stage.depth)
-      ]
-    )
-  return nnx.List(
-    [
-      efficientvit.EfficientViTBlock(
-        stage.width,
-        head_dim=head_dim,
-        scales=stage.scales,
-        norm=stage.norm,
-        **common,
+    return [
+      efficientvit.ResBlock(
+        stage.width, norm=stage.norm, activation=stage.activation, **common
       )
       for _ in range(stage.depth)
     ]
-  )
+  return [
+    efficientvit.EfficientViTBlock(
+      stage.width,
+      head_dim=head_dim,
+      scales=stage.scales,
+      norm=stage.norm,
+      **common,
+    )
+    for _ in range(stage.depth)
+  ]
 
 
 def _run_blocks(
-  blocks: nnx.List, x: Float[Array, "b h w c"], remat: str
+  blocks: Sequence[nnx.Module], x: Float[Array, "b h w c"], remat: str
 ) -> Float[Array, "b h w c"]:
   apply = stack.checkpointed(lambda block, x: block(x), remat)
   for block in blocks:

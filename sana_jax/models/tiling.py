@@ -51,7 +51,7 @@ class Tiling:
 
 
 def encode(
-  autoencoder: dc_ae.DCAE, images: Float[Array, "b h w 3"], tiling: Tiling
+  autoencoder: dc_ae.DCAE, images: Float[Array, "b h w rgb"], tiling: Tiling
 ) -> Float[Array, "b h2 w2 c"]:
   """Encodes images, in tiles where they are larger than one.
 
@@ -76,7 +76,7 @@ def encode(
 
 def decode(
   autoencoder: dc_ae.DCAE, latents: Float[Array, "b h w c"], tiling: Tiling
-) -> Float[Array, "b h2 w2 3"]:
+) -> Float[Array, "b h2 w2 rgb"]:
   """Decodes latents, in tiles where the images are larger than one.
 
   To be called under `jax.jit`, where it compiles one decoder per shape of tile.

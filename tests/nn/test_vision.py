@@ -8,7 +8,7 @@ from sana_jax.nn import vision
 
 
 def _random(rng, *shape):
-  return rng.normal(size=shape).astype(np.float32)
+  return jnp.asarray(rng.normal(size=shape), jnp.float32)
 
 
 def _silenced(module):
@@ -33,7 +33,7 @@ def test_pixel_shuffle_undoes_pixel_unshuffle(rng):
 
 def test_nearest_upsample_repeats_pixels(rng):
   x = _random(rng, 2, 3, 5, 2)
-  expected = x.repeat(2, axis=1).repeat(2, axis=2)
+  expected = np.asarray(x).repeat(2, axis=1).repeat(2, axis=2)
   np.testing.assert_array_equal(vision.nearest_upsample(x), expected)
 
 
@@ -103,7 +103,7 @@ def test_batch_norm_uses_its_stored_statistics_and_does_not_train_them(rng):
     np.asarray(leaf[...])
     for leaf in (norm.mean, norm.var, norm.scale, norm.bias)
   )
-  expected = (x - mean) / np.sqrt(var + 1e-5) * scale + bias
+  expected = (np.asarray(x) - mean) / np.sqrt(var + 1e-5) * scale + bias
   np.testing.assert_allclose(norm(x), expected, rtol=1e-5, atol=1e-5)
   gradient = jax.grad(lambda norm: jnp.square(norm(x)).sum())(norm)
   assert not np.any(gradient.mean[...])
