@@ -8,7 +8,9 @@ os.environ["XLA_FLAGS"] = (
   os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
 
+import beartype  # noqa: E402
 import jax  # noqa: E402
+import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -18,6 +20,10 @@ jax.config.update(
 )
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
+# What --jaxtyping-packages in setup.cfg checks all signatures with; an int will
+# do for a float (PEP 484).
+typecheck = beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))
+
 
 @pytest.fixture
 def rng():
@@ -25,3 +31,11 @@ def rng():
   import numpy as np  # noqa: PLC0415
 
   return np.random.default_rng(0)
+
+
+@pytest.fixture
+def unchecked():
+  """Turns type checks off, for tests of what the code itself refuses."""
+  jaxtyping.config.update("jaxtyping_disable", True)
+  yield
+  jaxtyping.config.update("jaxtyping_disable", False)

@@ -106,6 +106,7 @@ def test_a_long_text_loses_its_end_and_says_so(tokenizer):
     (["a cat"], 4, "top", "padding_side must be 'right' or 'left', got 'top'"),
   ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_what_cannot_be_encoded_is_an_error(
   tokenizer, texts, length, side, message
 ):

@@ -1,6 +1,7 @@
 """A complete pipeline with random weights, small enough for a test."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -76,7 +77,8 @@ def random_model(build, seed: int):
   def draw(name, leaf):
     values = rng.normal(size=leaf.shape).astype(np.float32)
     # Variances must be positive, and deep products must stay in range.
-    return np.abs(values) + 0.5 if "var" in name else 0.3 * values
+    values = np.abs(values) + 0.5 if "var" in name else 0.3 * values
+    return jnp.asarray(values)
 
   return tree.map_with_names(draw, jax.eval_shape(build))
 

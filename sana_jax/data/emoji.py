@@ -11,7 +11,7 @@ import io
 import operator
 import os
 import pathlib
-from typing import TypedDict
+from typing import SupportsIndex, TypedDict
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -71,7 +71,7 @@ class EmojiSource:
   def __len__(self) -> int:
     return len(self._source)
 
-  def __getitem__(self, index: int) -> Record:
+  def __getitem__(self, index: SupportsIndex) -> Record:
     index = operator.index(index)
     if not -len(self) <= index < len(self):
       raise IndexError(f"index {index} is outside {len(self)} emoji")

@@ -5,7 +5,7 @@ every epoch and captions are drawn by position, so a step's batch never depends
 on how the run got there.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import grain
@@ -88,7 +88,7 @@ class _Zipped:
   """Records with their latents; records are decoded once and kept."""
 
   def __init__(
-    self, records: Sequence[emoji.Record], latents: Float[np.ndarray, "n h w c"]
+    self, records: emoji.EmojiSource, latents: Float[np.ndarray, "n h w c"]
   ):
     self._records = [records[i] for i in range(len(records))]
     self._latents = latents

@@ -277,12 +277,14 @@ def test_every_parameter_has_a_sharding_row_and_depthwise_kernels_stay_whole():
     ("guidance", (2,), "does not take guidance"),
   ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_a_misfit_input_is_named(rng, name, shape, message):
   inputs = _inputs(rng) | {name: jnp.ones(shape)}
   with pytest.raises(ValueError, match=message):
     _model()(**inputs)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_guidance_is_required_where_the_model_embeds_it(rng):
   model = _model({"guidance_embeds": True})
   with pytest.raises(ValueError, match="needs guidance"):

@@ -27,15 +27,15 @@ def test_self_attention_normalises_the_full_width_before_the_heads(rng):
     8, head_dim=4, use_bias=True, qk_norm=True, rngs=nnx.Rngs(0)
   )
   module = _randomise(module, rng)
-  x = rng.normal(size=(2, 5, 8)).astype(np.float32)
-  qkv = x @ np.asarray(module.qkv.kernel[...]) + np.asarray(
+  x = jnp.asarray(rng.normal(size=(2, 5, 8)), jnp.float32)
+  qkv = np.asarray(x) @ np.asarray(module.qkv.kernel[...]) + np.asarray(
     module.qkv.bias[...]
   )
   q, k, v = np.split(qkv, 3, axis=-1)
   q = _rms(q, np.asarray(module.norm_q.scale[...]))
   k = _rms(k, np.asarray(module.norm_k.scale[...]))
   y = linear_attention_op.relu_linear_attention(
-    *(_heads(z, 4) for z in (q, k, v))
+    *(_heads(jnp.asarray(z), 4) for z in (q, k, v))
   )
   expected = module.out(y.reshape(x.shape))
   np.testing.assert_allclose(module(x), expected, rtol=1e-4, atol=1e-4)
@@ -45,7 +45,7 @@ def test_self_attention_is_equivariant_to_the_order_of_patches(rng):
   module = attention.LinearSelfAttention(
     8, head_dim=4, use_bias=False, qk_norm=False, rngs=nnx.Rngs(0)
   )
-  x = rng.normal(size=(1, 6, 8)).astype(np.float32)
+  x = jnp.asarray(rng.normal(size=(1, 6, 8)), jnp.float32)
   order = rng.permutation(6)
   # Another order of summation.
   np.testing.assert_allclose(
@@ -58,12 +58,14 @@ def test_cross_attention_splits_keys_and_values_and_norms_keys(rng):
     8, head_dim=4, qk_norm=True, rngs=nnx.Rngs(0)
   )
   module = _randomise(module, rng)
-  x = rng.normal(size=(2, 5, 8)).astype(np.float32)
-  text = rng.normal(size=(2, 3, 8)).astype(np.float32)
+  x = jnp.asarray(rng.normal(size=(2, 5, 8)), jnp.float32)
+  text = jnp.asarray(rng.normal(size=(2, 3, 8)), jnp.float32)
   k, v = np.split(np.asarray(module.kv(text)), 2, axis=-1)
   q = _rms(np.asarray(module.q(x)), np.asarray(module.norm_q.scale[...]))
   k = _rms(k, np.asarray(module.norm_k.scale[...]))
-  y = attention_op.softmax_attention(*(_heads(z, 4) for z in (q, k, v)))
+  y = attention_op.softmax_attention(
+    *(_heads(jnp.asarray(z), 4) for z in (q, k, v))
+  )
   expected = module.out(y.reshape(x.shape))
   np.testing.assert_allclose(
     module(x, text, None), expected, rtol=1e-4, atol=1e-4
@@ -74,8 +76,8 @@ def test_masked_text_changes_nothing(rng):
   module = attention.CrossAttention(
     8, head_dim=4, qk_norm=False, rngs=nnx.Rngs(0)
   )
-  x = rng.normal(size=(1, 5, 8)).astype(np.float32)
-  text = rng.normal(size=(1, 4, 8)).astype(np.float32)
-  mask = np.array([[True, False, True, False]])
-  other = np.where(mask[..., None], text, 1e3).astype(np.float32)
+  x = jnp.asarray(rng.normal(size=(1, 5, 8)), jnp.float32)
+  text = jnp.asarray(rng.normal(size=(1, 4, 8)), jnp.float32)
+  mask = jnp.array([[True, False, True, False]])
+  other = jnp.where(mask[..., None], text, 1e3)
   np.testing.assert_array_equal(module(x, text, mask), module(x, other, mask))

@@ -13,7 +13,9 @@ def test_linear_multiplies_the_last_axis_and_adds_the_bias(rng):
   )
   x = rng.normal(size=(2, 4, 5)).astype(np.float32)
   expected = x @ np.asarray(layer.kernel[...]) + np.asarray(layer.bias[...])
-  np.testing.assert_allclose(layer(x), expected, rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(
+    layer(jnp.asarray(x)), expected, rtol=1e-5, atol=1e-5
+  )
 
 
 def test_linear_without_bias_has_one_parameter():
@@ -25,7 +27,7 @@ def test_layers_compute_in_dtype_and_keep_parameters_in_param_dtype(rng):
   x = jnp.asarray(rng.normal(size=(1, 4, 4, 3)), jnp.float32)
   for make in (layers.Linear, layers.Conv):
     layer = make(3, 2, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
-    assert layer(x).dtype == jnp.bfloat16
+    assert layer(jnp.asarray(x)).dtype == jnp.bfloat16
     assert {leaf.dtype for leaf in jax.tree.leaves(layer)} == {jnp.dtype("f4")}
 
 
@@ -42,7 +44,9 @@ def test_conv_pads_both_sides_even_when_strided(rng, size, stride):
       0, y * stride : y * stride + size, z * stride : z * stride + size
     ]
     expected[0, y, z] += np.einsum("ijc,ijco->o", window, kernel)
-  np.testing.assert_allclose(layer(x), expected, rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(
+    layer(jnp.asarray(x)), expected, rtol=1e-4, atol=1e-5
+  )
 
 
 def test_layer_norm_centres_and_scales(rng):
@@ -51,11 +55,13 @@ def test_layer_norm_centres_and_scales(rng):
     x.var(-1, keepdims=True) + 0.5
   )
   norm = layers.LayerNorm(16, eps=0.5)
-  np.testing.assert_allclose(norm(x), expected, rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(
+    norm(jnp.asarray(x)), expected, rtol=1e-4, atol=1e-5
+  )
   affine = layers.LayerNorm(16, eps=0.5, affine=True)
   affine.scale[...], affine.bias[...] = rng.normal(size=(2, 16))
   np.testing.assert_allclose(
-    affine(x),
+    affine(jnp.asarray(x)),
     expected * np.asarray(affine.scale[...]) + np.asarray(affine.bias[...]),
     rtol=1e-4,
     atol=1e-5,
@@ -68,7 +74,9 @@ def test_rms_norm_divides_by_the_root_mean_square(rng):
   norm.scale[...], norm.bias[...] = rng.normal(size=(2, 16))
   expected = x / np.sqrt((x**2).mean(-1, keepdims=True) + 0.5)
   expected = expected * np.asarray(norm.scale[...]) + np.asarray(norm.bias[...])
-  np.testing.assert_allclose(norm(x), expected, rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(
+    norm(jnp.asarray(x)), expected, rtol=1e-4, atol=1e-5
+  )
 
 
 def test_a_zero_centred_rms_norm_stores_the_scale_minus_one(rng):
@@ -76,7 +84,9 @@ def test_a_zero_centred_rms_norm_stores_the_scale_minus_one(rng):
   plain = layers.RMSNorm(16, eps=1e-6, scale_init=1.5)
   centred = layers.RMSNorm(16, eps=1e-6, scale_init=1.5, zero_centered=True)
   np.testing.assert_array_equal(centred.scale[...], 0.5)
-  np.testing.assert_allclose(centred(x), plain(x), rtol=1e-6)
+  np.testing.assert_allclose(
+    centred(jnp.asarray(x)), plain(jnp.asarray(x)), rtol=1e-6
+  )
 
 
 def test_norms_of_bfloat16_keep_their_statistics_in_float32(rng):

@@ -16,8 +16,9 @@ def test_mix_ffn_gates_its_first_half_with_the_second(rng):
   ffn = jax.tree.map(
     lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype), ffn
   )
-  x = rng.normal(size=(2, 3, 5, 4)).astype(np.float32)
+  x = jnp.asarray(rng.normal(size=(2, 3, 5, 4)), jnp.float32)
   y = _silu(np.asarray(ffn.inverted(x)))
+  y = jnp.asarray(y)
   y = np.asarray(depthwise_conv_op.depthwise_conv(y, ffn.depth_kernel[...]))
   y = y + np.asarray(ffn.depth_bias[...])
   expected = (y[..., :6] * _silu(y[..., 6:])) @ np.asarray(
@@ -29,9 +30,8 @@ def test_mix_ffn_gates_its_first_half_with_the_second(rng):
 
 def test_mix_ffn_sees_three_by_three_patches(rng):
   ffn = mix_ffn.MixFFN(4, 6, rngs=nnx.Rngs(0))
-  x = rng.normal(size=(1, 5, 5, 4)).astype(np.float32)
-  moved = x.copy()
-  moved[0, 2, 2] += 1
+  x = jnp.asarray(rng.normal(size=(1, 5, 5, 4)), jnp.float32)
+  moved = x.at[0, 2, 2].add(1)
   changed = np.abs(ffn(x) - ffn(moved)).max(axis=(0, 3)) > 0
   expected = np.zeros((5, 5), bool)
   expected[1:4, 1:4] = True
@@ -40,5 +40,5 @@ def test_mix_ffn_sees_three_by_three_patches(rng):
 
 def test_mix_ffn_computes_in_its_dtype(rng):
   ffn = mix_ffn.MixFFN(4, 6, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
-  x = rng.normal(size=(1, 3, 3, 4)).astype(np.float32)
+  x = jnp.asarray(rng.normal(size=(1, 3, 3, 4)), jnp.float32)
   assert ffn(x).dtype == jnp.bfloat16

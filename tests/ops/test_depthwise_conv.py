@@ -1,8 +1,13 @@
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from sana_jax.ops import depthwise_conv as depthwise_conv_op
+
+
+def _conv(x, kernel):
+  return depthwise_conv_op.depthwise_conv(jnp.asarray(x), jnp.asarray(kernel))
 
 
 def _loop(x, kernel):
@@ -22,7 +27,7 @@ def _loop(x, kernel):
 def test_depthwise_conv_equals_the_written_out_loop(rng, sides):
   x = rng.normal(size=(2, 4, 6, 3)).astype(np.float32)
   kernel = rng.normal(size=(*sides, 3)).astype(np.float32)
-  out = depthwise_conv_op.depthwise_conv(x, kernel)
+  out = _conv(x, kernel)
   # float32 sums of at most 25 products.
   np.testing.assert_allclose(out, _loop(x, kernel), rtol=1e-5, atol=1e-5)
 
@@ -32,9 +37,7 @@ def test_depthwise_conv_never_mixes_channels(rng):
   kernel = rng.normal(size=(3, 3, 2)).astype(np.float32)
   changed = x.copy()
   changed[..., 1] += 1
-  before, after = (
-    depthwise_conv_op.depthwise_conv(y, kernel) for y in (x, changed)
-  )
+  before, after = (_conv(y, kernel) for y in (x, changed))
   np.testing.assert_array_equal(before[..., 0], after[..., 0])
   assert np.abs(before[..., 1] - after[..., 1]).max() > 0.1
 
@@ -42,7 +45,7 @@ def test_depthwise_conv_never_mixes_channels(rng):
 def test_depthwise_conv_has_forward_and_reverse_derivatives(rng):
   x, dx, out = rng.normal(size=(3, 1, 4, 5, 2)).astype(np.float32)
   kernel = rng.normal(size=(3, 3, 2)).astype(np.float32)
-  fn = lambda x: depthwise_conv_op.depthwise_conv(x, kernel)  # noqa: E731
+  fn = lambda x: _conv(x, kernel)  # noqa: E731
   forward = jax.jvp(fn, (x,), (dx,))[1]
   (backward,) = jax.vjp(fn, x)[1](out)
   # <out, J dx> = <J^T out, dx>, up to float32 rounding of 40 terms.
@@ -55,4 +58,4 @@ def test_depthwise_conv_refuses_an_even_kernel(rng):
   x = rng.normal(size=(1, 4, 4, 2)).astype(np.float32)
   kernel = rng.normal(size=(2, 3, 2)).astype(np.float32)
   with pytest.raises(ValueError, match="must be odd"):
-    depthwise_conv_op.depthwise_conv(x, kernel)
+    _conv(x, kernel)
