@@ -112,7 +112,7 @@ def scaling_factor(
 
 def side_by_side(
   images: Float[np.ndarray, "n h w 3"], decoded: Float[np.ndarray, "n h w 3"]
-) -> UInt8[np.ndarray, "h w 3"]:
+) -> UInt8[np.ndarray, "rows columns 3"]:
   """Stacks a row of originals on a row of reconstructions."""
   rows = [np.concatenate(list(row), axis=1) for row in (images, decoded)]
   grid = np.concatenate(rows, axis=0)

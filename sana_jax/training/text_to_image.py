@@ -222,9 +222,15 @@ def _frozen(
       config.text_encoder_path, dtype=jnp.dtype(config.dtype)
     )
     if found != config.text_encoder:
+      ours, theirs = config.text_encoder.to_dict(), found.to_dict()
+      differing = [
+        f"{name} ({theirs[name]} there, {ours[name]} in the config)"
+        for name in ours
+        if theirs[name] != ours[name]
+      ]
       raise ValueError(
-        f"{config.text_encoder_path} holds a text encoder with another "
-        f"config: {found}; text_encoder is {config.text_encoder}."
+        f"{config.text_encoder_path} holds another text encoder than "
+        f"text_encoder describes: {', '.join(differing)}."
       )
   return frozen
 

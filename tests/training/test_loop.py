@@ -77,7 +77,8 @@ def test_training_lowers_the_loss_and_leaves_its_traces(tmp_path):
   exports = []
   loop.train(make_config(num_steps=60), tmp_path, make_recipe(exports))
   rows = [
-    json.loads(row) for row in (tmp_path / "metrics.jsonl").open().readlines()
+    json.loads(row)
+    for row in (tmp_path / "metrics.jsonl").read_text().splitlines()
   ]
   assert rows[-1]["loss"] < 0.5 * rows[0]["loss"]
   assert [row["step"] for row in rows] == list(range(2, 61, 2))
