@@ -112,8 +112,9 @@ def main(argv: Sequence[str]) -> None:
 
 def _write(directory, split, output, names, rates) -> None:
   directory.mkdir(parents=True, exist_ok=True)
-  with (directory / f"{split}.png").open("wb") as file:
-    images_lib.grid(output.pil()).save(file, format="PNG")
+  images_lib.write_png(
+    directory / f"{split}.png", images_lib.grid(output.images)
+  )
   (directory / f"{split}_captions.json").write_text(json.dumps(names, indent=1))
   (directory / "retrieval.json").write_text(json.dumps(rates, indent=1))
 
