@@ -51,7 +51,9 @@ def imported_modules(source: str) -> set[str]:
   return modules
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+@pytest.mark.parametrize(
+  "path", FILES, ids=lambda p: str(p.relative_to(PACKAGE))
+)
 def test_a_module_imports_lower_layers_only(path):
   own = top_module(path)
   if own == "__init__":
@@ -60,7 +62,9 @@ def test_a_module_imports_lower_layers_only(path):
     assert layer_of(module) < layer_of(own), f"{own} must not import {module}"
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+@pytest.mark.parametrize(
+  "path", FILES, ids=lambda p: str(p.relative_to(PACKAGE))
+)
 def test_files_and_functions_stay_small(path):
   text = path.read_text()
   assert text.count("\n") <= 500
@@ -70,7 +74,9 @@ def test_files_and_functions_stay_small(path):
       assert lines <= 80, f"{node.name} has {lines} lines"
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+@pytest.mark.parametrize(
+  "path", FILES, ids=lambda p: str(p.relative_to(PACKAGE))
+)
 def test_only_the_stable_part_of_nnx_is_used(path):
   used = {
     node.attr
