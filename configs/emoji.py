@@ -1,4 +1,4 @@
-"""Text to 64-pixel emoji: the model that ships, about 6M parameters."""
+"""Text to 64-pixel emoji: the model that ships, 5.9M trained parameters."""
 
 from sana_jax import config as config_lib
 

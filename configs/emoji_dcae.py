@@ -1,4 +1,4 @@
-"""DC-AE f16c32 for 64-pixel emoji: 4x4 latent tokens, about 2.6M parameters."""
+"""DC-AE f16c32 for 64-pixel emoji: 4x4 latent tokens, 3.3M parameters."""
 
 from sana_jax import config as config_lib
 
