@@ -112,6 +112,10 @@ def read_prompts() -> list[str]:
       raise FileNotFoundError(f"--prompt_file {path} does not exist.")
     lines = path.read_text().splitlines()
     prompts += [line.strip() for line in lines if line.strip()]
+    if not prompts:
+      raise ValueError(
+        f"--prompt_file {path} is empty; put a prompt on a line."
+      )
   if not prompts:
     raise ValueError("There is no prompt; give --prompt or --prompt_file.")
   return prompts

@@ -12,6 +12,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from sana_jax import config as config_lib
+from sana_jax import sharding
 from sana_jax.training import autoencoder, loop, text_to_image
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -59,12 +60,16 @@ def _parse_flags(argv: list[str]) -> list[str]:
 
 def _make_recipe(config: config_lib.Config) -> loop.Recipe:
   if type(config) not in _RECIPES:
+    # Where the file could not be read, any access raises an OSError saying why.
+    getattr(config, "seed", None)
     raise ValueError(
       f"get_config() of --config must return one of "
       f"{', '.join(cls.__name__ for cls in _RECIPES)}, got "
       f"{type(config).__name__}."
     )
   config.freeze()
+  # Before any work: a mesh that does not fit the devices is an error.
+  sharding.make_mesh(config.mesh)
   return _RECIPES[type(config)](config)
 
 
@@ -85,8 +90,8 @@ def main(argv: list[str]) -> None:
   )
   try:
     loop.train(config, _WORKDIR.value, _make_recipe(config))
-  except (ValueError, FileNotFoundError, FloatingPointError) as error:
-    logging.error("%s", error)
+  except (ValueError, OSError, FloatingPointError) as error:
+    logging.error("%s", " ".join(str(error).split()))
     logging.debug("raised here (--verbosity=1 shows it)", exc_info=True)
     sys.exit(1)
 
