@@ -1,0 +1,338 @@
+"""train.py as a user runs it: killed, stopped, misspelled, on several hosts."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from sana_jax import pipeline as pipeline_lib
+from tests import tiny
+
+ROOT = pathlib.Path(__file__).parents[1]
+CACHE = pathlib.Path(tempfile.gettempdir()) / "sana_jax_test_cache"
+PATIENCE = 900  # seconds; loaded machines are slow
+
+AUTOENCODER = """
+from sana_jax import config as config_lib
+from tests import tiny
+
+
+def get_config():
+  config = config_lib.AutoencoderConfig()
+  config.model = tiny.autoencoder_config(4)
+  config.data.split = "heldout"
+  config.num_steps = 24
+  config.batch_size = 8
+  config.optim.warmup_steps = 2
+  config.optim.schedule = "cosine"
+  config.latent_noise = 0.1
+  config.log_every = 1
+  config.checkpoint_every = 2
+  config.sample_every = 24
+  config.mesh = {"data": 2, "fsdp": 4}
+  config.dtype = "float32"
+  config.remat = "none"
+  return config
+"""
+
+TEXT_TO_IMAGE = """
+from sana_jax import config as config_lib
+from sana_jax import text
+from tests import tiny
+
+
+def get_config(directory):
+  tokenizer = text.Tokenizer.from_pretrained(directory + "/tokenizer")
+  config = config_lib.TextToImageConfig()
+  config.autoencoder = directory + "/vae"
+  config.tokenizer = directory + "/tokenizer"
+  config.text_encoder_path = directory + "/text_encoder"
+  config.text_encoder = tiny.text_encoder_config(tokenizer.vocab_size)
+  config.model = tiny.transformer_config()
+  config.max_sequence_length = tiny.LENGTH
+  config.data.split = "heldout"
+  config.data.keyword_probability = 0.5
+  config.num_steps = 3
+  config.batch_size = 8
+  config.mesh = {"data": 2, "fsdp": 4}
+  config.sample_prompts = ("a red apple", "a green cat")
+  config.sample_steps = 2
+  return config
+"""
+
+
+def start(config, workdir, *flags, **environment) -> subprocess.Popen:
+  command = [
+    *(sys.executable, str(ROOT / "train.py"), f"--config={config}"),
+    *(f"--workdir={workdir}", f"--compilation_cache={CACHE}", *flags),
+  ]
+  return subprocess.Popen(
+    command,
+    cwd=ROOT,
+    env=os.environ | environment,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+  )
+
+
+def finish(process: subprocess.Popen) -> str:
+  output, _ = process.communicate(timeout=PATIENCE)
+  assert process.returncode == 0, output
+  return output
+
+
+def wait_for(path: pathlib.Path, process: subprocess.Popen) -> None:
+  deadline = time.monotonic() + PATIENCE
+  while not path.exists():
+    assert process.poll() is None, process.communicate()[0]
+    assert time.monotonic() < deadline, f"{path} does not appear"
+    time.sleep(0.02)
+
+
+def metrics(workdir: pathlib.Path) -> list[dict[str, float]]:
+  """What a run measured, without what depends on the clock."""
+  rows = (workdir / "metrics.jsonl").read_text().splitlines()
+  clock = {"time", "images_per_second", "seconds_per_step", "seconds_left"}
+  return [
+    {name: v for name, v in json.loads(row).items() if name not in clock}
+    for row in rows
+  ]
+
+
+def exported(workdir: pathlib.Path) -> dict[str, np.ndarray]:
+  (path,) = (workdir / "export" / "vae").glob("*.safetensors")
+  return safetensors.numpy.load_file(path)
+
+
+def newest_checkpoint(workdir: pathlib.Path) -> int:
+  names = [path.name for path in (workdir / "checkpoints").iterdir()]
+  return max(int(name) for name in names if name.isdigit())
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+  path = tmp_path_factory.mktemp("configs") / "autoencoder.py"
+  path.write_text(AUTOENCODER)
+  return path
+
+
+@pytest.fixture(scope="module")
+def whole(config, tmp_path_factory):
+  """The workdir of a run that nothing disturbed."""
+  workdir = tmp_path_factory.mktemp("whole")
+  finish(start(config, workdir))
+  return workdir
+
+
+def assert_same_run(workdir, whole, **tolerance):
+  expected, found = metrics(whole), metrics(workdir)
+  assert [row["step"] for row in found] == list(range(1, 25))
+  for a, b in zip(found, expected, strict=True):
+    for name in b:
+      np.testing.assert_allclose(a[name], b[name], **tolerance)
+  weights = exported(workdir)
+  assert weights.keys() == exported(whole).keys()
+  for name, weight in exported(whole).items():
+    np.testing.assert_allclose(weights[name], weight, **tolerance)
+
+
+@pytest.mark.slow
+def test_a_killed_run_continues_as_if_nothing_had_happened(
+  config, whole, tmp_path
+):
+  first = start(config, tmp_path)
+  wait_for(tmp_path / "checkpoints" / "4", first)
+  first.kill()
+  first.communicate()
+  assert first.returncode == -signal.SIGKILL
+  assert newest_checkpoint(tmp_path) < 24
+  output = finish(start(config, tmp_path))
+  assert "resuming from step" in output
+  assert_same_run(tmp_path, whole, rtol=0)
+
+
+@pytest.mark.slow
+def test_sigterm_saves_the_step_and_leaves_with_success(
+  config, whole, tmp_path
+):
+  # Nothing but the signal makes this run save.
+  rare = "--config.checkpoint_every=1000"
+  first = start(config, tmp_path, rare)
+  wait_for(tmp_path / "metrics.jsonl", first)
+  first.terminate()
+  output = finish(first)
+  step = newest_checkpoint(tmp_path)
+  assert 0 < step < 24
+  assert f"asked to stop: saved step {step}" in output
+  assert not (tmp_path / "export").exists()
+  output = finish(start(config, tmp_path, rare))
+  assert f"resuming from step {step}" in output
+  assert_same_run(tmp_path, whole, rtol=0)
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_model(config, whole, tmp_path):
+  """Parameters are spread over both; one of them is asked to stop."""
+  # What a Slurm job of two tasks on one node has in its environment.
+  slurm = {
+    "SLURM_JOB_ID": str(os.getpid()),
+    "SLURM_STEP_NODELIST": "localhost",
+    "SLURM_NTASKS": "2",
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+  }
+
+  def start_two():
+    return [
+      start(
+        *(config, tmp_path, "--distributed"),
+        *("--config.mesh.data=1", "--config.mesh.fsdp=8"),
+        "--config.checkpoint_every=1000",
+        **slurm,
+        SLURM_PROCID=str(rank),
+        SLURM_LOCALID=str(rank),
+      )
+      for rank in range(2)
+    ]
+
+  pair = start_two()
+  wait_for(tmp_path / "metrics.jsonl", pair[0])
+  pair[1].terminate()
+  for process in pair:
+    assert "asked to stop: saved step" in finish(process)
+  assert 0 < newest_checkpoint(tmp_path) < 24
+  for process in start_two():
+    finish(process)
+  # Sums over devices are taken in another order, step after step.
+  assert_same_run(tmp_path, whole, rtol=2e-3, atol=2e-4)
+
+
+@pytest.mark.slow
+def test_text_to_image_trains_and_its_export_makes_images(tmp_path):
+  tiny.make_tokenizer(tmp_path / "made")
+  pipe = tiny.make_pipeline(
+    tmp_path / "made", autoencoder=tiny.autoencoder_config(4)
+  )
+  pipe.save_pretrained(tmp_path / "base")
+  config = tmp_path / "text_to_image.py"
+  config.write_text(TEXT_TO_IMAGE)
+  workdir = tmp_path / "run"
+  finish(start(f"{config}:{tmp_path / 'base'}", workdir))
+  assert [row["step"] for row in metrics(workdir)] == [3]
+  assert (workdir / "samples" / "step_0000003.png").exists()
+  trained = pipeline_lib.SanaPipeline.from_pretrained(
+    workdir / "export", devices=jax.devices()[:1]
+  )
+  assert trained.generation_config.num_inference_steps == 2
+  images = trained("a red apple").images
+  assert images.shape == (1, 64, 64, 3)
+  assert images.std() > 0
+  again = trained.transformer.head.projection.kernel
+  assert not np.array_equal(again, pipe.transformer.head.projection.kernel)
+
+
+MISTAKES = {
+  "misspelled field": (
+    "{config}",
+    ["--config.batchsize=8"],
+    "Field batchsize not found on dataclass",
+  ),
+  "misspelled nested field": (
+    "{config}",
+    ["--config.optim.lr=1"],
+    "Field lr not found on dataclass",
+  ),
+  "value of another type": (
+    "{config}",
+    ["--config.batch_size=eight"],
+    "flag --config.batch_size=eight: invalid literal",
+  ),
+  "value that cannot be": (
+    "{config}",
+    ["--config.num_steps=0"],
+    "num_steps must be positive, got 0",
+  ),
+  "unknown flag": ("{config}", ["--nonsense"], "Unknown command line flag"),
+  "argument": ("{config}", ["more"], "Unexpected arguments: ['more']"),
+  "mesh": (
+    "{config}",
+    ["--config.mesh.data=3"],
+    "mesh {'data': 3, 'fsdp': 4} does not fit 8 devices",
+  ),
+  "no such config": ("{dir}/none.py", [], "No such file or directory"),
+  "no get_config": ("{dir}/empty.py", [], "no attribute 'get_config'"),
+  "misspelled in the file": (
+    "{dir}/misspelled.py",
+    [],
+    "AutoencoderConfig has no field 'batchsize'",
+  ),
+  "other config": (
+    "{dir}/other.py",
+    [],
+    "must return one of TextToImageConfig, AutoencoderConfig, got SanaConfig",
+  ),
+  "no such data": (
+    "{config}",
+    ["--config.data.data_dir=/nowhere"],
+    "no emoji data set in '/nowhere'",
+  ),
+}
+
+
+@pytest.mark.slow
+def test_mistakes_end_in_one_line(config, tmp_path):
+  head = "from sana_jax import config as config_lib\n\ndef get_config():\n"
+  (tmp_path / "empty.py").write_text("")
+  (tmp_path / "other.py").write_text(head + "  return config_lib.SanaConfig()")
+  (tmp_path / "misspelled.py").write_text(
+    head + "  config = config_lib.AutoencoderConfig()\n  config.batchsize = 1\n"
+  )
+  processes = {
+    name: start(
+      path.format(config=config, dir=tmp_path), tmp_path / "run", *flags
+    )
+    for name, (path, flags, _) in MISTAKES.items()
+  }
+  processes["no workdir"] = subprocess.Popen(
+    [sys.executable, str(ROOT / "train.py"), f"--config={config}"],
+    cwd=ROOT,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+  )
+  expected = {name: message for name, (*_, message) in MISTAKES.items()}
+  expected["no workdir"] = "--workdir must have a value"
+  for name, process in processes.items():
+    output, _ = process.communicate(timeout=PATIENCE)
+    assert process.returncode not in (0, None), (name, output)
+    assert "Traceback" not in output, (name, output)
+    (line,) = [x for x in output.splitlines() if expected[name] in x]
+    assert len(line) < 500, (name, output)
+
+
+@pytest.mark.slow
+def test_a_wrong_autoencoder_is_named_before_anything_is_made(tmp_path):
+  flags = ["--config.autoencoder=/nowhere"]
+  process = start("configs/emoji.py", tmp_path / "run", *flags)
+  output, _ = process.communicate(timeout=PATIENCE)
+  assert process.returncode == 1
+  assert "Traceback" not in output
+  assert "/nowhere does not exist; expected a directory" in output
+  assert not (tmp_path / "run").exists()
+
+
+def test_a_misspelled_flag_is_one_line(config, tmp_path):
+  process = start(config, tmp_path / "run", "--config.batchsize=8")
+  output, _ = process.communicate(timeout=PATIENCE)
+  assert process.returncode == 1
+  assert output.startswith("train.py: --config: Field batchsize not found")
+  assert output.count("\n") == 1
