@@ -52,7 +52,7 @@ class GenerationConfig(config.Config):
   width: int | None = None
   use_resolution_binning: bool | None = None
   max_sequence_length: int = 300
-  complex_human_instruction: tuple[str, ...] | None = dataclasses.field(
+  complex_human_instruction: Sequence[str] | None = dataclasses.field(
     default_factory=text.default_instruction
   )
   lowercase: bool = True
