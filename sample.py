@@ -173,7 +173,7 @@ def generate(
       batch,
       negative_prompt=_NEGATIVE.value,
       seed=_SEED.value,
-      first_image_index=start,
+      image_index=start,
       progress=_log_progress,
       **_changes(),
     )
