@@ -15,6 +15,7 @@ import safetensors.numpy
 
 from sana_jax.weights import files
 from tests import (
+  conformance_lora,
   conformance_pipeline,
   conformance_scheduler,
   conformance_text,
@@ -25,6 +26,7 @@ from tests import (
 Arrays = dict[str, np.ndarray]
 
 _RUNNERS = {
+  "lora": conformance_lora.lora_case,
   "pipeline": conformance_pipeline.pipeline_case,
   "scheduler": conformance_scheduler.scheduler_case,
   "text": conformance_text.text_case,

@@ -381,4 +381,7 @@ PARAM_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
   (r"^caption_embed/norm/scale$", (None,)),
   (r"^head/scale_shift_table$", (None, None)),
   (r"^head/projection/kernel$", ("embed", None)),
+  # Of LoRA adapters, which are small.
+  (r"^blocks/.*/(down|up)$", ("layers", None, None)),
+  (r"^(?!blocks/).*/(down|up)$", (None, None)),
 )
