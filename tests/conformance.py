@@ -15,6 +15,7 @@ import safetensors.numpy
 
 from sana_jax.weights import files
 from tests import (
+  conformance_controlnet,
   conformance_lora,
   conformance_pipeline,
   conformance_scheduler,
@@ -51,8 +52,6 @@ def out_of_scope(case: dict) -> str | None:
     return f"{group} cases are not implemented"
   if group == "pipeline" and kind not in _PIPELINES:
     return f"{kind} is not implemented"
-  if group in ("transformer", "vae") and "ControlNet" in kind:
-    return f"{kind} is not implemented"
   return None
 
 
@@ -61,6 +60,8 @@ def run_case(case_dir: pathlib.Path) -> Arrays:
   case, recorded = read_case(case_dir)
   inputs = {k: v for k, v in recorded.items() if k.startswith("in.")}
   runner = _RUNNERS[case["case"].partition("/")[0]]
+  if runner is _RUNNERS["transformer"] and "ControlNet" in case.get("kind", ""):
+    runner = conformance_controlnet.controlnet_case
   with jax.default_matmul_precision("highest"):
     outputs = runner(case, inputs, case_dir)
   return {k: np.asarray(v, order="C") for k, v in outputs.items()}

@@ -40,3 +40,10 @@ class LowRankLinear(layers.Linear):
     y = super().__call__(x)
     x = x.astype(self.dtype) @ self.down[...].astype(self.dtype)
     return y + x @ self.up[...].astype(self.dtype)
+
+
+# To follow the rows of a model that has such layers; updates are small.
+PARAM_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+  (r"^blocks/.*/(down|up)$", ("layers", None, None)),
+  (r"/(down|up)$", (None, None)),
+)

@@ -123,7 +123,7 @@ def _factors(
     if rule.path.endswith("/kernel")
   }
   shapes = mapping.expected_shapes(model, rules)
-  problems = _problems(loras, targets, shapes, len(_depth(model)))
+  problems = _problems(loras, targets, shapes, model.num_layers)
   if problems:
     raise ValueError("\n  ".join(["LoRA does not fit the model:", *problems]))
   pieces: dict[str, dict[int | None, list[_Piece]]] = defaultdict(
@@ -149,15 +149,11 @@ def _named_leaves(model: Any, wanted: Collection[str]) -> dict[str, jax.Array]:
   }
 
 
-def _depth(model: sana.SanaTransformer) -> range:
-  return range(jax.tree.leaves(model.blocks)[0].shape[0])
-
-
 def _rules(model: sana.SanaTransformer) -> list[mapping.Rule]:
   # All that the names and layouts of weights depend on.
   config = config_lib.SanaConfig(
     patch_size=model.patch_size,
-    num_layers=len(_depth(model)),
+    num_layers=model.num_layers,
     guidance_embeds=model.guidance_embed is not None,
   )
   return [

@@ -6,6 +6,7 @@ from flax import nnx
 
 from sana_jax import sharding, tree
 from sana_jax.models import sana
+from sana_jax.nn import low_rank
 from sana_jax.weights import components, lora, mapping
 from sana_jax.weights import sana as sana_weights
 from tests import tiny
@@ -198,8 +199,8 @@ def test_sharded_models_stay_sharded(rng):
   for variant in (fused, attached):
     # float32, summed in another order on every mesh.
     assert _relative(_run(variant, *inputs), expected) < 1e-4
-  # The table covers adapters too.
-  sharding.param_shardings(attached, sana.PARAM_AXES, mesh)
+  rows = (*sana.PARAM_AXES, *low_rank.PARAM_AXES)
+  sharding.param_shardings(attached, rows, mesh)  # raises on what has no row
 
 
 def test_a_saved_adapter_loads_unchanged(tmp_path, rng):
