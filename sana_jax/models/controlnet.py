@@ -1,10 +1,10 @@
 """SanaControlNet: a branch that steers a SanaTransformer by a second image."""
 
-import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Bool, Float, Num, Real
@@ -275,8 +275,8 @@ def _check(controlnet, transformer, latents, control_latents, wiring):
 
 
 def _check_scale(scale: Real[ArrayLike, ""]):
-  # A traced scale has no value to check.
-  if not isinstance(scale, jax.core.Tracer) and not math.isfinite(scale):
+  # Arrays may be traced, without a value to check.
+  if isinstance(scale, int | float | np.generic) and not np.isfinite(scale):
     raise ValueError(f"conditioning_scale must be finite, got {scale}.")
 
 
