@@ -14,7 +14,6 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-import safetensors.numpy
 from etils import epath
 
 _DTYPES = {
@@ -29,6 +28,7 @@ _DTYPES = {
   "U8": np.dtype(np.uint8),
   "BOOL": np.dtype(np.bool_),
 }
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _MAX_HEADER_BYTES = 100 * 10**6
 # Shards of a variant, such as model.bf16-00001-of-00002.safetensors, are not
 # whole files: the variant's name has no hyphen.
@@ -48,6 +48,10 @@ class Tensor:
   shape: tuple[int, ...]
   dtype: np.dtype
   read: Callable[[], np.ndarray]
+
+  @property
+  def nbytes(self) -> int:
+    return math.prod(self.shape) * self.dtype.itemsize
 
   def __array__(self, dtype=None, copy=None) -> np.ndarray:
     array = self.read()
@@ -138,14 +142,9 @@ def open_safetensors(path: epath.PathLike) -> Tensors:
   """
   path = epath.Path(path)
   size = path.stat().length
-  with path.open("rb") as file:
-    length = int.from_bytes(file.read(8), "little")
-    if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
-      raise _broken(path, f"its header would take {length} of {size} bytes")
-    header = file.read(length)
+  entries, start = _header(path)
+  entries.pop("__metadata__", None)
   try:
-    entries = json.loads(header)
-    entries.pop("__metadata__", None)
     parsed = {name: _entry(value) for name, value in entries.items()}
   except (ValueError, KeyError, TypeError, AttributeError) as error:
     raise _broken(path, f"its header does not parse: {error!r}") from error
@@ -155,20 +154,30 @@ def open_safetensors(path: epath.PathLike) -> Tensors:
       not 0 <= begin <= end or end - begin != math.prod(shape) * dtype.itemsize
     ):
       raise _broken(path, f"tensor {name} has inconsistent offsets")
-    if 8 + length + end > size:
+    if start + end > size:
       raise _broken(
-        path, f"it ends at byte {size}, tensor {name} at {8 + length + end}"
+        path, f"it ends at byte {size}, tensor {name} at {start + end}"
       )
     tensors[name] = Tensor(
-      shape, dtype, _region_reader(path, 8 + length + begin, dtype, shape)
+      shape, dtype, _region_reader(path, start + begin, dtype, shape)
     )
   return tensors
+
+
+def read_metadata(path: epath.PathLike) -> dict[str, str]:
+  """Reads the free texts in the header of a safetensors file.
+
+  Raises:
+    ValueError: not a safetensors file, or a truncated one.
+  """
+  path = epath.Path(path)
+  return _header(path)[0].get("__metadata__") or {}
 
 
 def write_component(
   directory: epath.PathLike,
   config: Mapping[str, Any],
-  tensors: Mapping[str, np.ndarray],
+  tensors: Mapping[str, np.ndarray | Tensor],
   *,
   stem: str = "diffusion_pytorch_model",
   max_shard_bytes: int = _MAX_SHARD_BYTES,
@@ -176,6 +185,7 @@ def write_component(
   """Writes config.json and safetensors weights, with an index if split.
 
   Args:
+    tensors: one at a time is read, in this order.
     stem: of the file names; transformers components use "model".
   """
   directory = epath.Path(directory)
@@ -199,6 +209,23 @@ def write_json(path: epath.PathLike, value: Any) -> None:
   """Writes indented JSON with a final newline."""
   text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False)
   epath.Path(path).write_text(text + "\n")
+
+
+def _header(path: epath.Path) -> tuple[dict[str, Any], int]:
+  """Returns the entries, and where the data begins."""
+  size = path.stat().length
+  with path.open("rb") as file:
+    length = int.from_bytes(file.read(8), "little")
+    if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+      raise _broken(path, f"its header would take {length} of {size} bytes")
+    header = file.read(length)
+  try:
+    entries = json.loads(header)
+  except ValueError as error:
+    raise _broken(path, f"its header does not parse: {error!r}") from error
+  if not isinstance(entries, dict):
+    raise _broken(path, "its header is no JSON object")
+  return entries, 8 + length
 
 
 def _entry_points(directory: epath.Path) -> dict[str | None, epath.Path]:
@@ -266,19 +293,39 @@ def _broken(path: epath.Path, cause: str) -> ValueError:
 
 
 def _split(
-  tensors: Mapping[str, np.ndarray], limit: int
-) -> list[dict[str, np.ndarray]]:
-  shards: list[dict[str, np.ndarray]] = [{}]
+  tensors: Mapping[str, np.ndarray | Tensor], limit: int
+) -> list[dict[str, np.ndarray | Tensor]]:
+  shards: list[dict[str, np.ndarray | Tensor]] = [{}]
   size = 0
-  for name in sorted(tensors):
-    if shards[-1] and size + tensors[name].nbytes > limit:
+  for name, tensor in tensors.items():
+    if shards[-1] and size + tensor.nbytes > limit:
       shards.append({})
       size = 0
-    shards[-1][name] = tensors[name]
-    size += tensors[name].nbytes
+    shards[-1][name] = tensor
+    size += tensor.nbytes
   return shards
 
 
-def _write_safetensors(path: epath.Path, tensors) -> None:
+def _write_safetensors(
+  path: epath.Path, tensors: Mapping[str, np.ndarray | Tensor]
+) -> None:
+  """Writes tensors as they are read; the library would hold them all twice."""
+  # Wide types first, so that every tensor is aligned.
+  names = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
   # diffusers and transformers refuse files without this metadata.
-  path.write_bytes(safetensors.numpy.save(tensors, {"format": "pt"}))
+  header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+  end = 0
+  for name in names:
+    begin, end = end, end + tensors[name].nbytes
+    header[name] = {
+      "dtype": _DTYPE_NAMES[tensors[name].dtype],
+      "shape": tensors[name].shape,
+      "data_offsets": (begin, end),
+    }
+  text = json.dumps(header, separators=(",", ":")).encode()
+  text += b" " * (-len(text) % 8)
+  with path.open("wb") as file:
+    file.write(len(text).to_bytes(8, "little") + text)
+    for name in names:
+      array = np.ascontiguousarray(tensors[name])
+      file.write(array.reshape(-1).view(np.uint8).data)
