@@ -215,6 +215,9 @@ def config_json(config: config_lib.Config) -> dict[str, Any]:
   values = config.to_dict()
   if isinstance(config, config_lib.Gemma2Config):
     values = {k: v for k, v in values.items() if v is not None}
+    # transformers admits integers only.
+    if float(config.query_pre_attn_scalar).is_integer():
+      values["query_pre_attn_scalar"] = int(config.query_pre_attn_scalar)
   return {**_KINDS[type(config)].fixed, **values}
 
 
