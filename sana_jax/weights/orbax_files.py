@@ -4,6 +4,8 @@ A component is a directory with `config.json` and `params/`; the names of the
 arrays are those of our parameters.
 """
 
+import functools
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +19,7 @@ from sana_jax.weights import files
 
 _PARAMS = "params"
 _METADATA = "_METADATA"
+_GROUP_BYTES = 256 * 10**6
 
 
 def holds_params(directory: epath.PathLike) -> bool:
@@ -40,16 +43,27 @@ def open_tree(directory: epath.PathLike) -> files.Tensors:
     raise FileNotFoundError(
       f"{directory} is no complete Orbax checkpoint: it has no {_METADATA}."
     )
-  with ocp.PyTreeCheckpointer() as checkpointer:
-    found = checkpointer.metadata(directory).item_metadata.tree
-  return {
-    name: files.Tensor(
-      tuple(leaf.shape), np.dtype(leaf.dtype), _reader(directory, name)
-    )
-    for name, leaf in zip(
-      tree.leaf_names(found), jax.tree.leaves(found), strict=True
-    )
+  # Of the handler, not of a checkpointer, which warns of items in a directory
+  # of several.
+  found = ocp.PyTreeCheckpointHandler().metadata(directory).tree
+  leaves = dict(
+    zip(tree.leaf_names(found), jax.tree.leaves(found), strict=True)
+  )
+  sizes = {
+    name: math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
+    for name, leaf in leaves.items()
   }
+  tensors = {}
+  for group in _groups(sizes):
+    reader = _GroupReader(directory, group)
+    for name in group:
+      leaf = leaves[name]
+      tensors[name] = files.Tensor(
+        tuple(leaf.shape),
+        np.dtype(leaf.dtype),
+        functools.partial(reader.read, name),
+      )
+  return tensors
 
 
 def write_component(
@@ -70,20 +84,50 @@ def write_component(
     checkpointer.save(directory / _PARAMS, nested)
 
 
-def _reader(directory: epath.Path, name: str):
-  def read() -> np.ndarray:
-    wanted = _nest({name: 0})
-    as_numpy = _nest({name: ocp.RestoreArgs(restore_type=np.ndarray)})
+def _groups(sizes: Mapping[str, int]) -> list[list[str]]:
+  """Cuts the names into runs of a few arrays; a large one is alone."""
+  groups: list[list[str]] = [[]]
+  total = 0
+  for name, size in sizes.items():
+    if groups[-1] and total + size > _GROUP_BYTES:
+      groups.append([])
+      total = 0
+    groups[-1].append(name)
+    total += size
+  return groups
+
+
+class _GroupReader:
+  """Restores a group at once, and hands each of its arrays out once.
+
+  A restore takes as long for many small arrays as for one.
+  """
+
+  def __init__(self, directory: epath.Path, names: list[str]):
+    self._directory = directory
+    self._names = names
+    self._arrays: dict[str, np.ndarray] = {}
+
+  def read(self, name: str) -> np.ndarray:
+    if name not in self._arrays:
+      self._arrays = self._restore()
+    return self._arrays.pop(name)
+
+  def _restore(self) -> dict[str, np.ndarray]:
+    wanted = _nest(dict.fromkeys(self._names, 0))
+    as_numpy = jax.tree.map(
+      lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted
+    )
     with ocp.PyTreeCheckpointer() as checkpointer:
       nested = checkpointer.restore(
-        directory,
+        self._directory,
         args=ocp.args.PyTreeRestore(
           item=wanted, restore_args=as_numpy, partial_restore=True
         ),
       )
-    return np.asarray(jax.tree.leaves(nested)[0])
-
-  return read
+    return dict(
+      zip(tree.leaf_names(nested), jax.tree.leaves(nested), strict=True)
+    )
 
 
 def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
