@@ -10,6 +10,7 @@ from sana_jax import config as config_lib
 from sana_jax import text
 from sana_jax.diffusion import schedules
 from sana_jax.models import dc_ae, gemma2, sana
+from sana_jax.tools import convert
 from sana_jax.weights import components
 from tests import tiny
 
@@ -17,6 +18,7 @@ pytestmark = pytest.mark.parity
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
+safetensors_torch = pytest.importorskip("safetensors.torch")
 transformers = pytest.importorskip("transformers")
 
 # Relative; both sides compute in float32.
@@ -268,3 +270,39 @@ def test_a_saved_sprint_pipeline(run_both, steps):
     {"num_inference_steps": steps, "guidance_scale": 4.5},
     noises=steps,
   )
+
+
+def test_converted_originals(tmp_path):
+  """PyTorch diffusers has readers of its own for the original layouts."""
+  config = tiny.transformer_config(qk_norm=None)
+  model = tiny.random_model(
+    lambda: sana.SanaTransformer.from_config(config, rngs=nnx.Rngs(0)), 0
+  )
+  components.save_transformer(tmp_path / "transformer", model, config)
+  vae_config = tiny.autoencoder_config()
+  vae = tiny.random_model(
+    lambda: dc_ae.DCAE.from_config(vae_config, rngs=nnx.Rngs(0)), 1
+  )
+  components.save_autoencoder(tmp_path / "vae", vae, vae_config)
+  dropped = {
+    "transformer": ("pos_embed", "y_embedder.y_embedding"),
+    "vae": (),
+  }
+  for name, cls in (
+    ("transformer", diffusers.SanaTransformer2DModel),
+    ("vae", diffusers.AutoencoderDC),
+  ):
+    old = tmp_path / f"{name}_old"
+    convert.convert(tmp_path / name, old, to="original")
+    file = old / "model.safetensors"
+    tensors = safetensors_torch.load_file(file)
+    # It drops these, but will not do without them.
+    tensors |= {name: torch.zeros(1) for name in dropped[name]}
+    safetensors_torch.save_file(tensors, file)
+    expected = cls.from_pretrained(tmp_path / name).state_dict()
+    found = cls.from_single_file(
+      str(file), config=str(tmp_path / name), local_files_only=True
+    ).state_dict()
+    assert set(found) == set(expected)
+    for key, value in expected.items():
+      torch.testing.assert_close(found[key], value, rtol=0, atol=0)
