@@ -95,13 +95,13 @@ def load(
     ValueError: lists all missing, unexpected and misshapen tensors, and all
       parameters that no rule fills.
   """
-  leaves = _leaves(abstract_model)
-  problems = _check(leaves, rules, tensors, ignore)
-  if problems:
+  found = problems(abstract_model, rules, tensors, ignore=ignore)
+  if found:
     raise ValueError(
       f"{source} does not fit the model its config describes:\n  "
-      + "\n  ".join(problems)
+      + "\n  ".join(found)
     )
+  leaves = _leaves(abstract_model)
   by_path = defaultdict(list)
   for rule in rules:
     by_path[rule.path].append(rule)
@@ -112,6 +112,30 @@ def load(
   return jax.tree.unflatten(jax.tree.structure(abstract_model), filled)
 
 
+def problems(
+  abstract_model: Any,
+  rules: Sequence[Rule],
+  tensors: Mapping[str, Any],
+  *,
+  ignore: Iterable[str] = (),
+) -> list[str]:
+  """Lists all that would keep `load` from filling a model; reads no values."""
+  leaves = _leaves(abstract_model)
+  found = _check_coverage(leaves, rules)
+  expected = _expected_shapes(leaves, rules)
+  for name, shape in expected.items():
+    if name not in tensors:
+      found.append(f"missing tensor {name} {shape}")
+    elif tuple(tensors[name].shape) != shape:
+      actual = tuple(tensors[name].shape)
+      found.append(f"{name} has shape {actual}, expected {shape}")
+  pattern = "|".join(f"(?:{regex})" for regex in ignore)
+  for name in tensors:
+    if name not in expected and not (pattern and re.fullmatch(pattern, name)):
+      found.append(f"unexpected tensor {name} {tuple(tensors[name].shape)}")
+  return found
+
+
 def save(model: Any, rules: Sequence[Rule]) -> dict[str, np.ndarray]:
   """Returns the model's parameters under published names and layouts.
 
@@ -120,9 +144,11 @@ def save(model: Any, rules: Sequence[Rule]) -> dict[str, np.ndarray]:
       a parameter.
   """
   leaves = _leaves(model)
-  problems = _check_coverage(leaves, rules)
-  if problems:
-    raise ValueError("The table does not fit the model: " + "; ".join(problems))
+  uncovered = _check_coverage(leaves, rules)
+  if uncovered:
+    raise ValueError(
+      "The table does not fit the model: " + "; ".join(uncovered)
+    )
   arrays = {path: np.asarray(leaf) for path, leaf in leaves.items()}
   tensors: dict[str, np.ndarray] = {}
   pieces = defaultdict(list)
@@ -147,6 +173,18 @@ def expected_shapes(
   return _expected_shapes(_leaves(abstract_model), rules)
 
 
+def read(rule: Rule, tensors: Mapping[str, Any]) -> np.ndarray:
+  """Computes the parameter, or one block's share of it, that a rule names."""
+  parts = [np.asarray(tensors[name]) for name in rule.names]
+  tensor = parts[0] if len(parts) == 1 else np.concatenate(parts)
+  return rule.to_jax(tensor if rule.rows is None else tensor[slice(*rule.rows)])
+
+
+def own_rules(abstract_model: Any) -> list[Rule]:
+  """Returns the table of our own names and layouts, as Orbax stores them."""
+  return [Rule(path, (path,)) for path in tree.leaf_names(abstract_model)]
+
+
 def _leaves(model: Any) -> dict[str, Any]:
   names, leaves = tree.leaf_names(model), jax.tree.leaves(model)
   return dict(zip(names, leaves, strict=True))
@@ -154,33 +192,11 @@ def _leaves(model: Any) -> dict[str, Any]:
 
 def _fill(leaf, rules: Sequence[Rule], tensors: Mapping[str, Any], dtype):
   if rules[0].index is None:
-    return jnp.asarray(_read(rules[0], tensors), dtype)
+    return jnp.asarray(read(rules[0], tensors), dtype)
   stacked = np.empty(leaf.shape, dtype)
   for rule in rules:
-    stacked[rule.index] = _read(rule, tensors).astype(dtype)
+    stacked[rule.index] = read(rule, tensors).astype(dtype)
   return jnp.asarray(stacked)
-
-
-def _read(rule: Rule, tensors: Mapping[str, Any]) -> np.ndarray:
-  parts = [np.asarray(tensors[name]) for name in rule.names]
-  tensor = parts[0] if len(parts) == 1 else np.concatenate(parts)
-  return rule.to_jax(tensor if rule.rows is None else tensor[slice(*rule.rows)])
-
-
-def _check(leaves, rules, tensors, ignore) -> list[str]:
-  problems = _check_coverage(leaves, rules)
-  expected = _expected_shapes(leaves, rules)
-  for name, shape in expected.items():
-    if name not in tensors:
-      problems.append(f"missing tensor {name} {shape}")
-    elif tuple(tensors[name].shape) != shape:
-      found = tuple(tensors[name].shape)
-      problems.append(f"{name} has shape {found}, expected {shape}")
-  pattern = "|".join(f"(?:{regex})" for regex in ignore)
-  for name in tensors:
-    if name not in expected and not (pattern and re.fullmatch(pattern, name)):
-      problems.append(f"unexpected tensor {name} {tuple(tensors[name].shape)}")
-  return problems
 
 
 def _check_coverage(leaves, rules: Sequence[Rule]) -> list[str]:
