@@ -44,6 +44,7 @@ class SanaBlock(nnx.Module):
     qk_norm: bool,
     norm_affine: bool,
     norm_eps: float,
+    fp16_clamp: bool = False,
     dtype: DTypeLike = jnp.float32,
     param_dtype: DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
@@ -56,6 +57,7 @@ class SanaBlock(nnx.Module):
       head_dim=head_dim,
       use_bias=attention_bias,
       qk_norm=qk_norm,
+      fp16_clamp=fp16_clamp,
       **common,
     )
     self.cross_attention = attention.CrossAttention(
@@ -202,6 +204,7 @@ class SanaTransformer(nnx.Module):
     cls,
     config: config_lib.SanaConfig,
     *,
+    fp16_clamp: bool = False,
     dtype: DTypeLike = jnp.float32,
     param_dtype: DTypeLike = jnp.float32,
     scan: bool = True,
@@ -209,6 +212,10 @@ class SanaTransformer(nnx.Module):
     rngs: nnx.Rngs,
   ) -> "SanaTransformer":
     """Builds the model with fresh parameters.
+
+    Args:
+      fp16_clamp: for weights trained in float16, see
+        `attention.LinearSelfAttention`.
 
     Raises:
       ValueError: sizes in the config that do not fit together.
@@ -225,6 +232,7 @@ class SanaTransformer(nnx.Module):
         qk_norm=config.qk_norm is not None,
         norm_affine=config.norm_elementwise_affine,
         norm_eps=config.norm_eps,
+        fp16_clamp=fp16_clamp,
         dtype=dtype,
         param_dtype=param_dtype,
         rngs=nnx.Rngs(key),
@@ -247,6 +255,10 @@ class SanaTransformer(nnx.Module):
       remat=remat,
       rngs=rngs,
     )
+
+  @property
+  def fp16_clamp(self) -> bool:
+    return self.blocks.self_attention.fp16_clamp
 
   def __call__(
     self,

@@ -4,7 +4,7 @@ import functools
 import math
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +12,10 @@ from etils import epath
 from flax import nnx
 
 from sana_jax import config as config_lib
+from sana_jax import sharding
 from sana_jax.models import dc_ae, gemma2, sana
 from sana_jax.weights import dc_ae as dc_ae_weights
-from sana_jax.weights import files, mapping, torch_zip
+from sana_jax.weights import files, mapping, precision, torch_zip
 from sana_jax.weights import gemma2 as gemma2_weights
 from sana_jax.weights import sana as sana_weights
 
@@ -37,6 +38,9 @@ def load_transformer(
   variant: str | None = None,
   dtype: Any = jnp.float32,
   param_dtype: Any = None,
+  mesh: jax.sharding.Mesh | None = None,
+  rules: sharding.Rules = sharding.FSDP_RULES,
+  fp16_clamp: bool | None = None,
   scan: bool = True,
   remat: str = "none",
 ) -> tuple[sana.SanaTransformer, config_lib.SanaConfig]:
@@ -50,6 +54,12 @@ def load_transformer(
     variant: see `files.weight_files`.
     dtype: of the computation.
     param_dtype: of the parameters; None is `dtype`.
+    mesh: the devices to spread the parameters over, each of which gets its
+      part straight from the file; None: the default device has them whole.
+    rules: which axes of the parameters are cut along which of the mesh's;
+      `sharding.REPLICATED_RULES` puts a copy on every device.
+    fp16_clamp: for weights trained in float16, see `precision`; None decides
+      by name, architecture and files, and logs why.
     scan: see `sana.SanaTransformer`, as `remat`.
 
   Raises:
@@ -70,16 +80,25 @@ def load_transformer(
       config = infer_transformer_config(tensors, source=str(path))
     else:
       raise _no_config(path)
-  rules = sana_weights.original_rules if original else None
-  build = functools.partial(
-    sana.SanaTransformer.from_config, config, scan=scan, remat=remat
+  layout = (
+    sana_weights.original_rules if original else sana_weights.diffusers_rules
+  )
+  clamp = precision.choose_clamp(
+    _trained_in_fp16(path, tensors, config), fp16_clamp
   )
   model = _fill(
-    build,
-    (rules or sana_weights.diffusers_rules)(config),
+    functools.partial(
+      sana.SanaTransformer.from_config,
+      config,
+      fp16_clamp=clamp,
+      scan=scan,
+      remat=remat,
+    ),
+    layout(config),
     tensors,
     dtype=dtype,
     param_dtype=param_dtype,
+    placement=_Placement(mesh, rules, sana.PARAM_AXES),
     ignore=sana_weights.ORIGINAL_IGNORED if original else (),
     source=str(path),
   )
@@ -93,6 +112,8 @@ def load_autoencoder(
   variant: str | None = None,
   dtype: Any = jnp.float32,
   param_dtype: Any = None,
+  mesh: jax.sharding.Mesh | None = None,
+  rules: sharding.Rules = sharding.FSDP_RULES,
 ) -> tuple[dc_ae.DCAE, config_lib.DCAEConfig]:
   """Loads a DC-AE in the diffusers or the original layout.
 
@@ -109,15 +130,16 @@ def load_autoencoder(
       config = config_lib.DCAEConfig()
     else:
       raise _no_config(path)
-  rules = (
+  layout = (
     dc_ae_weights.original_rules if original else dc_ae_weights.diffusers_rules
   )
   model = _fill(
     functools.partial(dc_ae.DCAE.from_config, config),
-    rules(config),
+    layout(config),
     tensors,
     dtype=dtype,
     param_dtype=param_dtype,
+    placement=_Placement(mesh, rules, dc_ae.PARAM_AXES),
     ignore=dc_ae_weights.IGNORED,
     source=str(path),
   )
@@ -131,6 +153,8 @@ def load_text_encoder(
   variant: str | None = None,
   dtype: Any = jnp.float32,
   param_dtype: Any = None,
+  mesh: jax.sharding.Mesh | None = None,
+  rules: sharding.Rules = sharding.FSDP_RULES,
 ) -> tuple[gemma2.Gemma2, config_lib.Gemma2Config]:
   """Loads Gemma 2, as the bare decoder or as a causal language model.
 
@@ -148,6 +172,7 @@ def load_text_encoder(
     tensors,
     dtype=dtype,
     param_dtype=param_dtype,
+    placement=_Placement(mesh, rules, gemma2.PARAM_AXES),
     ignore=(),
     source=str(path),
   )
@@ -163,7 +188,7 @@ def save_transformer(
   files.write_component(
     directory,
     {"_class_name": _TRANSFORMER_CLASS, **config.to_dict()},
-    mapping.save(model, sana_weights.diffusers_rules(config)),
+    mapping.published(model, sana_weights.diffusers_rules(config)),
   )
 
 
@@ -174,7 +199,7 @@ def save_autoencoder(
   files.write_component(
     directory,
     {"_class_name": _AUTOENCODER_CLASS, **config.to_dict()},
-    mapping.save(model, dc_ae_weights.diffusers_rules(config)),
+    mapping.published(model, dc_ae_weights.diffusers_rules(config)),
   )
 
 
@@ -188,7 +213,7 @@ def save_text_encoder(
   files.write_component(
     directory,
     {**_GEMMA2_FIXED, **values},
-    mapping.save(model, gemma2_weights.diffusers_rules(config)),
+    mapping.published(model, gemma2_weights.diffusers_rules(config)),
     stem="model",
   )
 
@@ -228,6 +253,33 @@ def infer_transformer_config(
   return config
 
 
+class _Placement(NamedTuple):
+  """Where a model's parameters go; without a mesh, to the default device."""
+
+  mesh: jax.sharding.Mesh | None
+  rules: sharding.Rules
+  param_axes: sharding.ParamAxes
+
+  def shardings(self, abstract: Any) -> Any:
+    if self.mesh is None:
+      return None
+    return sharding.param_shardings(
+      abstract, self.param_axes, self.mesh, self.rules
+    )
+
+
+def _trained_in_fp16(
+  path: epath.PathLike, tensors: files.Tensors, config: config_lib.SanaConfig
+) -> precision.Decision:
+  path = epath.Path(path)
+  return precision.trained_in_fp16(
+    config,
+    names=(str(path), str(path.parent), str(path.parent.parent)),
+    variants=files.variants(path) if path.is_dir() else (),
+    dtypes={tensor.dtype for tensor in tensors.values()},
+  )
+
+
 def _fill(
   build: Callable[..., Any],
   rules: Sequence[mapping.Rule],
@@ -235,6 +287,7 @@ def _fill(
   *,
   dtype: Any,
   param_dtype: Any,
+  placement: _Placement,
   ignore: Sequence[str],
   source: str,
 ) -> Any:
@@ -247,7 +300,14 @@ def _fill(
   abstract = jax.eval_shape(
     lambda: build(dtype=dtype, param_dtype=param_dtype, rngs=nnx.Rngs(0))
   )
-  return mapping.load(abstract, rules, tensors, ignore=ignore, source=source)
+  return mapping.load(
+    abstract,
+    rules,
+    tensors,
+    shardings=placement.shardings(abstract),
+    ignore=ignore,
+    source=source,
+  )
 
 
 def _open(path: epath.PathLike, variant: str | None) -> files.Tensors:

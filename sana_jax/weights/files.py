@@ -7,6 +7,7 @@ are checked before memory is taken.
 
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,7 +15,6 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-import safetensors.numpy
 from etils import epath
 
 _DTYPES = {
@@ -29,6 +29,7 @@ _DTYPES = {
   "U8": np.dtype(np.uint8),
   "BOOL": np.dtype(np.bool_),
 }
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _MAX_HEADER_BYTES = 100 * 10**6
 # Shards of a variant, such as model.bf16-00001-of-00002.safetensors, are not
 # whole files: the variant's name has no hyphen.
@@ -48,6 +49,10 @@ class Tensor:
   shape: tuple[int, ...]
   dtype: np.dtype
   read: Callable[[], np.ndarray]
+
+  @property
+  def nbytes(self) -> int:
+    return math.prod(self.shape) * self.dtype.itemsize
 
   def __array__(self, dtype=None, copy=None) -> np.ndarray:
     array = self.read()
@@ -168,7 +173,7 @@ def open_safetensors(path: epath.PathLike) -> Tensors:
 def write_component(
   directory: epath.PathLike,
   config: Mapping[str, Any],
-  tensors: Mapping[str, np.ndarray],
+  tensors: Mapping[str, Tensor | np.ndarray],
   *,
   stem: str = "diffusion_pytorch_model",
   max_shard_bytes: int = _MAX_SHARD_BYTES,
@@ -176,6 +181,7 @@ def write_component(
   """Writes config.json and safetensors weights, with an index if split.
 
   Args:
+    tensors: are read one by one, as they are written.
     stem: of the file names; transformers components use "model".
   """
   directory = epath.Path(directory)
@@ -190,7 +196,7 @@ def write_component(
     name = f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors"
     _write_safetensors(directory / name, shard)
     weight_map |= dict.fromkeys(shard, name)
-  total = sum(array.nbytes for array in tensors.values())
+  total = sum(tensor.nbytes for tensor in tensors.values())
   index = {"metadata": {"total_size": total}, "weight_map": weight_map}
   write_json(directory / f"{stem}.safetensors.index.json", index)
 
@@ -251,6 +257,9 @@ def _region_reader(path, offset: int, dtype: np.dtype, shape):
   count = math.prod(shape)
 
   def read() -> np.ndarray:
+    if count and "://" not in os.fspath(path):
+      # Mapped, so that a shard reads its part only; unmapped with the array.
+      return np.asarray(np.memmap(path, dtype, "r", offset, shape))
     with path.open("rb") as file:
       file.seek(offset)
       data = file.read(count * dtype.itemsize)
@@ -265,10 +274,8 @@ def _broken(path: epath.Path, cause: str) -> ValueError:
   )
 
 
-def _split(
-  tensors: Mapping[str, np.ndarray], limit: int
-) -> list[dict[str, np.ndarray]]:
-  shards: list[dict[str, np.ndarray]] = [{}]
+def _split(tensors: Mapping[str, Any], limit: int) -> list[dict[str, Any]]:
+  shards: list[dict[str, Any]] = [{}]
   size = 0
   for name in sorted(tensors):
     if shards[-1] and size + tensors[name].nbytes > limit:
@@ -279,6 +286,24 @@ def _split(
   return shards
 
 
-def _write_safetensors(path: epath.Path, tensors) -> None:
+def _write_safetensors(path: epath.Path, tensors: Mapping[str, Any]) -> None:
+  """Writes one file, of which only one tensor at a time is in memory."""
   # diffusers and transformers refuse files without this metadata.
-  path.write_bytes(safetensors.numpy.save(tensors, {"format": "pt"}))
+  header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+  # Wide types first: every tensor then begins at a multiple of its item size.
+  names = sorted(tensors, key=lambda n: (-tensors[n].dtype.itemsize, n))
+  end = 0
+  for name in names:
+    begin, end = end, end + tensors[name].nbytes
+    header[name] = {
+      "dtype": _DTYPE_NAMES[tensors[name].dtype],
+      "shape": list(tensors[name].shape),
+      "data_offsets": [begin, end],
+    }
+  encoded = json.dumps(header, separators=(",", ":")).encode()
+  encoded += b" " * (-len(encoded) % 8)
+  with path.open("wb") as file:
+    file.write(len(encoded).to_bytes(8, "little") + encoded)
+    for name in names:
+      array = np.ascontiguousarray(np.asarray(tensors[name]))
+      file.write(array.reshape(-1).view(np.uint8).data)
