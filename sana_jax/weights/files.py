@@ -9,7 +9,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +37,11 @@ _STEM = r"(?:diffusion_pytorch_model|model)"
 _FILE_NAME = re.compile(_STEM + r"(?:\.(?P<variant>[^.-]+))?\.safetensors")
 _INDEX_NAME = re.compile(
   _STEM + r"\.safetensors\.index(?:\.(?P<variant>[^.]+))?\.json"
+)
+_SHARD_NAME = re.compile(
+  # Two generations of names.
+  _STEM
+  + r"(?:\.(?P<new>[^.-]+))?-\d+-of-\d+(?:\.(?P<old>[^.-]+))?\.safetensors"
 )
 # diffusers and transformers split files above this size.
 _MAX_SHARD_BYTES = 5 * 10**9
@@ -90,6 +95,29 @@ def variants(directory: epath.PathLike) -> set[str | None]:
     FileNotFoundError: there is no such directory.
   """
   return set(_entry_points(epath.Path(directory)))
+
+
+def group_by_variant(names: Iterable[str]) -> dict[str | None, list[str]]:
+  """Lists by variant the file names that loading a component would read.
+
+  Where a variant is there both whole and in shards, the whole file is read.
+  """
+  names = sorted(names)
+  groups: dict[str | None, list[str]] = {}
+  for name in names:
+    if match := _FILE_NAME.fullmatch(name):
+      groups[match["variant"]] = [name]
+  whole = set(groups)
+  for name in names:
+    if match := _INDEX_NAME.fullmatch(name):
+      variant = match["variant"]
+    elif match := _SHARD_NAME.fullmatch(name):
+      variant = match["new"] or match["old"]
+    else:
+      continue
+    if variant not in whole:
+      groups.setdefault(variant, []).append(name)
+  return groups
 
 
 def weight_files(
