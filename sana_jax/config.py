@@ -50,6 +50,8 @@ class Config:
 def from_dict(cls: type, values: dict[str, Any], *, strict: bool = False):
   """Builds a config from a plain dict such as a parsed `config.json`.
 
+  Configs in fields are built from the dicts there.
+
   Args:
     strict: False ignores unknown keys and fills missing ones with defaults,
       as published files of several generations need; True raises on unknown
@@ -58,11 +60,17 @@ def from_dict(cls: type, values: dict[str, Any], *, strict: bool = False):
   Raises:
     ValueError: an unknown key in strict mode.
   """
-  known = {field.name for field in dataclasses.fields(cls)}
-  unknown = sorted(set(values) - known)
+  types = {field.name: field.type for field in dataclasses.fields(cls)}
+  unknown = sorted(set(values) - set(types))
   if strict and unknown:
     raise ValueError(f"{cls.__name__} has no fields {unknown}.")
-  return cls(**{k: _tuples(v) for k, v in values.items() if k in known})
+
+  def build(kind: Any, value: Any) -> Any:
+    if isinstance(kind, type) and issubclass(kind, Config):
+      return from_dict(kind, value, strict=strict)
+    return _tuples(value)
+
+  return cls(**{k: build(types[k], v) for k, v in values.items() if k in types})
 
 
 def _tuples(value: Any) -> Any:

@@ -1,19 +1,14 @@
 """Downloading, from a real server that speaks the hub's protocol."""
 
 import errno
-import hashlib
-import http.server
-import json
 import pathlib
-import socket
 import sys
-import threading
 
 import pytest
 
 from sana_jax.weights import hub, zoo
+from tests import local_hub
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REPO = "somebody/sana"
 STEM = "diffusion_pytorch_model"
 FILES = {
@@ -36,75 +31,15 @@ FILES = {
 }
 
 
-class Hub(http.server.BaseHTTPRequestHandler):
-  """The few requests that downloading a snapshot makes."""
-
-  def do_HEAD(self):  # noqa: N802
-    self.do_GET()
-
-  def do_GET(self):  # noqa: N802
-    self.server.requests.append(f"{self.command} {self.path}")
-    path = self.path.partition("?")[0]
-    repo, refused = self.server.repo, self.server.refused
-    if repo not in path:
-      self.refuse(404, "RepoNotFound")
-    elif refused and refused[2] in path:
-      self.refuse(*refused[:2])
-    elif path.startswith(f"/api/models/{repo}/revision/"):
-      if path.endswith("/main") or path.endswith(COMMIT):
-        self.reply(json.dumps({"id": repo, "sha": COMMIT}).encode())
-      else:
-        self.refuse(404, "RevisionNotFound")
-    elif path.startswith(f"/api/models/{repo}/tree/"):
-      tree = [
-        {"type": "file", "path": n, "size": len(c), "oid": etag(c)}
-        for n, c in FILES.items()
-      ]
-      self.reply(json.dumps(tree).encode())
-    else:
-      name = path.removeprefix(f"/{repo}/resolve/{COMMIT}/")
-      self.reply(FILES[name])
-
-  def reply(self, content: bytes):
-    self.send_response(200)
-    self.send_header("Content-Length", str(len(content)))
-    self.send_header("Content-Type", "application/json")
-    self.send_header("ETag", f'"{etag(content)}"')
-    self.send_header("X-Repo-Commit", COMMIT)
-    self.end_headers()
-    if self.command == "GET":
-      self.wfile.write(content)
-
-  def refuse(self, status: int, code: str):
-    self.send_response(status)
-    self.send_header("X-Error-Code", code)
-    self.send_header("Content-Length", "0")
-    self.end_headers()
-
-  def log_message(self, *args):
-    pass
-
-
-def etag(content: bytes) -> str:
-  return hashlib.sha1(content).hexdigest()
-
-
 @pytest.fixture
 def server():
-  made = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-  made.repo, made.refused, made.requests = REPO, None, []
-  thread = threading.Thread(target=made.serve_forever)
-  thread.start()
-  yield made
-  made.shutdown()
-  thread.join()
-  made.server_close()
+  with local_hub.serve(REPO, FILES) as made:
+    yield made
 
 
 @pytest.fixture
 def options(server, tmp_path):
-  host, port = server.server_address
-  return {"endpoint": f"http://{host}:{port}", "cache_dir": tmp_path}
+  return {"endpoint": server.endpoint, "cache_dir": tmp_path}
 
 
 def contents(path):
@@ -168,21 +103,15 @@ def test_a_second_download_asks_for_no_file(server, options):
 
 def test_what_is_in_the_cache_needs_no_connection(server, options):
   path = hub.download(REPO, **options)
-  offline = options | {"endpoint": unreachable()}
+  offline = options | {"endpoint": local_hub.unreachable()}
   assert hub.download(REPO, **offline) == path
   # Weights of another variant were never asked for: loading would say so.
   assert contents(path).keys() == contents(hub.download(REPO, **offline)).keys()
 
 
-def unreachable() -> str:
-  with socket.socket() as free:
-    free.bind(("127.0.0.1", 0))
-    return f"http://127.0.0.1:{free.getsockname()[1]}"
-
-
 def test_without_connection_and_cache_the_remedy_is_named(tmp_path):
   with pytest.raises(FileNotFoundError, match="cannot be reached.*pass its d"):
-    hub.download(REPO, endpoint=unreachable(), cache_dir=tmp_path)
+    hub.download(REPO, endpoint=local_hub.unreachable(), cache_dir=tmp_path)
 
 
 @pytest.mark.parametrize("status", [401, 403])
