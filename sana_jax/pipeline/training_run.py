@@ -113,17 +113,19 @@ def _component_paths(
 
 
 def _restore(config, workdir, step, dtype, mesh, fp16_clamp) -> dict[str, Any]:
-  build = {"dtype": dtype, "param_dtype": dtype, "rngs": nnx.Rngs(0)}
+  build = {"dtype": dtype, "param_dtype": dtype}
   models = {
     "transformer": jax.eval_shape(
       lambda: sana.SanaTransformer.from_config(
-        config.model, fp16_clamp=fp16_clamp, **build
+        config.model, fp16_clamp=fp16_clamp, rngs=nnx.Rngs(0), **build
       )
     )
   }
   if config.train_text_encoder:
     models["text_encoder"] = jax.eval_shape(
-      lambda: gemma2.Gemma2.from_config(config.text_encoder, **build)
+      lambda: gemma2.Gemma2.from_config(
+        config.text_encoder, rngs=nnx.Rngs(0), **build
+      )
     )
   whole = sharding.replicated(mesh)
   abstract = jax.tree.map(
