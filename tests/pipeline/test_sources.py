@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from etils import epath
 
 from sana_jax.pipeline import sources
 from sana_jax.weights import zoo
@@ -30,7 +31,7 @@ FILES = {
 def test_all_sana_pipelines_are_flow_or_sprint(tmp_path, name, is_sprint):
   index = tmp_path / "model_index.json"
   index.write_text(json.dumps({"_class_name": name}))
-  expected = sources.Directory(tmp_path, None, is_sprint)
+  expected = sources.Directory(epath.Path(tmp_path), None, is_sprint)
   assert sources.resolve(tmp_path) == expected
   index.write_text('{"_class_name": "SanaVideoPipeline"}')
   with pytest.raises(ValueError, match="SanaVideoPipeline; supported are Sana"):
@@ -49,9 +50,10 @@ def test_directories_and_files_are_known_by_their_names(tmp_path):
   large, small = zoo.find("Sana_1600M_2Kpx_BF16"), zoo.find("Sana_600M_512px")
   assert sources.resolve(directory).entry == large
   assert sources.resolve(directory / "transformer") == (
-    sources.TransformerWeights(directory / "transformer", large)
+    sources.TransformerWeights(epath.Path(directory / "transformer"), large)
   )
-  assert sources.resolve(file) == sources.TransformerWeights(file, small)
+  expected = sources.TransformerWeights(epath.Path(file), small)
+  assert sources.resolve(file) == expected
 
 
 def test_work_directories_are_recognised(tmp_path):
@@ -59,7 +61,7 @@ def test_work_directories_are_recognised(tmp_path):
   with pytest.raises(FileNotFoundError, match=f"no model_index.*{ACCEPTED}"):
     sources.resolve(tmp_path)
   (tmp_path / "checkpoints").mkdir()
-  assert sources.resolve(tmp_path) == sources.TrainingRun(tmp_path)
+  assert sources.resolve(tmp_path) == sources.TrainingRun(epath.Path(tmp_path))
 
 
 @pytest.mark.parametrize(
