@@ -1,15 +1,18 @@
 """Loads and saves one component of a checkpoint: transformer, VAE or text."""
 
+import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from etils import epath
 
 from sana_jax import config as config_lib
+from sana_jax import sharding
 from sana_jax.models import controlnet, dc_ae, gemma2, sana
 from sana_jax.weights import controlnet as controlnet_weights
 from sana_jax.weights import dc_ae as dc_ae_weights
-from sana_jax.weights import files, mapping, opening
+from sana_jax.weights import files, mapping, opening, precision
 from sana_jax.weights import gemma2 as gemma2_weights
 from sana_jax.weights import sana as sana_weights
 
@@ -21,6 +24,9 @@ def load_transformer(
   variant: str | None = None,
   dtype: Any = jnp.float32,
   param_dtype: Any = None,
+  mesh: jax.sharding.Mesh | None = None,
+  rules: sharding.Rules = sharding.FSDP_RULES,
+  fp16_clamp: bool | None = None,
   scan: bool = True,
   remat: str = "none",
 ) -> tuple[sana.SanaTransformer, config_lib.SanaConfig]:
@@ -35,6 +41,12 @@ def load_transformer(
     variant: see `files.weight_files`.
     dtype: of the computation.
     param_dtype: of the parameters; None is `dtype`.
+    mesh: the devices to spread the parameters over, each of which gets its
+      part straight from the file; None: the default device has them whole.
+    rules: which axes of the parameters are cut along which of the mesh's;
+      `sharding.REPLICATED_RULES` puts a copy on every device.
+    fp16_clamp: for weights trained in float16, see `precision`; None decides
+      by name, architecture and files, and logs why.
     scan: see `sana.SanaTransformer`, as `remat`.
 
   Raises:
@@ -44,7 +56,13 @@ def load_transformer(
   component = opening.open_transformer(
     path, config=config, variant=variant, scan=scan, remat=remat
   )
-  return component.load(dtype, param_dtype), component.config
+  clamp = precision.choose_clamp(
+    _trained_in_fp16(epath.Path(path), component), fp16_clamp
+  )
+  build = functools.partial(component.build, fp16_clamp=clamp)
+  component = component._replace(build=build)
+  model = component.load(dtype, param_dtype, mesh=mesh, rules=rules)
+  return model, component.config
 
 
 def load_controlnet(
@@ -54,18 +72,28 @@ def load_controlnet(
   variant: str | None = None,
   dtype: Any = jnp.float32,
   param_dtype: Any = None,
+  mesh: jax.sharding.Mesh | None = None,
+  rules: sharding.Rules = sharding.FSDP_RULES,
+  fp16_clamp: bool = False,
   scan: bool = True,
   remat: str = "none",
 ) -> tuple[controlnet.SanaControlNet, config_lib.SanaControlNetConfig]:
   """Loads a control branch, in any layout of `opening.Component`.
 
-  Args and errors are those of `load_transformer`. An original file may hold the
-  transformer too, which `load_transformer` reads from it.
+  Args and errors are those of `load_transformer`, whose `fp16_clamp` goes for
+  its control branch too. An original file may hold the transformer as well,
+  which `load_transformer` reads from it.
   """
   component = opening.open_controlnet(
-    path, config=config, variant=variant, scan=scan, remat=remat
+    path,
+    config=config,
+    variant=variant,
+    fp16_clamp=fp16_clamp,
+    scan=scan,
+    remat=remat,
   )
-  return component.load(dtype, param_dtype), component.config
+  model = component.load(dtype, param_dtype, mesh=mesh, rules=rules)
+  return model, component.config
 
 
 def load_autoencoder(
@@ -75,6 +103,8 @@ def load_autoencoder(
   variant: str | None = None,
   dtype: Any = jnp.float32,
   param_dtype: Any = None,
+  mesh: jax.sharding.Mesh | None = None,
+  rules: sharding.Rules = sharding.FSDP_RULES,
 ) -> tuple[dc_ae.DCAE, config_lib.DCAEConfig]:
   """Loads a DC-AE, in any layout of `opening.Component`.
 
@@ -82,7 +112,8 @@ def load_autoencoder(
   without a config is taken to be DC-AE f32c32, the one SANA uses.
   """
   component = opening.open_autoencoder(path, config=config, variant=variant)
-  return component.load(dtype, param_dtype), component.config
+  model = component.load(dtype, param_dtype, mesh=mesh, rules=rules)
+  return model, component.config
 
 
 def load_text_encoder(
@@ -92,13 +123,16 @@ def load_text_encoder(
   variant: str | None = None,
   dtype: Any = jnp.float32,
   param_dtype: Any = None,
+  mesh: jax.sharding.Mesh | None = None,
+  rules: sharding.Rules = sharding.FSDP_RULES,
 ) -> tuple[gemma2.Gemma2, config_lib.Gemma2Config]:
   """Loads Gemma 2, as the bare decoder or as a causal language model.
 
   Args and errors are those of `load_transformer`.
   """
   component = opening.open_text_encoder(path, config=config, variant=variant)
-  return component.load(dtype, param_dtype), component.config
+  model = component.load(dtype, param_dtype, mesh=mesh, rules=rules)
+  return model, component.config
 
 
 def save_transformer(
@@ -110,7 +144,7 @@ def save_transformer(
   files.write_component(
     directory,
     opening.config_json(config),
-    mapping.save(model, sana_weights.diffusers_rules(config)),
+    mapping.published(model, sana_weights.diffusers_rules(config)),
   )
 
 
@@ -123,7 +157,7 @@ def save_controlnet(
   files.write_component(
     directory,
     opening.config_json(config),
-    mapping.save(model, controlnet_weights.diffusers_rules(config)),
+    mapping.published(model, controlnet_weights.diffusers_rules(config)),
   )
 
 
@@ -134,7 +168,7 @@ def save_autoencoder(
   files.write_component(
     directory,
     opening.config_json(config),
-    mapping.save(model, dc_ae_weights.diffusers_rules(config)),
+    mapping.published(model, dc_ae_weights.diffusers_rules(config)),
   )
 
 
@@ -147,6 +181,18 @@ def save_text_encoder(
   files.write_component(
     directory,
     opening.config_json(config),
-    mapping.save(model, gemma2_weights.diffusers_rules(config)),
+    mapping.published(model, gemma2_weights.diffusers_rules(config)),
     stem="model",
+  )
+
+
+def _trained_in_fp16(
+  path: epath.Path, component: opening.Component
+) -> precision.Decision:
+  has_variants = path.is_dir() and component.layout != "orbax"
+  return precision.trained_in_fp16(
+    component.config,
+    names=(str(path), str(path.parent), str(path.parent.parent)),
+    variants=files.variants(path) if has_variants else (),
+    dtypes={tensor.dtype for tensor in component.tensors.values()},
   )

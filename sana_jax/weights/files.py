@@ -7,8 +7,9 @@ are checked before memory is taken.
 
 import json
 import math
+import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +37,11 @@ _STEM = r"(?:diffusion_pytorch_model|model)"
 _FILE_NAME = re.compile(_STEM + r"(?:\.(?P<variant>[^.-]+))?\.safetensors")
 _INDEX_NAME = re.compile(
   _STEM + r"\.safetensors\.index(?:\.(?P<variant>[^.]+))?\.json"
+)
+_SHARD_NAME = re.compile(
+  # Two generations of names.
+  _STEM
+  + r"(?:\.(?P<new>[^.-]+))?-\d+-of-\d+(?:\.(?P<old>[^.-]+))?\.safetensors"
 )
 # diffusers and transformers split files above this size.
 _MAX_SHARD_BYTES = 5 * 10**9
@@ -89,6 +95,29 @@ def variants(directory: epath.PathLike) -> set[str | None]:
     FileNotFoundError: there is no such directory.
   """
   return set(_entry_points(epath.Path(directory)))
+
+
+def group_by_variant(names: Iterable[str]) -> dict[str | None, list[str]]:
+  """Lists by variant the file names that loading a component would read.
+
+  Where a variant is there both whole and in shards, the whole file is read.
+  """
+  names = sorted(names)
+  groups: dict[str | None, list[str]] = {}
+  for name in names:
+    if match := _FILE_NAME.fullmatch(name):
+      groups[match["variant"]] = [name]
+  whole = set(groups)
+  for name in names:
+    if match := _INDEX_NAME.fullmatch(name):
+      variant = match["variant"]
+    elif match := _SHARD_NAME.fullmatch(name):
+      variant = match["new"] or match["old"]
+    else:
+      continue
+    if variant not in whole:
+      groups.setdefault(variant, []).append(name)
+  return groups
 
 
 def weight_files(
@@ -198,7 +227,7 @@ def write_component(
     name = f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors"
     _write_safetensors(directory / name, shard)
     weight_map |= dict.fromkeys(shard, name)
-  total = sum(array.nbytes for array in tensors.values())
+  total = sum(tensor.nbytes for tensor in tensors.values())
   index = {"metadata": {"total_size": total}, "weight_map": weight_map}
   write_json(directory / f"{stem}.safetensors.index.json", index)
 
@@ -276,6 +305,9 @@ def _region_reader(path, offset: int, dtype: np.dtype, shape):
   count = math.prod(shape)
 
   def read() -> np.ndarray:
+    if count and "://" not in os.fspath(path):
+      # Mapped, so that a shard reads its part only; unmapped with the array.
+      return np.asarray(np.memmap(path, dtype, "r", offset, shape))
     with path.open("rb") as file:
       file.seek(offset)
       data = file.read(count * dtype.itemsize)

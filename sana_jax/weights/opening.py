@@ -4,7 +4,6 @@ Nothing here reads the values of tensors.
 """
 
 import functools
-import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -15,10 +14,17 @@ from etils import epath
 from flax import nnx
 
 from sana_jax import config as config_lib
+from sana_jax import sharding
 from sana_jax.models import controlnet, dc_ae, gemma2, sana
+from sana_jax.weights import (
+  architecture,
+  files,
+  mapping,
+  orbax_files,
+  torch_zip,
+)
 from sana_jax.weights import controlnet as controlnet_weights
 from sana_jax.weights import dc_ae as dc_ae_weights
-from sana_jax.weights import files, mapping, orbax_files, torch_zip
 from sana_jax.weights import gemma2 as gemma2_weights
 from sana_jax.weights import sana as sana_weights
 
@@ -67,8 +73,19 @@ class Component(NamedTuple):
       self.abstract(), self.rules, self.tensors, ignore=self.ignored
     )
 
-  def load(self, dtype: Any = jnp.float32, param_dtype: Any = None) -> Any:
-    """Reads the parameters.
+  def load(
+    self,
+    dtype: Any = jnp.float32,
+    param_dtype: Any = None,
+    *,
+    mesh: jax.sharding.Mesh | None = None,
+    rules: sharding.Rules = sharding.FSDP_RULES,
+  ) -> Any:
+    """Reads the parameters, straight to where they belong.
+
+    Args:
+      mesh: the devices to spread them over by `rules`; None: the default
+        device has them whole.
 
     Raises:
       ValueError: the tensors do not fit the model, or `dtype` is neither
@@ -79,10 +96,15 @@ class Component(NamedTuple):
         f"dtype must be float32 or bfloat16, got {jnp.dtype(dtype).name}: the "
         "activations of these models overflow float16."
       )
+    abstract, shardings = self.abstract(dtype, param_dtype), None
+    if mesh is not None:
+      axes = _KINDS[type(self.config)].param_axes
+      shardings = sharding.param_shardings(abstract, axes, mesh, rules)
     return mapping.load(
-      self.abstract(dtype, param_dtype),
+      abstract,
       self.rules,
       self.tensors,
+      shardings=shardings,
       ignore=self.ignored,
       source=self.source,
     )
@@ -132,7 +154,7 @@ def open_transformer(
     if values is not None:
       config = config_lib.from_dict(config_lib.SanaConfig, values)
     elif _layout(_KINDS[config_lib.SanaConfig], tensors) == "original":
-      config = infer_transformer_config(tensors, source=str(path))
+      config = architecture.infer_transformer_config(tensors, source=str(path))
     else:
       raise _no_config(path)
   return component(config, tensors, source=str(path), **options)
@@ -155,7 +177,7 @@ def open_controlnet(
     if values is not None and values.get("_class_name") == _CONTROLNET_CLASS:
       config = config_lib.from_dict(config_lib.SanaControlNetConfig, values)
     elif is_original:
-      config = infer_controlnet_config(tensors, source=str(path))
+      config = architecture.infer_controlnet_config(tensors, source=str(path))
     else:
       raise _no_config(path)
   return component(config, tensors, source=str(path), **options)
@@ -247,68 +269,6 @@ def config_json(config: config_lib.Config) -> dict[str, Any]:
   return {**_KINDS[type(config)].fixed, **values}
 
 
-def infer_transformer_config(
-  tensors: files.Tensors, *, source: str = "checkpoint"
-) -> config_lib.SanaConfig:
-  """Recognises a published architecture by the shapes of an original file.
-
-  Raises:
-    ValueError: not one of the published widths, or no positional embedding
-      that would tell the training resolution.
-  """
-  presets = {
-    preset.width: preset
-    for preset in (config_lib.sana_600m(), config_lib.sana_1600m())
-  }
-  shapes = {name: tensor.shape for name, tensor in tensors.items()}
-  width = shapes.get("x_embedder.proj.weight", (None,))[0]
-  grid = shapes.get("pos_embed", (0, 0))[1]
-  side = math.isqrt(grid)
-  if width not in presets or not grid or side**2 != grid:
-    raise ValueError(
-      f"The architecture of {source} cannot be told from its shapes (width "
-      f"{width}, pos_embed {shapes.get('pos_embed')}); pass config=..., or put "
-      "a config.json beside it."
-    )
-  config = presets[width]
-  blocks = {re.match(r"blocks\.(\d+)\.", name) for name in shapes} - {None}
-  config.num_layers = len({match[1] for match in blocks})
-  config.sample_size = side
-  # Only the 2K and 4K models use their positional embedding.
-  config.interpolation_scale = {64: 1.0, 128: 2.0}.get(side)
-  if "blocks.0.attn.q_norm.weight" in shapes:
-    config.qk_norm = "rms_norm_across_heads"
-  config.guidance_embeds = "cfg_embedder.mlp.0.weight" in shapes
-  return config
-
-
-def infer_controlnet_config(
-  tensors: files.Tensors, *, source: str = "checkpoint"
-) -> config_lib.SanaControlNetConfig:
-  """Recognises a published architecture by the shapes of an original file.
-
-  Raises:
-    ValueError: not one of the published widths.
-  """
-  presets = {
-    preset.width: preset
-    for preset in (config_lib.sana_600m(), config_lib.sana_1600m())
-  }
-  patches = tensors.get("x_embedder.proj.weight")
-  width = None if patches is None else patches.shape[0]
-  if width not in presets:
-    raise ValueError(
-      f"The architecture of the ControlNet in {source} cannot be told from its "
-      f"width {width}, expected one of {sorted(presets)}; pass config=..."
-    )
-  config = config_lib.from_dict(
-    config_lib.SanaControlNetConfig, presets[width].to_dict()
-  )
-  blocks = {re.match(r"controlnet\.(\d+)\.", name) for name in tensors} - {None}
-  config.num_layers = len({match[1] for match in blocks})
-  return config
-
-
 class _Kind(NamedTuple):
   """What `component` must know of one kind.
 
@@ -318,6 +278,7 @@ class _Kind(NamedTuple):
     rules: by layout; Orbax's is the same for all.
     ignored: by layout.
     fixed: what config.json holds besides the config.
+    param_axes: the model's sharding table.
   """
 
   name: str
@@ -326,6 +287,7 @@ class _Kind(NamedTuple):
   rules: dict[str, Callable[[Any], list[mapping.Rule]]]
   ignored: dict[str, Sequence[str]]
   fixed: dict[str, Any]
+  param_axes: sharding.ParamAxes
 
 
 _KINDS: dict[type, _Kind] = {
@@ -339,6 +301,7 @@ _KINDS: dict[type, _Kind] = {
     },
     {"original": sana_weights.ORIGINAL_IGNORED},
     {"_class_name": _TRANSFORMER_CLASS},
+    sana.PARAM_AXES,
   ),
   config_lib.SanaControlNetConfig: _Kind(
     "controlnet",
@@ -350,6 +313,7 @@ _KINDS: dict[type, _Kind] = {
     },
     {"original": controlnet_weights.ORIGINAL_IGNORED},
     {"_class_name": _CONTROLNET_CLASS},
+    controlnet.PARAM_AXES,
   ),
   config_lib.DCAEConfig: _Kind(
     "autoencoder",
@@ -361,6 +325,7 @@ _KINDS: dict[type, _Kind] = {
     },
     dict.fromkeys(("diffusers", "original"), dc_ae_weights.IGNORED),
     {"_class_name": _AUTOENCODER_CLASS},
+    dc_ae.PARAM_AXES,
   ),
   config_lib.Gemma2Config: _Kind(
     "text_encoder",
@@ -369,6 +334,7 @@ _KINDS: dict[type, _Kind] = {
     {"diffusers": gemma2_weights.diffusers_rules},
     {},
     _GEMMA2_FIXED,
+    gemma2.PARAM_AXES,
   ),
 }
 

@@ -9,7 +9,14 @@ from flax import nnx
 
 from sana_jax import config as config_lib
 from sana_jax.models import sana
-from sana_jax.weights import components, files, mapping, opening, orbax_files
+from sana_jax.weights import (
+  architecture,
+  components,
+  files,
+  mapping,
+  opening,
+  orbax_files,
+)
 from sana_jax.weights import sana as sana_weights
 from tests import tiny
 
@@ -111,7 +118,7 @@ def test_published_architectures_are_told_by_their_shapes(preset, grid):
     name: files.Tensor(shape, np.dtype(np.float32), lambda: np.empty(0))
     for name, shape in shapes.items()
   }
-  assert opening.infer_transformer_config(tensors) == config
+  assert architecture.infer_transformer_config(tensors) == config
 
 
 def test_autoencoders_are_saved_and_loaded(tmp_path, rng):
