@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key, Real
 
-from sana_jax import resolution, text
+from sana_jax import text
 from sana_jax.diffusion import guidance, samplers, trigflow
 from sana_jax.diffusion.schedules import Schedule
 from sana_jax.models import tiling as tiling_lib
@@ -132,25 +132,6 @@ def denoise_sprint(
   latents = latents * sigma_data
   result = _sample(prediction_fn, latents, schedule, noise, trajectory)
   return result if trajectory else result / sigma_data
-
-
-def decode(
-  *,
-  autoencoder: Any,
-  latents: Float[Array, "b h w c"],
-  scaling_factor: float,
-  tiling: tiling_lib.Tiling | None,
-  height: int,
-  width: int,
-) -> Float[Array, "b height width 3"]:
-  """Decodes latents, fits the images to a size, and maps them to [0, 1]."""
-  images = decode_raw(
-    autoencoder=autoencoder,
-    latents=latents,
-    scaling_factor=scaling_factor,
-    tiling=tiling,
-  )
-  return to_unit(resolution.cover_and_crop(images, height, width))
 
 
 def decode_raw(

@@ -18,7 +18,15 @@ from sana_jax import resolution, text
 from sana_jax.diffusion import samplers, scheduler_config, schedules
 from sana_jax.models import dc_ae, gemma2, sana
 from sana_jax.models import tiling as tiling_lib
-from sana_jax.pipeline import checks, execution, files, options, stages
+from sana_jax.pipeline import (
+  checks,
+  decoding,
+  execution,
+  files,
+  options,
+  stages,
+)
+from sana_jax.pipeline import memory as memory_lib
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +66,9 @@ class SanaPipeline:
     tokenizer_directory: the tokenizer's files; needed by `save_pretrained`.
     solver: `schedules.SCM` for SANA-Sprint, another for all else.
     generation_config: what a call does not specify.
-    tiling: decodes large images in overlapping tiles; None: whole.
+    tiling: decodes images in overlapping tiles; None: as `memory` has it,
+      whole if that fits.
+    memory: what may be done to fit into the memory of the devices.
     devices: None: all devices of this process.
   """
 
@@ -73,6 +83,7 @@ class SanaPipeline:
   generation_config: options.GenerationConfig
   tokenizer_directory: epath.PathLike | None = None
   tiling: tiling_lib.Tiling | None = None
+  memory: memory_lib.Policy = memory_lib.Policy()
   devices: Sequence[jax.Device] | None = None
 
   def __post_init__(self):
@@ -119,6 +130,10 @@ class SanaPipeline:
       ValueError: `tokenizer_directory` is None.
     """
     files.save(path, self)
+
+  @property
+  def used_devices(self) -> list[jax.Device]:
+    return self._executor.devices
 
   @property
   def is_sprint(self) -> bool:
@@ -171,6 +186,7 @@ class SanaPipeline:
     keys = stages.image_keys(seed, first_image_index + indices)
     size = self.image_size(settings)
     latents, noise = self._random_inputs(keys, schedule, size, latents, noise)
+    plan = self.plan_memory(len(prompts), len(indices), settings)
 
     condition = self.encode_prompt(prompts, settings, progress=progress)
     null_condition = None
@@ -178,6 +194,8 @@ class SanaPipeline:
       null_condition = self.encode_negative_prompt(
         negatives, condition, settings, progress=progress
       )
+    if plan.offload_text_encoder:
+      self._offload_text_encoder()
     condition, null_condition = jax.tree.map(
       lambda a: jnp.repeat(a, num_images_per_prompt, axis=0),
       (condition, null_condition),
@@ -191,7 +209,7 @@ class SanaPipeline:
       noise=noise,
       progress=progress,
     )
-    images = self.decode(latents, size=size, progress=progress)
+    images = self._decode(latents, plan.decoding, size, progress)
     return SanaOutput(np.asarray(images), np.asarray(latents))
 
   def encode_prompt(
@@ -342,26 +360,54 @@ class SanaPipeline:
     size: ImageSize | None = None,
     progress: execution.ProgressFn | None = None,
   ) -> Float[Array, "b height width 3"]:
-    """Decodes latents to images in [0, 1].
+    """Decodes latents to images in [0, 1], in tiles if they have to be.
 
     Args:
       size: to scale and crop to; None: as decoded.
 
     Raises:
+      ValueError: it does not fit into memory, or a `tiling` without effect.
       FloatingPointError: the images are not finite.
     """
-    compression = self.autoencoder_config.spatial_compression
-    images = self._executor.run(
-      "decoder",
-      stages.decode,
-      shared={"autoencoder": self.autoencoder},
-      batched={"latents": latents},
-      static={
-        "scaling_factor": self.autoencoder_config.scaling_factor,
-        "tiling": self.tiling,
-        "height": size.height if size else latents.shape[1] * compression,
-        "width": size.width if size else latents.shape[2] * compression,
-      },
+    grid = (latents.shape[1], latents.shape[2])
+    factor = self.autoencoder_config.spatial_compression
+    size = size or ImageSize(grid[0] * factor, grid[1] * factor, *grid)
+    plan = memory_lib.plan_decoding(self, latents.shape[0], size)
+    if plan.offload_text_encoder:
+      self._offload_text_encoder()
+    return self._decode(latents, plan.decoding, size, progress)
+
+  def plan_memory(
+    self,
+    num_prompts: int = 1,
+    num_images: int | None = None,
+    settings: options.GenerationConfig | None = None,
+  ) -> memory_lib.Plan:
+    """Says how a call would run, and what it needs, without running it.
+
+    Args:
+      num_images: of all prompts; None: one of each.
+
+    Raises:
+      ValueError: it does not fit into memory, or a `tiling` without effect.
+    """
+    settings = settings or self.generation_config
+    num_images = num_images or num_prompts
+    return memory_lib.plan_call(self, num_prompts, num_images, settings)
+
+  def _offload_text_encoder(self) -> None:
+    """Moves the text encoder to the host, from where `run` fetches it."""
+    self.text_encoder = jax.device_get(self.text_encoder)
+
+  def _decode(self, latents, how, size, progress):
+    images = decoding.decode(
+      self._executor,
+      self.autoencoder,
+      latents,
+      how=how,
+      scaling_factor=self.autoencoder_config.scaling_factor,
+      height=size.height,
+      width=size.width,
       progress=progress,
     )
     checks.check_finite("decoder", images)
