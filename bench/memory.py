@@ -99,7 +99,15 @@ def main(argv: list[str]) -> None:
   models = abstract_models(configs, jnp.dtype(_DTYPE.value))
   parts = map(footprint.make_part, configs, models)
   sizes = footprint.Models(*parts, platform="tpu")
-  work = make_work(configs[1], configs[2])
+  work = make_work(
+    configs[1],
+    configs[2],
+    height=_HEIGHT.value,
+    width=_WIDTH.value,
+    batch=_BATCH.value,
+    guided=_GUIDED.value,
+    token_length=_TOKENS.value,
+  )
   plan = memory.plan(
     sizes,
     work,
@@ -109,7 +117,7 @@ def main(argv: list[str]) -> None:
   )
   _print(f"{_CONFIG.value}, {_DTYPE.value}, {_TOPOLOGY.value}: {plan.reason}")
   records = []
-  for program in programs(configs, models, work, plan.decoding):
+  for program in programs(configs, models, work, plan.decoding, _STEPS.value):
     if program.stage in _STAGES.value:
       records.append(measure(program, mesh, plan, available))
       _print(describe(records[-1]))
@@ -136,20 +144,33 @@ def _build(cls, config, dtype):
 
 
 def make_work(
-  transformer: config_lib.SanaConfig, autoencoder: config_lib.DCAEConfig
+  transformer: config_lib.SanaConfig,
+  autoencoder: config_lib.DCAEConfig,
+  *,
+  height: int | None = None,
+  width: int | None = None,
+  batch: int = 1,
+  guided: bool = True,
+  token_length: int = 510,
 ) -> footprint.Work:
-  """Turns the flags into what the pipeline is asked for."""
+  """Says what a pipeline on one device is asked for.
+
+  Raises:
+    ValueError: a size that the autoencoder does not divide.
+  """
   factor = autoencoder.spatial_compression
   side = transformer.sample_size * factor
-  height, width = _HEIGHT.value or side, _WIDTH.value or side
+  height, width = height or side, width or side
   if height % factor or width % factor:
-    raise app.UsageError(f"--height and --width must be multiples of {factor}.")
+    raise ValueError(
+      f"height {height} and width {width} must be multiples of {factor}."
+    )
   return footprint.Work(
-    prompts=_BATCH.value,
-    images=_BATCH.value,
+    prompts=batch,
+    images=batch,
     devices=1,
-    branches=2 if _GUIDED.value else 1,
-    token_length=_TOKENS.value,
+    branches=2 if guided else 1,
+    token_length=token_length,
     text_length=_TEXT_LENGTH,
     latent_size=(height // factor, width // factor),
     height=height,
@@ -158,11 +179,15 @@ def make_work(
 
 
 def programs(
-  configs, models: Models, work: footprint.Work, how: decoding.Decoding
+  configs,
+  models: Models,
+  work: footprint.Work,
+  how: decoding.Decoding,
+  num_steps: int,
 ) -> Iterator[Program]:
   """Lists what the pipeline runs; of several shapes of tiles, the largest."""
   yield _text_encoder(models, work)
-  yield _transformer(configs, models, work)
+  yield _transformer(configs, models, work, num_steps)
   yield from _decoder(configs[2], models.autoencoder, work, how)
 
 
@@ -180,7 +205,9 @@ def _text_encoder(models: Models, work: footprint.Work) -> Program:
   return Program("text encoder", name, encode, models.text_encoder, (ids, ids))
 
 
-def _transformer(configs, models: Models, work: footprint.Work) -> Program:
+def _transformer(
+  configs, models: Models, work: footprint.Work, num_steps: int
+) -> Program:
   text_config, config, _ = configs
 
   def denoise(model, schedule, scale, latents, condition, null_condition):
@@ -200,13 +227,13 @@ def _transformer(configs, models: Models, work: footprint.Work) -> Program:
   )
   latents = _array((work.images, *work.latent_size, config.in_channels))
   args = (
-    schedules.FlowDPMSolver().schedule(_STEPS.value),
+    schedules.FlowDPMSolver().schedule(num_steps),
     _array(()),
     latents,
     condition,
     condition if work.branches > 1 else None,
   )
-  name = f"{_STEPS.value} steps"
+  name = f"{num_steps} steps"
   return Program("transformer", name, denoise, models.transformer, args)
 
 

@@ -23,9 +23,6 @@ if typing.TYPE_CHECKING:
   from sana_jax.pipeline.text_to_image import SanaPipeline
 
 STAGES = ("text encoder", "transformer", "decoder")
-# Tiles chosen for images that do not fit, in pixels; larger ones have fewer
-# seams. Those of the published 4K pipelines are 1024.
-TILE_SIDES = (2048, 1024, 512)
 _GIB = 2**30
 
 
@@ -34,8 +31,9 @@ class Policy:
   """What a pipeline may do on its own to fit into memory.
 
   Args:
-    tile: decode in tiles when whole images do not fit. They differ from whole
-      ones, so that the choice, which depends on the free memory, is warned of.
+    tile_sides: square tiles, in pixels, to decode in when whole images do not
+      fit, best first; overlaps are an eighth. Tiles leave faint seams, so that
+      the choice, which depends on the free memory, is warned of. Empty: never.
     offload_text_encoder: keep it on the host except while it encodes. None:
       when the rest does not fit otherwise.
     available_bytes: what models and programs may take on each device. None:
@@ -45,7 +43,7 @@ class Policy:
     ValueError: `available_bytes` is not positive.
   """
 
-  tile: bool = True
+  tile_sides: tuple[int, ...] = (2048, 1024, 512)
   offload_text_encoder: bool | None = None
   available_bytes: int | None = None
 
@@ -289,15 +287,16 @@ def _decodings(models, work, policy, tiling) -> Iterator[decoding.Decoding]:
   if tiling is not None:
     yield decoding.Decoding(tiling)
     return
+  factor = models.autoencoder.config.spatial_compression
+  candidates = [tiling_lib.square(side) for side in policy.tile_sides]
+  for tiles in candidates:
+    tiles.check_multiples(factor)
   yield decoding.Decoding()
   if work.images_per_device > 1:
     yield decoding.Decoding(one_at_a_time=True)
-  factor = models.autoencoder.config.spatial_compression
   height, width = (factor * side for side in work.latent_size)
-  for side in TILE_SIDES if policy.tile else ():
-    tiles = tiling_lib.square(side)
-    fits_factor = side * 7 // 8 % factor == 0 and side % factor == 0
-    if fits_factor and not tiles.covers(height, width):
+  for tiles in candidates:
+    if not tiles.covers(height, width):
       yield decoding.Decoding(tiles)
 
 

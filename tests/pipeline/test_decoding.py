@@ -1,5 +1,7 @@
 """Decoding: the same images on any number of devices, in any order."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +21,11 @@ TILES = tiling.Tiling(
 
 @pytest.fixture(scope="module")
 def autoencoder():
-  config = tiny.autoencoder_config()
+  config = dataclasses.replace(
+    tiny.autoencoder_config(),
+    decoder_block_types="ResBlock",
+    decoder_qkv_multiscales=((), (), ()),
+  )
   return tiny.random_model(
     lambda: dc_ae.DCAE.from_config(config, rngs=nnx.Rngs(0)), 2
   )
@@ -39,9 +45,11 @@ def decode(autoencoder, latents, how, *, devices=1, size=None, progress=None):
   )
 
 
-# 9 and 15 tiles of up to 4 shapes, 8 and 3 devices: nothing divides.
-@pytest.mark.parametrize(("size", "batch"), [((8, 11), 1), ((13, 9), 3)])
-@pytest.mark.parametrize("devices", [1, 3, 8])
+# Up to 4 shapes of tiles, some of them once: nothing divides.
+@pytest.mark.parametrize(
+  ("size", "batch", "devices"),
+  [((8, 11), 1, 1), ((8, 11), 1, 8), ((13, 7), 3, 3)],
+)
 def test_tiles_over_devices_are_those_of_one_program(
   rng, autoencoder, size, batch, devices
 ):
@@ -59,14 +67,9 @@ def test_tiles_over_devices_are_those_of_one_program(
 def test_images_one_at_a_time_are_those_of_a_batch(rng, autoencoder):
   latents = jnp.asarray(rng.normal(size=(5, 6, 6, 4)), jnp.float32)
   expected = decode(autoencoder, latents, decoding.Decoding())
-  for devices in (1, 2):
-    images = decode(
-      autoencoder,
-      latents,
-      decoding.Decoding(one_at_a_time=True),
-      devices=devices,
-    )
-    np.testing.assert_allclose(images, expected, **TOLERANCE)
+  how = decoding.Decoding(one_at_a_time=True)
+  images = decode(autoencoder, latents, how, devices=2)
+  np.testing.assert_allclose(images, expected, **TOLERANCE)
 
 
 def test_one_at_a_time_takes_the_memory_of_one(autoencoder):

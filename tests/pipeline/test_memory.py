@@ -336,14 +336,22 @@ def test_a_batch_is_decoded_one_image_at_a_time_before_it_is_tiled(published):
 
 
 def test_more_memory_means_larger_tiles(published):
-  work = published_work(4096)
+  def decoder_alone(available) -> memory.Plan:
+    return memory.plan(
+      published,
+      published_work(4096),
+      policy=memory.Policy(),
+      tiling=None,
+      available=available * GIB,
+      stages=("decoder",),
+    )
+
   sides = [
-    choose(published, work, available * GIB).decoding.tiling.tile_height
-    for available in (12, 15, 30)
+    decoder_alone(available).decoding.tiling.tile_height
+    for available in (10, 14, 30)
   ]
   assert sides == [512, 1024, 2048]
-  whole = choose(published, work, 100 * GIB)
-  assert whole.decoding == decoding.Decoding()
+  assert decoder_alone(100).decoding == decoding.Decoding()
 
 
 def test_the_text_encoder_leaves_when_the_rest_does_not_fit(published):
@@ -370,7 +378,7 @@ def test_choices_of_the_user_win(published):
   assert plan.offload_text_encoder
   assert not plan.notable
   with pytest.raises(ValueError, match="the decoder needs"):
-    choose(published, work, V5E, tile=False)
+    choose(published, work, V5E, tile_sides=())
   with pytest.raises(ValueError, match="do not fit"):
     choose(
       published,
@@ -411,6 +419,11 @@ def test_tiles_that_cannot_be_or_have_no_effect_are_refused(
 ):
   with pytest.raises(ValueError, match=message):
     choose(published, published_work(1024), V5E, tiles=tiling.square(side))
+
+
+def test_tiles_to_try_must_be_multiples_too(published):
+  with pytest.raises(ValueError, match="must be multiples of 32"):
+    choose(published, published_work(1024), V5E, tile_sides=(500,))
 
 
 def test_available_bytes_must_be_positive():
@@ -455,20 +468,21 @@ def test_the_fullest_device_counts():
 def pipe(tmp_path_factory):
   path = tmp_path_factory.mktemp("tokenizer")
   tiny.make_tokenizer(path)
-  return tiny.make_pipeline(path)
+  # The decoder needs more than the transformer.
+  config = dataclasses.replace(
+    tiny.autoencoder_config(), decoder_block_out_channels=(16, 16, 16)
+  )
+  return tiny.make_pipeline(path, autoencoder=config)
 
 
-def test_a_pipeline_decodes_in_tiles_when_whole_images_do_not_fit(
-  pipe, monkeypatch
-):
-  monkeypatch.setattr(memory, "TILE_SIDES", (32, 16, 8))
+def test_a_pipeline_decodes_in_tiles_when_whole_images_do_not_fit(pipe):
   size = {"height": 64, "width": 64}
   settings = pipe.generation_config.replace(size)
   whole = pipe("a cat", **size)
   needs = pipe.plan_memory(settings=settings).needs
   limit = needs["decoder"].total - 1
   changed = dataclasses.replace(
-    pipe, memory=memory.Policy(available_bytes=limit)
+    pipe, memory=memory.Policy(available_bytes=limit, tile_sides=(32,))
   )
   with pytest.warns(UserWarning, match="64x64: in tiles of 32x32"):
     tiled = changed("a cat", **size)
