@@ -79,7 +79,7 @@ class Plan(NamedTuple):
     needs: by stage.
     available: bytes on each device for all of it; None: unknown.
     reason: one line.
-    notable: whether something other than whole images was chosen, on its own.
+    notable: whether tiles were chosen that the user did not ask for.
   """
 
   decoding: decoding.Decoding
@@ -133,7 +133,7 @@ def plan(
         needs,
         available,
         _reason(work, tried, available),
-        notable=way != tried[0][0],
+        notable=tiling is None and way.decoding.tiling is not None,
       )
   needs = min((needs for _, needs in tried), key=_peak)
   raise ValueError(_refusal(models, work, needs, available))
@@ -142,7 +142,7 @@ def plan(
 def plan_call(
   pipeline: "SanaPipeline", num_prompts: int, num_images: int, settings: Any
 ) -> Plan:
-  """Plans a call of a pipeline; warns of tiles and offloading.
+  """Plans a call of a pipeline; warns of tiles, which change the images.
 
   Raises:
     ValueError: as `plan` does.

@@ -455,6 +455,7 @@ class Device:
     return self._stats
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_the_fullest_device_counts():
   devices = [
     Device({"bytes_limit": 1000, "bytes_in_use": used}) for used in (100, 300)
