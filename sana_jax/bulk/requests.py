@@ -1,0 +1,341 @@
+"""Reads files of prompts: one request a line, bad lines told from good ones.
+
+Four formats, by the file's ending: `.txt` (a prompt a line), `.jsonl` (an
+object a line), `.csv` (a header, a row a request) and `.parquet`. Besides
+`prompt`, a request may have the fields of a pipeline call: negative_prompt,
+seed, image_index, num_images_per_prompt and every field of GenerationConfig.
+"""
+
+import csv
+import dataclasses
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+from etils import epath
+
+from sana_jax.bulk import fields
+from sana_jax.pipeline import checks, options
+
+Settings = tuple[tuple[str, Any], ...]
+
+_PARQUET_ROWS = 4096
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Request:
+  """The images of one line.
+
+  Attributes:
+    origin: the file it is from, or the flag.
+    line: its number there, from 1.
+    seed: None: the run's, whose images are counted through the whole run.
+    image_index: number of the first image among those of the seed; None: where
+      the count stands, or 0 for a request with a seed of its own.
+    settings: sorted (name, value) pairs: what differs from the checkpoint's
+      GenerationConfig. Equal ones are the same object.
+  """
+
+  origin: str
+  line: int
+  prompt: str
+  negative_prompt: str = ""
+  seed: int | None = None
+  image_index: int | None = None
+  count: int = 1
+  settings: Settings = ()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Problem:
+  """A line that no image can be made from."""
+
+  origin: str
+  line: int
+  reason: str
+
+  def __str__(self) -> str:
+    return f"{self.origin}:{self.line}: {self.reason}"
+
+
+class Reader:
+  """Makes requests of records, with the command line's values as defaults.
+
+  Args:
+    negative_prompt: of lines without one; as `count`.
+    settings: changes to the GenerationConfig, likewise.
+
+  Raises:
+    ValueError: the defaults cannot be.
+  """
+
+  def __init__(
+    self,
+    *,
+    negative_prompt: str = "",
+    count: int = 1,
+    settings: Mapping[str, Any] | None = None,
+  ):
+    self._negative_prompt = negative_prompt
+    self._count = count
+    self._defaults = dict(settings or {})
+    self._known: dict[Settings, Settings] = {}
+    checks.check_counts(0, count, 0)
+    self._plain = self._settings({})
+
+  def read(self, path: epath.PathLike) -> Iterator[Request | Problem]:
+    """Reads a file line by line; blank lines are skipped.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it cannot be read as what its name says it is.
+    """
+    path = epath.Path(path)
+    if not path.is_file():
+      raise FileNotFoundError(f"--prompt_file {path} does not exist.")
+    if path.suffix not in _RECORDS:
+      raise ValueError(
+        f"--prompt_file {path} ends in {path.suffix!r}; expected one of "
+        f"{', '.join(_RECORDS)}."
+      )
+    return self._requests(str(path), _RECORDS[path.suffix](path))
+
+  def make(self, origin: str, line: int, record: Mapping[str, Any]) -> Request:
+    """Makes a request of a record of converted values.
+
+    Raises:
+      ValueError: the record says what cannot be.
+    """
+    values = dict(record)
+    prompt = values.pop("prompt", None)
+    if prompt is None:
+      raise ValueError("there is no prompt")
+    if not prompt.strip():
+      raise ValueError("the prompt is empty; describe what to draw")
+    seed = values.pop("seed", None)
+    index = values.pop("image_index", None)
+    count = values.pop("num_images_per_prompt", None)
+    request = Request(
+      origin,
+      line,
+      prompt,
+      values.pop("negative_prompt", self._negative_prompt),
+      seed,
+      index,
+      self._count if count is None else count,
+      self._settings(values) if values else self._plain,
+    )
+    checks.check_counts(seed or 0, request.count, index or 0)
+    return request
+
+  def _requests(
+    self, origin: str, records: "_Records"
+  ) -> Iterator[Request | Problem]:
+    for line, record in records:
+      try:
+        yield self.make(origin, line, record())
+      except (ValueError, TypeError) as error:
+        yield Problem(origin, line, str(error).rstrip("."))
+
+  def _settings(self, changes: Mapping[str, Any]) -> Settings:
+    """Merges with the defaults; checks what it has not seen before."""
+    merged = self._defaults | dict(changes)
+    settings = tuple(sorted(merged.items()))
+    if settings not in self._known:
+      options.GenerationConfig().replace(merged)
+      self._known[settings] = settings
+    return self._known[settings]
+
+
+def usable(
+  requests: Iterable[Request], check: Callable[[Request], None]
+) -> tuple[list[Request], list[Problem]]:
+  """Sorts out the requests that a checkpoint cannot serve.
+
+  Args:
+    check: raises ValueError; it is called once for requests that differ in
+      prompt, seed and counts only.
+  """
+  verdicts: dict[tuple[Settings, bool], str | None] = {}
+  good, problems = [], []
+  for request in requests:
+    key = (request.settings, bool(request.negative_prompt))
+    if key not in verdicts:
+      try:
+        check(request)
+        verdicts[key] = None
+      except ValueError as error:
+        verdicts[key] = str(error).rstrip(".")
+    if (reason := verdicts[key]) is None:
+      good.append(request)
+    else:
+      problems.append(Problem(request.origin, request.line, reason))
+  return good, problems
+
+
+# A record is made when it is asked for, so that its error can be caught there.
+_Records = Iterator[tuple[int, Callable[[], Mapping[str, Any]]]]
+
+
+def _text_lines(path: epath.Path) -> _Records:
+  for number, line in _lines(path):
+    yield number, lambda line=line: {"prompt": _decode(line)}
+
+
+def _json_lines(path: epath.Path) -> _Records:
+  for number, line in _lines(path):
+    yield number, lambda line=line: _converted(_json_object(_decode(line)))
+
+
+def _csv_rows(path: epath.Path) -> _Records:
+  # Other bytes than UTF-8 become lone surrogates, and those a bad line.
+  with open(
+    path, encoding="utf-8-sig", errors="surrogateescape", newline=""
+  ) as file:
+    rows = csv.reader(file, strict=True)
+    header = _csv_header(path, rows)
+    while True:
+      first_line = rows.line_num + 1
+      try:
+        row = next(rows)
+      except StopIteration:
+        return
+      except csv.Error as error:
+        yield first_line, _raiser(f"broken CSV: {error}")
+        continue
+      if row:
+        yield first_line, lambda row=row: _csv_record(header, row)
+
+
+def _parquet_rows(path: epath.Path) -> _Records:
+  try:
+    # Only for those who use it: it takes a while to load.
+    from pyarrow import parquet  # noqa: PLC0415
+  except ImportError as error:
+    raise ValueError(
+      f"Reading {path} needs pyarrow: pip install pyarrow."
+    ) from error
+  try:
+    file = parquet.ParquetFile(path)
+  except (ValueError, OSError) as error:
+    raise ValueError(
+      f"--prompt_file {path} cannot be read as Parquet: {error}"
+    ) from error
+  with file:
+    _check_header(path, file.schema_arrow.names)
+    number = 0
+    for batch in file.iter_batches(batch_size=_PARQUET_ROWS):
+      for row in batch.to_pylist():
+        number += 1
+        given = {name: v for name, v in row.items() if v is not None}
+        yield number, lambda given=given: _converted(given)
+
+
+_RECORDS: Mapping[str, Callable[[epath.Path], _Records]] = {
+  ".txt": _text_lines,
+  ".jsonl": _json_lines,
+  ".csv": _csv_rows,
+  ".parquet": _parquet_rows,
+}
+
+
+def _lines(path: epath.Path) -> Iterator[tuple[int, bytes]]:
+  with path.open("rb") as file:
+    for number, line in enumerate(file, 1):
+      # The mark that Windows puts at the beginning.
+      if number == 1:
+        line = line.removeprefix(b"\xef\xbb\xbf")
+      if line := line.strip():
+        yield number, line
+
+
+def _decode(line: bytes) -> str:
+  try:
+    return line.decode()
+  except UnicodeDecodeError as error:
+    raise ValueError("the line is not UTF-8") from error
+
+
+def _json_object(line: str) -> Mapping[str, Any]:
+  try:
+    record = json.loads(line, parse_constant=_refuse_constant)
+  except json.JSONDecodeError as error:
+    raise ValueError(f"broken JSON: {error}") from error
+  except RecursionError as error:
+    raise ValueError("broken JSON: nested too deeply") from error
+  if not isinstance(record, dict):
+    raise ValueError(f"expected a JSON object, got {line[:40]}")
+  return record
+
+
+def _refuse_constant(name: str) -> None:
+  raise ValueError(f"broken JSON: {name} is no number")
+
+
+def _csv_header(path: epath.Path, rows: Iterator[list[str]]) -> list[str]:
+  try:
+    header = [name.strip() for name in next(rows, [])]
+  except csv.Error as error:
+    raise ValueError(
+      f"--prompt_file {path} cannot be read as CSV: {error}."
+    ) from error
+  _check_header(path, header)
+  return header
+
+
+def _check_header(path: epath.Path, names: list[str]) -> None:
+  if "prompt" not in names:
+    raise ValueError(
+      f"--prompt_file {path} has no column 'prompt', only {names}."
+    )
+  if len(set(names)) < len(names):
+    raise ValueError(f"--prompt_file {path} names a column twice: {names}.")
+  if unknown := sorted(set(names) - _KNOWN):
+    raise ValueError(f"--prompt_file {path}: {_unknown_message(unknown)}.")
+
+
+def _csv_record(header: list[str], row: list[str]) -> dict[str, Any]:
+  if len(row) != len(header):
+    raise ValueError(f"expected {len(header)} cells, got {len(row)}")
+  record = {}
+  for name, cell in zip(header, row, strict=True):
+    try:
+      cell.encode()
+    except UnicodeEncodeError as error:
+      raise ValueError("the line is not UTF-8") from error
+    if cell.strip():
+      record[name] = _named(name, cell, fields.parse)
+  # An empty cell says nothing, but an image needs a prompt.
+  return {"prompt": ""} | record
+
+
+def _converted(record: Mapping[str, Any]) -> dict[str, Any]:
+  if unknown := sorted(set(record) - _KNOWN):
+    raise ValueError(_unknown_message(unknown))
+  return {
+    name: _named(name, value, fields.convert)
+    for name, value in record.items()
+    if value is not None or fields.is_optional(_TYPES[name])
+  }
+
+
+def _named(name: str, value: Any, read: Callable[[Any, Any], Any]) -> Any:
+  try:
+    return read(value, _TYPES[name])
+  except ValueError as error:
+    raise ValueError(f"{name}: {error}") from error
+
+
+def _unknown_message(names: list[str]) -> str:
+  return f"unknown fields {names}; there are {sorted(_KNOWN)}"
+
+
+def _raiser(message: str) -> Callable[[], Mapping[str, Any]]:
+  def record():
+    raise ValueError(message)
+
+  return record
+
+
+_TYPES = fields.SETTING_TYPES | fields.REQUEST_TYPES
+_KNOWN = frozenset(_TYPES)

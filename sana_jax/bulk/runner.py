@@ -1,0 +1,207 @@
+"""Runs a plan: makes batches, and writes them while the next one is made."""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent import futures
+from typing import Any
+
+import numpy as np
+from absl import logging
+from jaxtyping import Float
+
+from sana_jax import images as images_lib
+from sana_jax import pipeline as pipeline_lib
+from sana_jax.bulk import manifest as manifest_lib
+from sana_jax.bulk import metadata, requests, sinks
+from sana_jax.bulk import meter as meter_lib
+from sana_jax.bulk import plan as plan_lib
+from sana_jax.pipeline import checks, options
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Runner:
+  """Everything that a run needs.
+
+  Attributes:
+    description: see `metadata.describe_run`.
+    stop: says whether to end after the unit at hand.
+    on_unit: called with the names of the files of a finished unit.
+  """
+
+  plan: plan_lib.Plan
+  pipe: pipeline_lib.SanaPipeline
+  sink: sinks.Sink
+  manifest: manifest_lib.Manifest
+  meter: meter_lib.Meter
+  description: Mapping[str, Any]
+  stop: Callable[[], bool]
+  on_unit: Callable[[Sequence[str]], None]
+
+  def run(self) -> list[int]:
+    """Makes what the manifest does not have; returns the images that failed.
+
+    Raises:
+      OSError: something cannot be written.
+      ValueError: the pipeline refuses its arguments.
+    """
+    failed = []
+    # One thread writes, in order; encoding, which takes longer, has many.
+    with (
+      futures.ThreadPoolExecutor(1) as background,
+      futures.ThreadPoolExecutor(os.cpu_count()) as encoders,
+    ):
+      written: list[futures.Future] = []
+      for number in self.manifest.units_to_do:
+        if self.stop():
+          break
+        unit = _UnitRun(self, self.plan.unit(number), encoders)
+        failed += unit.make(background, written)
+      _wait(written)
+    self.meter.close()
+    return failed
+
+  def make_images(
+    self, batch: plan_lib.Batch
+  ) -> Float[np.ndarray, "n height width 3"]:
+    """Runs the pipeline on a batch.
+
+    Raises:
+      FloatingPointError: an image came out as no number.
+    """
+    images = batch.images
+    # Filled up, so that the last batch needs no compilation of its own.
+    filled = images + images[-1:] * (batch.size - len(images))
+    output = self.pipe(
+      [image.prompt for image in filled],
+      negative_prompt=[image.negative_prompt for image in filled],
+      seed=[image.seed for image in filled],
+      image_index=[image.image_index for image in filled],
+      progress=self.meter.event,
+      **images[0].settings,
+    )
+    return output.images[: len(images)]
+
+
+def check_request(
+  pipe: pipeline_lib.SanaPipeline, request: requests.Request
+) -> None:
+  """Raises ValueError for what the pipeline would refuse."""
+  changes = dict(request.settings)
+  options.check_applicable(changes, is_sprint=pipe.is_sprint)
+  checks.negative_prompt_list(
+    request.negative_prompt, 1, is_sprint=pipe.is_sprint
+  )
+  settings = pipe.generation_config.replace(changes)
+  pipe.image_size(settings)
+  pipe.make_schedule(settings)
+
+
+class _UnitRun:
+  """Makes one unit; what it writes, another thread writes."""
+
+  def __init__(
+    self,
+    runner: Runner,
+    unit: plan_lib.Unit,
+    encoders: futures.ThreadPoolExecutor,
+  ):
+    self._runner = runner
+    self._unit = unit
+    self._encoders = encoders
+    self._writer = runner.sink(unit.number)
+    self._lines: list[dict[str, Any]] = []
+
+  def make(
+    self,
+    background: futures.ThreadPoolExecutor,
+    written: list[futures.Future],
+  ) -> list[int]:
+    """Makes all batches; returns the images that failed.
+
+    Args:
+      written: the writing that is under way.
+    """
+    failed: list[int] = []
+    parts: list[futures.Future] = []
+    try:
+      for batch in self._unit.batches:
+        try:
+          images = self._runner.make_images(batch)
+        except FloatingPointError as error:
+          failed += [image.index for image in batch.images]
+          parts.append(background.submit(self._fail, batch, str(error)))
+          written.append(parts[-1])
+          continue
+        self._runner.meter.batch_done(len(batch.images))
+        # At most one batch waits, lest they fill the memory.
+        _wait(written)
+        parts.append(background.submit(self._write, batch, images))
+        written.append(parts[-1])
+      written.append(background.submit(self._finish, parts))
+    except BaseException:
+      futures.wait(written)
+      self._writer.discard()
+      raise
+    return failed
+
+  def _write(
+    self, batch: plan_lib.Batch, images: Float[np.ndarray, "n h w 3"]
+  ) -> None:
+    sizes = [batch.size] * len(batch.images)
+    samples = self._encoders.map(self._encode, batch.images, images, sizes)
+    for image, sample in zip(batch.images, samples, strict=True):
+      self._writer.add(sample)
+      digest = hashlib.sha256(sample.png).hexdigest()
+      self._lines.append(_line(image) | {"sha256": digest})
+
+  def _encode(
+    self,
+    image: plan_lib.Image,
+    pixels: Float[np.ndarray, "h w 3"],
+    batch_size: int,
+  ) -> sinks.Sample:
+    description = metadata.describe_image(
+      self._runner.pipe, image, batch_size, self._runner.description
+    )
+    png = images_lib.encode_png(
+      pixels, metadata.png_chunks(description, pixels.shape)
+    )
+    text = json.dumps(description, ensure_ascii=False)
+    return sinks.Sample(image.index, image.prompt, png, text.encode())
+
+  def _fail(self, batch: plan_lib.Batch, reason: str) -> None:
+    indices = [image.index for image in batch.images]
+    logging.error("images %s failed: %s", indices, reason)
+    self._lines += [_line(image) | {"error": reason} for image in batch.images]
+
+  def _finish(self, parts: Sequence[futures.Future]) -> None:
+    for part in parts:
+      part.result()  # a unit with a part that is not written is not finished
+    stored = iter(self._writer.finish())
+    for line in self._lines:
+      if "sha256" in line:
+        place = next(stored)
+        line |= place._asdict()
+    self._runner.manifest.append(self._unit.number, self._lines)
+    files = {line["file"]: None for line in self._lines if "file" in line}
+    self._runner.on_unit(list(files))
+
+
+def _line(image: plan_lib.Image) -> dict[str, Any]:
+  return {
+    "index": image.index,
+    "prompt": image.prompt,
+    "negative_prompt": image.negative_prompt,
+    "seed": image.seed,
+    "image_index": image.image_index,
+    "settings": image.settings,
+  }
+
+
+def _wait(written: list[futures.Future]) -> None:
+  """Waits for what is being written, and raises what went wrong there."""
+  while written:
+    written.pop(0).result()
