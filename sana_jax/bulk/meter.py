@@ -43,10 +43,16 @@ class Meter:
 
   def event(self, event: pipeline_lib.Progress) -> None:
     """Takes note of a stage of the pipeline."""
-    if event.phase == "compile":
-      self._compiled = True
-      if event.seconds is not None:
-        logging.info("%s: compiled in %.1f s", event.stage, event.seconds)
+    if event.phase != "compile":
+      return
+    self._compiled = True
+    if event.seconds is None:
+      return
+    logging.info("%s: compiled in %.1f s", event.stage, event.seconds)
+    if self._bar is not None:
+      # As if the time had not passed: it says nothing about the speed.
+      self._bar.start_t += event.seconds
+      self._bar.last_print_t += event.seconds
 
   def batch_done(self, images: int) -> None:
     now = self._clock()
@@ -58,9 +64,6 @@ class Meter:
       if not self._compiled:
         self._steady_images += images
         self._steady_seconds += now - self._last
-      elif self._bar is not None:
-        # Not to be taken for the speed.
-        self._bar.unpause()
       if self._bar is not None:
         self._bar.update(images)
     self._compiled = False
