@@ -13,6 +13,7 @@ Exit codes: 0 all is made, or SIGTERM came; 1 something is wrong, as said; 3
 some lines or images are impossible (each is named), the others are made.
 """
 
+import functools
 import os
 import pathlib
 import sys
@@ -28,7 +29,16 @@ from etils import epath
 
 from sana_jax import compilation_cache
 from sana_jax import pipeline as pipeline_lib
-from sana_jax.bulk import fields, job, metadata, plan, requests, runner, sinks
+from sana_jax.bulk import (
+  fields,
+  inputs,
+  job,
+  metadata,
+  plan,
+  requests,
+  runner,
+  sinks,
+)
 from sana_jax.models import tiling
 
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "What to draw; repeatable.")
@@ -78,6 +88,13 @@ _LOADING = {
     "vae_tile", None, "Decode in tiles of so many pixels, for 4K images."
   ),
 }
+# Arguments of the pipeline's call.
+_PICTURES = {
+  "image": flags.DEFINE_string("image", None, "To begin with."),
+  "mask_image": flags.DEFINE_string(
+    "mask_image", None, "White where --image is made anew, black elsewhere."
+  ),
+}
 # Fields of GenerationConfig; None: the checkpoint's own value.
 _SETTINGS = {
   "num_inference_steps": flags.DEFINE_integer(
@@ -91,8 +108,23 @@ _SETTINGS = {
   ),
   "height": flags.DEFINE_integer("height", None, "In pixels."),
   "width": flags.DEFINE_integer("width", None, "In pixels."),
+  "aspect": flags.DEFINE_string(
+    "aspect", None, 'Width to height, e.g. "16:9", in place of both.'
+  ),
   "use_resolution_binning": flags.DEFINE_boolean(
     "use_resolution_binning", None, "Generate at the closest trained size."
+  ),
+  "pag_scale": flags.DEFINE_float(
+    "pag_scale", None, "Of perturbed-attention guidance; 0: none."
+  ),
+  "pag_adaptive_scale": flags.DEFINE_float(
+    "pag_adaptive_scale", None, "How much pag_scale falls with each timestep."
+  ),
+  "pag_applied_layers": flags.DEFINE_string(
+    "pag_applied_layers", None, 'Blocks that are perturbed: "8" or "8,9".'
+  ),
+  "strength": flags.DEFINE_float(
+    "strength", None, "How much of --image is made anew, in (0, 1]."
   ),
 }
 
@@ -135,10 +167,13 @@ def run(started: float) -> int:
   )
   if again is not None:
     good = [metadata.request_again(pipe, _REPRODUCE.value, again)]
-    for difference in metadata.differences(again, run_description):
+    for difference in [
+      *metadata.differences(again, run_description),
+      *inputs.changed(again),
+    ]:
       logging.warning("the image may come out differently: %s", difference)
   good, refused = requests.usable(
-    good, lambda request: runner.check_request(pipe, request)
+    good, functools.partial(runner.resolve_settings, pipe)
   )
   report(problems + refused, some_left=bool(good))
   images = plan.make_plan(
@@ -171,7 +206,10 @@ def read_requests() -> tuple[list[requests.Request], list[requests.Problem]]:
     ValueError: a flag's value that cannot be, or an unreadable file.
   """
   reader = requests.Reader(
-    negative_prompt=_NEGATIVE.value, count=_COUNT.value, settings=settings()
+    negative_prompt=_NEGATIVE.value,
+    count=_COUNT.value,
+    settings=settings(),
+    pictures={n: f.value for n, f in _PICTURES.items() if f.value is not None},
   )
   good, problems = [], []
   for number, prompt in enumerate(_PROMPT.value, 1):

@@ -3,6 +3,8 @@
 import functools
 import importlib.resources
 import json
+import math
+import re
 from collections.abc import Mapping
 
 import jax
@@ -41,10 +43,41 @@ def bins(sample_size: int) -> Mapping[float, tuple[int, int]]:
   }
 
 
-def closest_bin(height: int, width: int, sample_size: int) -> tuple[int, int]:
-  """Returns the bin whose height / width is closest, the flatter one of two."""
+def closest_bin(ratio: float, sample_size: int) -> tuple[int, int]:
+  """Returns the bin closest to height / width, the flatter one of two."""
   table = bins(sample_size)
-  return table[min(table, key=lambda ratio: abs(ratio - height / width))]
+  return table[min(table, key=lambda key: abs(key - ratio))]
+
+
+def parse_aspect(aspect: str) -> float:
+  """Returns height / width of "16:9", which is width to height.
+
+  Raises:
+    ValueError: something else.
+  """
+  match = re.fullmatch(r"(\d+(?:\.\d+)?):(\d+(?:\.\d+)?)", aspect.strip())
+  width, height = (float(side) for side in match.groups()) if match else (0, 0)
+  if not width or not height:
+    raise ValueError(
+      f"aspect must be width to height, such as '16:9', got {aspect!r}."
+    )
+  return height / width
+
+
+def same_area(ratio: float, side: int, multiple: int) -> tuple[int, int]:
+  """Returns (height, width) with about the area of a square.
+
+  Args:
+    ratio: height / width.
+    side: of the square, in pixels.
+    multiple: what height and width are multiples of.
+  """
+  stretch = math.sqrt(ratio)
+  height, width = (
+    max(1, round(length / multiple)) * multiple
+    for length in (side * stretch, side / stretch)
+  )
+  return height, width
 
 
 def cover_and_crop(

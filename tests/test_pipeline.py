@@ -71,7 +71,7 @@ def test_an_image_depends_neither_on_its_batch_nor_on_devices(
 ):
   pipe = request.getfixturevalue(name)
   single = [
-    pipe(prompt, seed=3, first_image_index=i).images[0]
+    pipe(prompt, seed=3, image_index=i).images[0]
     for i, prompt in enumerate(PROMPTS)
   ]
   batch = pipe(PROMPTS, seed=3).images
@@ -90,7 +90,7 @@ def test_seeds_and_indices_give_different_images(flow):
 def test_several_images_of_several_prompts_come_prompt_by_prompt(flow):
   together = flow(PROMPTS[:2], num_images_per_prompt=2).images
   for i, prompt in enumerate(PROMPTS[:2]):
-    alone = flow(prompt, num_images_per_prompt=2, first_image_index=2 * i)
+    alone = flow(prompt, num_images_per_prompt=2, image_index=2 * i)
     np.testing.assert_allclose(
       together[2 * i : 2 * i + 2], alone.images, **TOLERANCE
     )
@@ -100,7 +100,7 @@ def test_the_parts_together_are_the_whole(flow):
   settings = flow.generation_config.replace({"guidance_scale": 3.0})
   condition = flow.encode_prompt(PROMPTS[:2], settings)
   null = flow.encode_negative_prompt(["blurry"], condition, settings)
-  keys = stages.image_keys(5, np.arange(2))
+  keys = stages.image_keys([5, 5], np.arange(2))
   noise = stages.initial_latents(keys, (8, 8, 4))
   latents = flow.denoise(
     noise, flow.make_schedule(settings), condition, null, settings
@@ -114,7 +114,7 @@ def test_the_parts_together_are_the_whole(flow):
 
 def test_a_trajectory_begins_with_noise_and_ends_with_the_latents(flow):
   condition = flow.encode_prompt(PROMPTS[:1])
-  noise = stages.initial_latents(stages.image_keys(0, np.arange(1)), (8, 8, 4))
+  noise = stages.initial_latents(stages.image_keys([0], [0]), (8, 8, 4))
   args = (noise, flow.make_schedule(), condition)
   steps = flow.denoise(*args, trajectory=True)
   assert steps.samples.shape == (4, 1, 8, 8, 4)
@@ -125,9 +125,7 @@ def test_a_trajectory_begins_with_noise_and_ends_with_the_latents(flow):
 
 
 def test_given_latents_replace_the_seed(flow):
-  latents = stages.initial_latents(
-    stages.image_keys(7, np.arange(1)), (8, 8, 4)
-  )
+  latents = stages.initial_latents(stages.image_keys([7], [0]), (8, 8, 4))
   np.testing.assert_allclose(
     flow("a cat", latents=latents).images,
     flow("a cat", seed=7).images,
@@ -136,12 +134,10 @@ def test_given_latents_replace_the_seed(flow):
 
 
 def test_given_noise_replaces_the_seed(sprint):
-  keys = stages.image_keys(7, np.arange(1))
+  keys = stages.image_keys([7], [0])
   noise = stages.step_noise(keys, 2, (8, 8, 4))
   with_noise = sprint("a cat", seed=0, noise=noise).latents
-  latents = stages.initial_latents(
-    stages.image_keys(0, np.arange(1)), (8, 8, 4)
-  )
+  latents = stages.initial_latents(stages.image_keys([0], [0]), (8, 8, 4))
   np.testing.assert_allclose(
     with_noise,
     sprint("a cat", seed=7, latents=latents).latents,
@@ -164,7 +160,7 @@ def test_guidance_and_the_negative_prompt_matter(flow):
 
 def test_each_prompt_may_have_its_negative_prompt(flow):
   both = flow(PROMPTS[:2], negative_prompt=["blurry", "low quality"]).latents
-  second = flow(PROMPTS[1], negative_prompt="low quality", first_image_index=1)
+  second = flow(PROMPTS[1], negative_prompt="low quality", image_index=1)
   np.testing.assert_allclose(both[1:], second.latents, **TOLERANCE)
 
 
@@ -190,7 +186,7 @@ def test_flow_euler_takes_custom_sigmas(tokenizer):
   schedule = pipe.solver.custom_schedule([1.0, 0.5])
   np.testing.assert_array_equal(schedule.sigmas, [1.0, 0.5, 0.0])
   null = pipe.encode_negative_prompt([""], condition)
-  noise = stages.initial_latents(stages.image_keys(0, np.arange(1)), (8, 8, 4))
+  noise = stages.initial_latents(stages.image_keys([0], [0]), (8, 8, 4))
   np.testing.assert_allclose(
     even, pipe.denoise(noise, schedule, condition, null), **TOLERANCE
   )
@@ -274,7 +270,7 @@ def test_progress_tells_compiling_from_running(tokenizer):
   assert done == [
     *texts,
     *((stage, phase) for stage in rest for phase in ("compile", "run")),
-    *[("text encoder", "run")] * 2,
+    # The prompts of the first call are known.
     *((stage, "run") for stage in rest),
   ]
 
@@ -294,7 +290,7 @@ def test_progress_tells_compiling_from_running(tokenizer):
     ({"use_resolution_binning": True}, "no resolution bins for sample_size 8"),
     ({"seed": -1}, "seed must be in"),
     ({"num_images_per_prompt": 0}, "num_images_per_prompt must be at least"),
-    ({"first_image_index": -1}, "first_image_index must not be negative"),
+    ({"image_index": -1}, "image_index must be in"),
     ({"latents": np.ones((1, 4, 8, 8))}, "expected \\(1, 8, 8, 4\\)"),
     ({"noise": np.ones((3, 1, 8, 8, 4))}, "this solver is deterministic"),
     ({"sigmas": [1.0, 0.5]}, "sigmas are for the FlowEuler solver"),

@@ -7,6 +7,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
+from sana_jax.bulk import inputs
 from sana_jax.pipeline import options
 
 # What a line may say of its images besides the fields of GenerationConfig.
@@ -17,6 +18,7 @@ REQUEST_TYPES: Mapping[str, Any] = types.MappingProxyType(
     "seed": int,
     "image_index": int,
     "num_images_per_prompt": int,
+    **dict.fromkeys(inputs.NAMES, str),
   }
 )
 SETTING_TYPES: Mapping[str, Any] = types.MappingProxyType(

@@ -66,6 +66,7 @@ def describe_image(
     "negative_prompt": image.negative_prompt,
     "seed": image.seed,
     **pipe.generation_config.replace(image.settings).to_dict(),
+    **image.pictures,
     "batch_size": batch_size,
     **run,
   }

@@ -31,10 +31,11 @@ class Image(NamedTuple):
   seed: int
   image_index: int
   settings: Mapping[str, Any]
+  pictures: Mapping[str, str]
 
 
 class Batch(NamedTuple):
-  """Images of the same settings.
+  """Images of the same settings, and with the same kinds of pictures.
 
   Attributes:
     size: what to fill the batch up to, that of its kind's other batches.
@@ -99,6 +100,7 @@ class Plan:
         request.image_index,
         request.count,
         request.settings,
+        request.pictures,
       )
       digest.update(json.dumps(values).encode() + b"\n")
     return digest.hexdigest()
@@ -111,10 +113,10 @@ class Plan:
 
   @functools.cached_property
   def _kinds(self) -> np.ndarray:
-    """Numbers the settings of each image, in the order they first appear."""
+    """Numbers what images have in common, in the order it first appears."""
     numbers: dict[Any, int] = {}
     kinds = [
-      numbers.setdefault(request.settings, len(numbers))
+      numbers.setdefault(_kind(request), len(numbers))
       for request in self.requests
     ]
     return np.repeat(np.asarray(kinds, np.int64), np.diff(self._first_images))
@@ -173,7 +175,14 @@ class Plan:
       self.seed if request.seed is None else request.seed,
       image_index,
       dict(request.settings),
+      dict(request.pictures),
     )
+
+
+def _kind(request: Request) -> Any:
+  if not request.pictures:
+    return request.settings
+  return request.settings, tuple(name for name, _ in request.pictures)
 
 
 def make_plan(

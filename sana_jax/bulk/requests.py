@@ -3,7 +3,8 @@
 Four formats, by the file's ending: `.txt` (a prompt a line), `.jsonl` (an
 object a line), `.csv` (a header, a row a request) and `.parquet`. Besides
 `prompt`, a request may have the fields of a pipeline call: negative_prompt,
-seed, image_index, num_images_per_prompt and every field of GenerationConfig.
+seed, image_index, num_images_per_prompt, image and mask_image (paths), and
+every field of GenerationConfig.
 """
 
 import csv
@@ -14,12 +15,14 @@ from typing import Any
 
 from etils import epath
 
-from sana_jax.bulk import fields
+from sana_jax.bulk import fields, inputs
 from sana_jax.pipeline import checks, options
 
 Settings = tuple[tuple[str, Any], ...]
+Pictures = tuple[tuple[str, str], ...]
 
 _PARQUET_ROWS = 4096
+_SIDES = ("height", "width")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -34,6 +37,7 @@ class Request:
       the count stands, or 0 for a request with a seed of its own.
     settings: sorted (name, value) pairs: what differs from the checkpoint's
       GenerationConfig. Equal ones are the same object.
+    pictures: sorted (name, path) pairs, where there are any.
   """
 
   origin: str
@@ -44,6 +48,7 @@ class Request:
   image_index: int | None = None
   count: int = 1
   settings: Settings = ()
+  pictures: Pictures = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -64,6 +69,7 @@ class Reader:
   Args:
     negative_prompt: of lines without one; as `count`.
     settings: changes to the GenerationConfig, likewise.
+    pictures: paths by name, likewise.
 
   Raises:
     ValueError: the defaults cannot be.
@@ -75,12 +81,14 @@ class Reader:
     negative_prompt: str = "",
     count: int = 1,
     settings: Mapping[str, Any] | None = None,
+    pictures: Mapping[str, str] | None = None,
   ):
     self._negative_prompt = negative_prompt
     self._count = count
     self._defaults = dict(settings or {})
     self._known: dict[Settings, Settings] = {}
-    checks.check_counts(0, count, 0)
+    self._pictures = dict(pictures or {})
+    checks.image_count([""], count)
     self._plain = self._settings({})
 
   def read(self, path: epath.PathLike) -> Iterator[Request | Problem]:
@@ -114,19 +122,23 @@ class Reader:
       raise ValueError("the prompt is empty; describe what to draw")
     seed = values.pop("seed", None)
     index = values.pop("image_index", None)
-    count = values.pop("num_images_per_prompt", None)
-    request = Request(
+    if seed is not None or index is not None:
+      checks.image_numbers(seed or 0, index or 0, 1)
+    count = values.pop("num_images_per_prompt", self._count)
+    checks.image_count([prompt], count)
+    negative_prompt = values.pop("negative_prompt", self._negative_prompt)
+    own = {name: values.pop(name) for name in inputs.NAMES if name in values}
+    return Request(
       origin,
       line,
       prompt,
-      values.pop("negative_prompt", self._negative_prompt),
+      negative_prompt,
       seed,
       index,
-      self._count if count is None else count,
+      count,
       self._settings(values) if values else self._plain,
+      tuple(sorted((self._pictures | own).items())),
     )
-    checks.check_counts(seed or 0, request.count, index or 0)
-    return request
 
   def _requests(
     self, origin: str, records: "_Records"
@@ -139,7 +151,13 @@ class Reader:
 
   def _settings(self, changes: Mapping[str, Any]) -> Settings:
     """Merges with the defaults; checks what it has not seen before."""
-    merged = self._defaults | dict(changes)
+    merged = dict(self._defaults)
+    # A size takes the place of an aspect, and the other way round.
+    if changes.get("aspect") is not None:
+      merged = {k: v for k, v in merged.items() if k not in _SIDES}
+    elif any(changes.get(side) is not None for side in _SIDES):
+      merged.pop("aspect", None)
+    merged |= changes
     settings = tuple(sorted(merged.items()))
     if settings not in self._known:
       options.GenerationConfig().replace(merged)
@@ -148,29 +166,47 @@ class Reader:
 
 
 def usable(
-  requests: Iterable[Request], check: Callable[[Request], None]
+  requests: Iterable[Request],
+  resolve: Callable[[Request, float | None], Settings],
 ) -> tuple[list[Request], list[Problem]]:
   """Sorts out the requests that a checkpoint cannot serve.
 
   Args:
-    check: raises ValueError; it is called once for requests that differ in
-      prompt, seed and counts only.
+    resolve: given a request and its image's height / width, returns its final
+      settings or raises ValueError; it is called once for requests that differ
+      in texts, seed and counts only.
   """
-  verdicts: dict[tuple[Settings, bool], str | None] = {}
+  known: dict[Any, Settings | ValueError] = {}
   good, problems = [], []
   for request in requests:
-    key = (request.settings, bool(request.negative_prompt))
-    if key not in verdicts:
-      try:
-        check(request)
-        verdicts[key] = None
-      except ValueError as error:
-        verdicts[key] = str(error).rstrip(".")
-    if (reason := verdicts[key]) is None:
-      good.append(request)
-    else:
+    try:
+      ratio = inputs.ratio(dict(request.pictures))
+      names = tuple(name for name, _ in request.pictures)
+      key = (request.settings, bool(request.negative_prompt), names, ratio)
+      if key not in known:
+        known[key] = _settings_or_error(resolve, request, ratio)
+      settings = known[key]
+      if isinstance(settings, ValueError):
+        raise settings
+    except ValueError as error:
+      reason = str(error).rstrip(".")
       problems.append(Problem(request.origin, request.line, reason))
+      continue
+    if settings != request.settings:
+      request = dataclasses.replace(request, settings=settings)
+    good.append(request)
   return good, problems
+
+
+def _settings_or_error(
+  resolve: Callable[[Request, float | None], Settings],
+  request: Request,
+  ratio: float | None,
+) -> Settings | ValueError:
+  try:
+    return resolve(request, ratio)
+  except ValueError as error:
+    return error
 
 
 # A record is made when it is asked for, so that its error can be caught there.

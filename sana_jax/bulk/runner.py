@@ -1,12 +1,13 @@
 """Runs a plan: makes batches, and writes them while the next one is made."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from absl import logging
@@ -14,11 +15,19 @@ from jaxtyping import Float
 
 from sana_jax import images as images_lib
 from sana_jax import pipeline as pipeline_lib
+from sana_jax.bulk import inputs, metadata, requests, sinks
 from sana_jax.bulk import manifest as manifest_lib
-from sana_jax.bulk import metadata, requests, sinks
 from sana_jax.bulk import meter as meter_lib
 from sana_jax.bulk import plan as plan_lib
 from sana_jax.pipeline import checks, options
+
+
+class Made(NamedTuple):
+  """An image that came out of the pipeline."""
+
+  image: plan_lib.Image
+  pixels: Float[np.ndarray, "h w 3"]
+  digests: Mapping[str, str]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,46 +66,76 @@ class Runner:
       for number in self.manifest.units_to_do:
         if self.stop():
           break
+        # What was encoded before depends on where this process began; bits
+        # of the encoder's result may depend on what is encoded together.
+        self.pipe.forget_prompts()
         unit = _UnitRun(self, self.plan.unit(number), encoders)
         failed += unit.make(background, written)
       _wait(written)
     self.meter.close()
     return failed
 
-  def make_images(
-    self, batch: plan_lib.Batch
-  ) -> Float[np.ndarray, "n height width 3"]:
+  def make_images(self, batch: plan_lib.Batch) -> list[Made]:
     """Runs the pipeline on a batch.
 
     Raises:
       FloatingPointError: an image came out as no number.
+      UnusablePictureError: a picture to begin with cannot be read.
     """
     images = batch.images
     # Filled up, so that the last batch needs no compilation of its own.
     filled = images + images[-1:] * (batch.size - len(images))
+    size = self.pipe.image_size(
+      self.pipe.generation_config.replace(images[0].settings)
+    )
+    loaded = inputs.load([image.pictures for image in filled], size.generated)
     output = self.pipe(
       [image.prompt for image in filled],
       negative_prompt=[image.negative_prompt for image in filled],
       seed=[image.seed for image in filled],
       image_index=[image.image_index for image in filled],
       progress=self.meter.event,
+      **loaded.arrays,
       **images[0].settings,
     )
-    return output.images[: len(images)]
+    return [
+      Made(image, pixels, digests)
+      for image, pixels, digests in zip(
+        images, output.images, loaded.digests, strict=False
+      )
+    ]
 
 
-def check_request(
-  pipe: pipeline_lib.SanaPipeline, request: requests.Request
-) -> None:
-  """Raises ValueError for what the pipeline would refuse."""
+def resolve_settings(
+  pipe: pipeline_lib.SanaPipeline,
+  request: requests.Request,
+  ratio: float | None,
+) -> requests.Settings:
+  """Returns a request's settings, with the size that its image gives.
+
+  Args:
+    ratio: height / width of the image to begin with.
+
+  Raises:
+    ValueError: what the pipeline would refuse.
+  """
   changes = dict(request.settings)
   options.check_applicable(changes, is_sprint=pipe.is_sprint)
-  checks.negative_prompt_list(
+  negatives = checks.negative_prompt_list(
     request.negative_prompt, 1, is_sprint=pipe.is_sprint
   )
   settings = pipe.generation_config.replace(changes)
-  pipe.image_size(settings)
+  paths = dict(request.pictures)
+  image, mask = (paths.get(name) for name in inputs.NAMES)
+  checks.check_effective(changes, settings, negatives, (image, mask))
+  options.pag_layers(settings, pipe.transformer_config.num_layers)
+  size = pipe.image_size(settings, ratio=ratio)
   pipe.make_schedule(settings)
+  if ratio is None or settings.aspect is not None:
+    return request.settings
+  # Said outright, so that images of different sizes may share a batch.
+  fixed = changes | {"height": size.height, "width": size.width}
+  return tuple(sorted(fixed.items()))
 
 
 class _UnitRun:
@@ -129,8 +168,8 @@ class _UnitRun:
     try:
       for batch in self._unit.batches:
         try:
-          images = self._runner.make_images(batch)
-        except FloatingPointError as error:
+          made = self._runner.make_images(batch)
+        except (FloatingPointError, inputs.UnusablePictureError) as error:
           failed += [image.index for image in batch.images]
           parts.append(background.submit(self._fail, batch, str(error)))
           written.append(parts[-1])
@@ -138,7 +177,7 @@ class _UnitRun:
         self._runner.meter.batch_done(len(batch.images))
         # At most one batch waits, lest they fill the memory.
         _wait(written)
-        parts.append(background.submit(self._write, batch, images))
+        parts.append(background.submit(self._write, batch.size, made))
         written.append(parts[-1])
       written.append(background.submit(self._finish, parts))
     except BaseException:
@@ -147,24 +186,19 @@ class _UnitRun:
       raise
     return failed
 
-  def _write(
-    self, batch: plan_lib.Batch, images: Float[np.ndarray, "n h w 3"]
-  ) -> None:
-    sizes = [batch.size] * len(batch.images)
-    samples = self._encoders.map(self._encode, batch.images, images, sizes)
-    for image, sample in zip(batch.images, samples, strict=True):
+  def _write(self, batch_size: int, batch: Sequence[Made]) -> None:
+    encode = functools.partial(self._encode, batch_size)
+    for made, sample in zip(
+      batch, self._encoders.map(encode, batch), strict=True
+    ):
       self._writer.add(sample)
       digest = hashlib.sha256(sample.png).hexdigest()
-      self._lines.append(_line(image) | {"sha256": digest})
+      self._lines.append(_line(made.image) | {"sha256": digest})
 
-  def _encode(
-    self,
-    image: plan_lib.Image,
-    pixels: Float[np.ndarray, "h w 3"],
-    batch_size: int,
-  ) -> sinks.Sample:
+  def _encode(self, batch_size: int, made: Made) -> sinks.Sample:
+    image, pixels, digests = made
     description = metadata.describe_image(
-      self._runner.pipe, image, batch_size, self._runner.description
+      self._runner.pipe, image, batch_size, self._runner.description | digests
     )
     png = images_lib.encode_png(
       pixels, metadata.png_chunks(description, pixels.shape)
@@ -198,6 +232,7 @@ def _line(image: plan_lib.Image) -> dict[str, Any]:
     "seed": image.seed,
     "image_index": image.image_index,
     "settings": image.settings,
+    **image.pictures,
   }
 
 

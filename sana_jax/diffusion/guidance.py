@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, PyTree, Real
 
+from sana_jax.diffusion import flow
 from sana_jax.typing import ConditionalVelocityFn, VelocityFn
 
 
@@ -20,61 +21,116 @@ def classifier_free(
   null_condition: PyTree,
   *,
   scale: Real[ArrayLike, ""],
-  interval: tuple[float, float] | None = None,
 ) -> VelocityFn:
   """Extrapolates from the unconditional to the conditional velocity.
 
   v = v_null + scale (v_cond - v_null), both from one call on a batch of twice
-  the size, [null, cond]. One pass with `condition` where guidance is off.
+  the size, [null, cond].
 
   Args:
     velocity_fn: network; its last argument is the condition.
     condition: pytree of arrays with leading axis b, such as (text, mask).
     null_condition: the same structure and shapes, for the empty prompt.
-    scale: guidance is off at 1 and below. Where this is traced, or an
-      `interval` is given, a `lax.cond` saves the second pass.
-    interval: guide only where low < sigma < high. None is everywhere; mind that
-      (0, 1) leaves out sigma = 1, with which flow-Euler begins.
+    scale: 1 is the conditional velocity; a number of 1 or less saves the second
+      pass, a traced one cannot.
 
-  Raises:
-    ValueError: `interval` is empty.
-
-  Source: Ho and Salimans, arXiv:2207.12598; the interval is
-    Kynkaanniemi et al., arXiv:2404.07724.
+  Source: Ho and Salimans, arXiv:2207.12598.
   """
-  if interval is not None and not interval[0] < interval[1]:
-    raise ValueError(
-      f"interval {interval} is empty: expected (low, high) with low < high, "
-      "or None to guide at every step."
-    )
-  unguided = condition_on(velocity_fn, condition)
   if isinstance(scale, int | float) and scale <= 1:
-    return unguided
-  both = jax.tree.map(
-    lambda null, cond: jnp.concatenate([null, cond]), null_condition, condition
-  )
+    return condition_on(velocity_fn, condition)
 
   def guided(x, sigma, timestep):
-    twice = (jnp.concatenate([a, a]) for a in (x, sigma, timestep))
-    null, cond = jnp.split(_full_precision(velocity_fn(*twice, both)), 2)
+    null, cond = _together(
+      velocity_fn, (x, sigma, timestep), (null_condition, condition)
+    )
     return null + jnp.asarray(scale, cond.dtype) * (cond - null)
 
-  if interval is None and isinstance(scale, int | float):
-    return guided
+  return guided
 
-  def guided_where_active(x, sigma, timestep):
-    active = jnp.asarray(scale) > 1
-    if interval is not None:
-      # All samples of a sampler's step have the same sigma.
-      active &= (interval[0] < sigma[0]) & (sigma[0] < interval[1])
+
+def perturbed_attention(
+  velocity_fn: ConditionalVelocityFn,
+  condition: PyTree,
+  perturbed_condition: PyTree,
+  null_condition: PyTree | None = None,
+  *,
+  scale: Real[ArrayLike, ""] = 1.0,
+  pag_scale: Real[ArrayLike, ""],
+  pag_adaptive_scale: Real[ArrayLike, ""] = 0.0,
+) -> VelocityFn:
+  """Extrapolates away from what the network makes with perturbed attention.
+
+  v = v_null + scale (v_cond - v_null) + p (v_cond - v_perturbed), without
+  `null_condition` v = v_cond + p (v_cond - v_perturbed); all from one call on
+  the batch [null, cond, perturbed]. At timestep T in [0, 1000],
+  p = max(0, pag_scale - pag_adaptive_scale (1000 - T)).
+
+  Args:
+    velocity_fn: as in `classifier_free`; the condition tells it which samples
+      to perturb.
+    perturbed_condition: `condition`, with the perturbation switched on.
+    null_condition: None: no classifier-free guidance.
+    scale: of the classifier-free guidance.
+
+  Source: Ahn et al., arXiv:2403.17377, equation 17; the adaptive scale is that
+    of the published SANA pipelines.
+  """
+  conditions = (condition, perturbed_condition)
+  if null_condition is not None:
+    conditions = (null_condition, *conditions)
+
+  def guided(x, sigma, timestep):
+    *null, cond, perturbed = _together(
+      velocity_fn, (x, sigma, timestep), conditions
+    )
+    decay = pag_adaptive_scale * (flow.NUM_TRAIN_TIMESTEPS - timestep)
+    weight = flow.expand(jnp.maximum(pag_scale - decay, 0), x)
+    velocity = cond + weight * (cond - perturbed)
+    if null:
+      velocity += (jnp.asarray(scale, cond.dtype) - 1) * (cond - null[0])
+    return velocity
+
+  return guided
+
+
+def within(
+  interval: tuple[float, float], guided: VelocityFn, unguided: VelocityFn
+) -> VelocityFn:
+  """Guides only where low < sigma < high; elsewhere one pass a step.
+
+  Mind that (0, 1) leaves out sigma = 1, with which flow-Euler begins.
+
+  Raises:
+    ValueError: an empty interval.
+
+  Source: Kynkaanniemi et al., arXiv:2404.07724.
+  """
+  low, high = interval
+  if not low < high:
+    raise ValueError(
+      f"guidance interval {interval} is empty: expected (low, high) with low < "
+      "high, or None to guide at every step."
+    )
+
+  def limited(x, sigma, timestep):
+    # All samples of a sampler's step have the same sigma.
     return jax.lax.cond(
-      active,
-      guided,
+      (low < sigma[0]) & (sigma[0] < high),
+      lambda *args: _full_precision(guided(*args)),
       lambda *args: _full_precision(unguided(*args)),
       *(x, sigma, timestep),
     )
 
-  return guided_where_active
+  return limited
+
+
+def _together(velocity_fn, args, conditions) -> list[Float[Array, "b *shape"]]:
+  """Evaluates one batch under several conditions, in one call."""
+  count = len(conditions)
+  stacked = jax.tree.map(lambda *a: jnp.concatenate(a), *conditions)
+  repeated = (jnp.concatenate([a] * count) for a in args)
+  velocities = _full_precision(velocity_fn(*repeated, stacked))
+  return jnp.split(velocities, count)
 
 
 def _full_precision(velocity: Float[Array, "b *shape"]):

@@ -1,6 +1,7 @@
 """Sampling: one loop, from noise to data, that any schedule drives."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,9 @@ from jaxtyping import Array, Float, Key
 
 from sana_jax.diffusion import schedules
 from sana_jax.typing import VelocityFn
+
+# (sample "b ...", sigma "b" of that sample) -> the sample to go on with.
+ProjectFn: TypeAlias = Callable[[Array, Array], Array]
 
 
 class Trajectory(NamedTuple):
@@ -24,6 +28,7 @@ def sample(
   *,
   key: Key[Array, ""] | None = None,
   noise: Float[Array, "n b *shape"] | None = None,
+  project_fn: ProjectFn | None = None,
 ) -> Float[Array, "b *shape"]:
   """Integrates `latents` along the schedule; returns the last sample.
 
@@ -40,11 +45,15 @@ def sample(
     key: noise of stochastic schedules; step i uses `fold_in(key, i)`.
       Deterministic ones have no use for it.
     noise: in place of `key`, the standard normal noise of each step.
+    project_fn: called after every step as (x, the sigma it arrived at); what it
+      returns goes on, such as x with a part replaced that is known.
 
   Raises:
     ValueError: a stochastic schedule without noise, or superfluous noise.
   """
-  return _scan(velocity_fn, latents, schedule, key, noise, record=False)[0]
+  return _scan(
+    velocity_fn, latents, schedule, key, noise, project_fn, record=False
+  )[0]
 
 
 def sample_trajectory(
@@ -54,13 +63,15 @@ def sample_trajectory(
   *,
   key: Key[Array, ""] | None = None,
   noise: Float[Array, "n b *shape"] | None = None,
+  project_fn: ProjectFn | None = None,
 ) -> Trajectory:
   """Does what `sample` does, and returns every step of it."""
-  _, trajectory = _scan(velocity_fn, latents, schedule, key, noise, record=True)
-  return trajectory
+  return _scan(
+    velocity_fn, latents, schedule, key, noise, project_fn, record=True
+  )[1]
 
 
-def _scan(velocity_fn, latents, schedule, key, noise, *, record):
+def _scan(velocity_fn, latents, schedule, key, noise, project_fn, *, record):
   _check_noise(schedule, key, noise)
   dtype = jnp.promote_types(latents.dtype, jnp.float32)
   num_steps, num_weights = schedule.update.shape
@@ -68,7 +79,7 @@ def _scan(velocity_fn, latents, schedule, key, noise, *, record):
 
   def step(carry, inputs):
     x, estimates = carry
-    index, row, given = inputs
+    index, row, arrival, given = inputs
     prediction = velocity_fn(
       x,
       jnp.full((batch,), row.sigmas, jnp.float32),
@@ -84,6 +95,8 @@ def _scan(velocity_fn, latents, schedule, key, noise, *, record):
         step_key = jax.random.fold_in(key, index)
         given = jax.random.normal(step_key, x.shape, dtype)
       x += row.noise * given.astype(dtype)
+    if project_fn is not None:
+      x = project_fn(x, jnp.full((batch,), arrival, jnp.float32)).astype(dtype)
     return (x, estimates[:-1]), (x, denoised) if record else None
 
   rows = jax.tree.map(
@@ -94,7 +107,9 @@ def _scan(velocity_fn, latents, schedule, key, noise, *, record):
   # Earlier estimates a multistep solver does not have yet; their weight is 0.
   start = (x, (jnp.zeros_like(x),) * (num_weights - 2))
   (x, _), outputs = jax.lax.scan(
-    step, start, (jnp.arange(num_steps), rows, noise)
+    step,
+    start,
+    (jnp.arange(num_steps), rows, jnp.asarray(schedule.sigmas[1:]), noise),
   )
   if not record:
     return x, None

@@ -325,6 +325,19 @@ class SCM:
     )
 
 
+def begin_index(num_inference_steps: int, strength: float) -> int:
+  """Returns how many steps image-to-image skips to run a share of them.
+
+  Rounded as in the reference: at least one step is run, and of two steps a
+  strength of 0.6 still skips none.
+
+  Args:
+    strength: in (0, 1]; 1 skips nothing.
+  """
+  n = num_inference_steps
+  return int(max(n - min(n * strength, n), 0))
+
+
 def _flow_schedule(*, sigmas, timesteps, update, noise) -> Schedule:
   denoise = np.stack([np.ones_like(timesteps), -sigmas[:-1]], axis=1)
   return Schedule(

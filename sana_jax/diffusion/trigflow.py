@@ -27,6 +27,16 @@ def trig_time(flow_time: Float[Array, "b"]) -> Float[Array, "b"]:
   return jnp.arctan2(flow_time, 1 - flow_time)
 
 
+def interpolate(
+  clean: Float[Array, "b *shape"],
+  noise: Float[Array, "b *shape"],
+  trig_time: Float[Array, "b"],
+) -> Float[Array, "b *shape"]:
+  """Mixes data and noise of unit variance: u = cos(s) clean + sin(s) noise."""
+  s = flow.expand(trig_time, clean)
+  return jnp.cos(s) * clean + jnp.sin(s) * noise
+
+
 def predict(
   velocity_fn: VelocityFn,
   sample: Float[Array, "b *shape"],

@@ -73,9 +73,12 @@ class SanaBlock(nnx.Module):
     modulation: Float[Array, "b 6 d"],
     text: Float[Array, "b l d"],
     text_mask: Bool[Array, "b l"] | None,
+    identity_attention: Bool[Array, " b"] | None = None,
   ) -> Float[Array, "b h w d"]:
     shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(modulation)
-    x = x + gate1 * self.attend_image(modulate(self.norm1(x), shift1, scale1))
+    x = x + gate1 * self.attend_image(
+      modulate(self.norm1(x), shift1, scale1), identity_attention
+    )
     x = x + self.attend_text(x, text, text_mask)
     return x + gate2 * self.ffn(modulate(self.norm2(x), shift2, scale2))
 
@@ -85,8 +88,10 @@ class SanaBlock(nnx.Module):
     """Shift, scale and gate of the self-attention, then of the Mix-FFN."""
     return _rows(self.scale_shift_table, modulation)
 
-  def attend_image(self, x: Float[Array, "b h w d"]) -> Float[Array, "b h w d"]:
-    return self.self_attention(_tokens(x)).reshape(x.shape)
+  def attend_image(
+    self, x: Float[Array, "b h w d"], identity: Bool[Array, " b"] | None = None
+  ) -> Float[Array, "b h w d"]:
+    return self.self_attention(_tokens(x), identity).reshape(x.shape)
 
   def attend_text(
     self,
@@ -256,6 +261,7 @@ class SanaTransformer(nnx.Module):
     text_mask: Bool[Array, "b l"] | None = None,
     *,
     guidance: Float[Array, " b"] | None = None,
+    identity_attention: Bool[Array, "layers b"] | None = None,
   ) -> Float[Array, "b h w out"]:
     """Runs the network.
 
@@ -266,6 +272,8 @@ class SanaTransformer(nnx.Module):
       text_mask: True where a token is to be attended; None attends to all.
       guidance: guidance scale times `guidance_embeds_scale`; for models with
         `guidance_embeds`, and only for them.
+      identity_attention: True where a block's self-attention is replaced by the
+        identity for a sample; see `guidance.perturbed_attention`.
 
     Raises:
       ValueError: an input of the wrong shape, or guidance missing or unused.
@@ -274,9 +282,12 @@ class SanaTransformer(nnx.Module):
     embedded, modulation = self.embed_time(timestep, guidance)
     text = self.caption_embed(text)
     x = stack.run_blocks(
-      lambda block, x: block(x, modulation, text, text_mask),
+      lambda block, x, identity: block(
+        x, modulation, text, text_mask, identity
+      ),
       self.patch_embed(latents),
       self.blocks,
+      identity_attention,
       scan=self.scan,
       remat=self.remat,
     )

@@ -40,12 +40,22 @@ class LinearSelfAttention(nnx.Module):
     self.norm_k = _qk_norm(features, param_dtype) if qk_norm else None
     self.out = layers.Linear(features, features, **common)
 
-  def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+  def __call__(
+    self, x: Float[Array, "b n d"], identity: Bool[Array, " b"] | None = None
+  ) -> Float[Array, "b n d"]:
+    """Attends.
+
+    Args:
+      identity: where True, every patch attends to itself alone: the perturbed
+        branch of perturbed-attention guidance.
+    """
     q, k, v = jnp.split(self.qkv(x), 3, axis=-1)
     if self.norm_q is not None:
       q, k = self.norm_q(q), self.norm_k(k)
     q, k, v = (_split_heads(y, self.head_dim) for y in (q, k, v))
     y = linear_attention_op.relu_linear_attention(q, k, v)
+    if identity is not None:
+      y = jnp.where(identity[:, None, None, None], v.astype(y.dtype), y)
     return self.out(y.reshape(x.shape))
 
 

@@ -39,7 +39,7 @@ def run_blocks(
   block_fn: Callable[..., Any],
   x: Any,
   blocks: Any,
-  *per_block: jax.Array,
+  *per_block: Any,
   scan: bool,
   remat: str,
 ) -> Any:
@@ -47,7 +47,8 @@ def run_blocks(
 
   Args:
     blocks: a pytree with a leading block axis on every leaf.
-    per_block: further arrays with that leading axis, sliced alongside.
+    per_block: further pytrees with that leading axis (or None), sliced
+      alongside.
     scan: True compiles one block (fast compile; accelerators); False unrolls
       (about a third faster on CPU for small models).
     remat: what the backward pass keeps of each block; see `checkpointed`.

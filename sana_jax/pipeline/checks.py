@@ -1,5 +1,6 @@
 """What users may get wrong, said in one line each."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,11 +10,13 @@ from jaxtyping import Array, Float
 
 from sana_jax import config
 from sana_jax.diffusion import scheduler_config, schedules
+from sana_jax.pipeline import options
 
 _REMEDIES = {
   "text encoder": "load it with dtype=float32, or check its weights",
   "transformer": "load it with dtype=float32, lower guidance_scale, or check "
   "the weights and latents",
+  "encoder": "load it with dtype=float32, or check its weights and the image",
   "decoder": "load it with dtype=float32, or check its weights",
 }
 
@@ -76,18 +79,115 @@ def negative_prompt_list(
   return prompts
 
 
-def check_counts(
-  seed: int, num_images_per_prompt: int, first_image_index: int
-) -> None:
-  if not 0 <= seed < 2**32:
-    raise ValueError(f"seed must be in [0, 2**32), got {seed}.")
+def image_count(prompts: Sequence[str], num_images_per_prompt: int) -> int:
+  """Returns the number of images; raises ValueError when it cannot be."""
   if num_images_per_prompt < 1:
     raise ValueError(
       f"num_images_per_prompt must be at least 1, got {num_images_per_prompt}."
     )
-  if first_image_index < 0:
-    raise ValueError(
-      f"first_image_index must not be negative, got {first_image_index}."
+  return len(prompts) * num_images_per_prompt
+
+
+def image_numbers(
+  seed: int | Sequence[int], image_index: int | Sequence[int], count: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Returns the seed and the number of each of `count` images.
+
+  Raises:
+    ValueError: a number out of range, or another count of them.
+  """
+  seeds = np.full(count, seed) if np.ndim(seed) == 0 else np.asarray(seed)
+  indices = (
+    image_index + np.arange(count)
+    if np.ndim(image_index) == 0
+    else np.asarray(image_index)
+  )
+  for name, numbers in (("seed", seeds), ("image_index", indices)):
+    if numbers.shape != (count,):
+      raise ValueError(
+        f"{name} has shape {numbers.shape} for {count} images; give one number "
+        "for all or one for each."
+      )
+    if numbers.dtype.kind not in "iu":
+      raise ValueError(f"{name} must be whole numbers, got {numbers.tolist()}.")
+    if numbers.min() < 0 or numbers.max() >= 2**32:
+      raise ValueError(
+        f"{name} must be in [0, 2**32), got {numbers.min()} to {numbers.max()}."
+      )
+  return seeds, indices
+
+
+def check_effective(
+  changes: Mapping[str, Any],
+  settings: options.GenerationConfig,
+  negative_prompts: Sequence[str],
+  pictures: tuple[Any, Any],
+) -> None:
+  """Raises ValueError for what a call sets but would not use.
+
+  Args:
+    pictures: image and mask_image, None where there is none.
+  """
+  image, mask_image = pictures
+  guided = settings.guidance_scale > 1
+  unused = {
+    "mask_image": mask_image is not None
+    and image is None
+    and "there is no image",
+    "strength": image is None and "there is no image",
+    "composite_pixels": mask_image is None and "there is no mask_image",
+    "pag_applied_layers": not settings.pag_scale and "pag_scale is 0",
+    "pag_adaptive_scale": not settings.pag_scale and "pag_scale is 0",
+    "guidance_interval": not guided
+    and not settings.pag_scale
+    and "guidance is off (guidance_scale is at most 1)",
+    "null_mask": not guided and "guidance_scale is at most 1",
+  }
+  given = {name for name, value in changes.items() if value is not None}
+  if mask_image is not None:
+    given.add("mask_image")
+  problems = [
+    f"{name} has no effect: {unused[name]}"
+    for name in sorted(given)
+    if unused.get(name)
+  ]
+  if any(negative_prompts) and not guided:
+    problems.append(
+      "negative_prompt has no effect: guidance_scale is at most 1"
+    )
+  if problems:
+    raise ValueError("; ".join(problems) + ".")
+
+
+def warn_if_untrained(
+  settings: options.GenerationConfig,
+  grid: tuple[int, int],
+  transformer: config.SanaConfig,
+  *,
+  is_sprint: bool,
+) -> None:
+  """Warns of settings that a checkpoint was not made for."""
+  steps, scale = settings.num_inference_steps, settings.guidance_scale
+  doubts = []
+  if is_sprint and not 1 <= steps <= 4:
+    doubts.append(
+      f"num_inference_steps {steps}: SANA-Sprint is made for 1 to 4"
+    )
+  if is_sprint and not 4 <= scale <= 5:
+    doubts.append(
+      f"guidance_scale {scale}: SANA-Sprint was trained with 4, 4.5 and 5"
+    )
+  if not is_sprint and scale > 10:
+    doubts.append(f"guidance_scale {scale}: more than 10 burns colours")
+  area = grid[0] * grid[1] / transformer.sample_size**2
+  if not 0.5 <= area <= 2:
+    doubts.append(
+      f"a latent grid of {grid[0]}x{grid[1]}: this checkpoint was trained "
+      f"around {transformer.sample_size}x{transformer.sample_size}"
+    )
+  if doubts:
+    warnings.warn(
+      f"Outside the trained range: {'; '.join(doubts)}.", stacklevel=3
     )
 
 

@@ -1,32 +1,29 @@
-"""The computation of a pipeline: pure functions of models and arrays.
+"""What surrounds the denoising: pure functions of models and arrays.
 
 Each works under `jax.jit`. Samples of a batch do not influence each other, so a
 batch may be cut over devices.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key, Real
+from jaxtyping import Array, ArrayLike, Float, Int, Key
 
 from sana_jax import resolution, text
-from sana_jax.diffusion import guidance, samplers, trigflow
-from sana_jax.diffusion.schedules import Schedule
+from sana_jax.diffusion import schedules
 from sana_jax.models import tiling as tiling_lib
+from sana_jax.pipeline import checks
+from sana_jax.pipeline.denoising import Condition
 
 
-class Condition(NamedTuple):
-  """What the transformer is told to draw."""
-
-  states: Float[Array, "b l d"]
-  mask: Bool[Array, "b l"]
-
-
-def image_keys(seed: int, indices: Int[ArrayLike, "b"]) -> Key[Array, "b"]:
+def image_keys(
+  seeds: Int[ArrayLike, "b"], indices: Int[ArrayLike, "b"]
+) -> Key[Array, "b"]:
   """Gives every image its own key, whatever batch it is made in."""
-  key = jax.random.key(seed)
-  return jax.vmap(lambda index: jax.random.fold_in(key, index))(indices)
+  return jax.vmap(lambda seed, i: jax.random.fold_in(jax.random.key(seed), i))(
+    jnp.asarray(seeds, jnp.uint32), jnp.asarray(indices, jnp.uint32)
+  )
 
 
 def initial_latents(
@@ -43,6 +40,33 @@ def step_noise(
   return jnp.stack(
     [_normal(keys, 1 + step, shape) for step in range(num_steps)]
   )
+
+
+def random_inputs(
+  keys: Key[Array, "b"],
+  shape: tuple[int, int, int],
+  schedule: schedules.Schedule,
+  *,
+  latents: Float[ArrayLike, "b h w c"] | None,
+  noise: Float[ArrayLike, "n b h w c"] | None,
+) -> tuple[Float[ArrayLike, "b h w c"], Float[ArrayLike, "n b h w c"] | None]:
+  """Draws latents and the noise of the steps, unless they are given.
+
+  Raises:
+    ValueError: something given has another shape, or is of no use.
+  """
+  count = keys.shape[0]
+  if latents is None:
+    latents = initial_latents(keys, shape)
+  checks.check_shape("latents", latents, (count, *shape))
+  if schedule.noise is None:
+    if noise is not None:
+      raise ValueError("noise given, but this solver is deterministic.")
+    return latents, None
+  if noise is None:
+    noise = step_noise(keys, schedule.num_steps, shape)
+  checks.check_shape("noise", noise, (schedule.num_steps, count, *shape))
+  return latents, noise
 
 
 def encode_text(
@@ -63,75 +87,20 @@ def encode_text(
   )
 
 
-def denoise(
+def encode_images(
   *,
-  transformer: Any,
-  schedule: Schedule,
-  guidance_scale: Real[Array, ""],
-  latents: Float[Array, "b h w c"],
-  condition: Condition,
-  null_condition: Condition | None = None,
-  noise: Float[Array, "b n h w c"] | None = None,
-  timestep_scale: float = 1.0,
-  guidance_interval: tuple[float, float] | None = None,
-  trajectory: bool = False,
-) -> Any:
-  """Samples with a flow model, from noise to latents.
-
-  Args:
-    null_condition: of the negative prompt; None: no classifier-free guidance.
-    noise: for stochastic schedules.
-    trajectory: True returns the parts of a `samplers.Trajectory`, the batch
-      axis first.
-  """
-
-  def velocity(x, sigma, timestep, text_condition):
-    del sigma
-    return transformer(x, timestep * timestep_scale, *text_condition)
-
-  if null_condition is None:
-    velocity_fn = guidance.condition_on(velocity, condition)
+  autoencoder: Any,
+  images: Float[Array, "b height width 3"],
+  scaling_factor: float,
+  tiling: tiling_lib.Tiling | None,
+) -> Float[Array, "b h w c"]:
+  """Encodes images in [0, 1] to latents in the transformer's scale."""
+  images = 2 * images - 1
+  if tiling is None:
+    latents = autoencoder.encode(images)
   else:
-    velocity_fn = guidance.classifier_free(
-      velocity,
-      condition,
-      null_condition,
-      scale=guidance_scale,
-      interval=guidance_interval,
-    )
-  return _sample(velocity_fn, latents, schedule, noise, trajectory)
-
-
-def denoise_sprint(
-  *,
-  transformer: Any,
-  schedule: Schedule,
-  guidance_scale: Real[Array, ""],
-  latents: Float[Array, "b h w c"],
-  condition: Condition,
-  noise: Float[Array, "b n h w c"],
-  sigma_data: float,
-  guidance_embeds_scale: float,
-  trajectory: bool = False,
-) -> Any:
-  """Samples with a SANA-Sprint model, from unit noise to latents.
-
-  Args:
-    guidance_scale: an input of the network.
-    trajectory: as in `denoise`, in the sampler's units (times sigma_data).
-  """
-  embedded = jnp.full(
-    latents.shape[:1], guidance_scale * guidance_embeds_scale, jnp.float32
-  )
-
-  def velocity(x, sigma, timestep):
-    del sigma
-    return transformer(x, timestep, *condition, guidance=embedded)
-
-  prediction_fn = trigflow.prediction_fn(velocity, sigma_data=sigma_data)
-  latents = latents * sigma_data
-  result = _sample(prediction_fn, latents, schedule, noise, trajectory)
-  return result if trajectory else result / sigma_data
+    latents = tiling_lib.encode(autoencoder, images, tiling)
+  return latents.astype(jnp.float32) * scaling_factor
 
 
 def decode(
@@ -173,17 +142,6 @@ def to_unit(images: Float[Array, "b h w 3"]) -> Float[Array, "b h w 3"]:
   """Maps [-1, 1] to [0, 1], cutting off what lies outside."""
   # A maximum would turn NaN into a colour; `clip` hands it on to be noticed.
   return jnp.clip(images / 2 + 0.5, 0, 1)
-
-
-def _sample(velocity_fn, latents, schedule, noise, trajectory: bool):
-  if noise is not None:
-    noise = noise.swapaxes(0, 1)
-  if not trajectory:
-    return samplers.sample(velocity_fn, latents, schedule, noise=noise)
-  steps = samplers.sample_trajectory(
-    velocity_fn, latents, schedule, noise=noise
-  )
-  return tuple(part.swapaxes(0, 1) for part in steps)
 
 
 def _normal(keys: Array, index: int, shape) -> Float[Array, "b h w c"]:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Unpack
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +14,27 @@ from jaxtyping import Array, ArrayLike, Float
 
 from sana_jax import config as config_lib
 from sana_jax import images as images_lib
-from sana_jax import resolution, text
-from sana_jax.diffusion import samplers, scheduler_config, schedules
+from sana_jax import text
+from sana_jax.diffusion import (
+  samplers,
+  scheduler_config,
+  schedules,
+)
 from sana_jax.models import dc_ae, gemma2, sana
 from sana_jax.models import tiling as tiling_lib
-from sana_jax.pipeline import checks, execution, files, options, stages
+from sana_jax.pipeline import (
+  checks,
+  denoising,
+  encodings,
+  execution,
+  files,
+  jobs,
+  options,
+  pictures,
+  sizes,
+  stages,
+  times,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,15 +51,6 @@ class SanaOutput:
 
   def pil(self) -> list[PIL.Image.Image]:
     return images_lib.to_pil(self.images)
-
-
-class ImageSize(NamedTuple):
-  """Pixels of the finished image, and the latent grid it is made from."""
-
-  height: int
-  width: int
-  latent_height: int
-  latent_width: int
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -83,6 +90,7 @@ class SanaPipeline:
       is_sprint=self.is_sprint,
     )
     self._executor = execution.Executor(self.devices or jax.local_devices())
+    self._encodings = encodings.EncodingCache()
     self.text_encoder = self._executor.place(self.text_encoder)
     self.transformer = self._executor.place(self.transformer)
     self.autoencoder = self._executor.place(self.autoencoder)
@@ -120,6 +128,10 @@ class SanaPipeline:
     """
     files.save(path, self)
 
+  def forget_prompts(self) -> None:
+    """Forgets the states of prompts, which are kept for calls to come."""
+    self._encodings = encodings.EncodingCache()
+
   @property
   def is_sprint(self) -> bool:
     return isinstance(self.solver, schedules.SCM)
@@ -129,9 +141,11 @@ class SanaPipeline:
     prompt: str | Sequence[str],
     *,
     negative_prompt: str | Sequence[str] = "",
-    seed: int = 0,
+    image: pictures.Picture | None = None,
+    mask_image: pictures.Picture | None = None,
+    seed: int | Sequence[int] = 0,
+    image_index: int | Sequence[int] = 0,
     num_images_per_prompt: int = 1,
-    first_image_index: int = 0,
     latents: Float[ArrayLike, "n h w c"] | None = None,
     noise: Float[ArrayLike, "steps n h w c"] | None = None,
     sigmas: Sequence[float] | None = None,
@@ -144,7 +158,12 @@ class SanaPipeline:
     Args:
       prompt: one or several.
       negative_prompt: one for all or one for each prompt; not for Sprint.
-      first_image_index: number of the first image among those of the seed.
+      image: to begin with (image-to-image, inpainting): a PIL image, or an
+        array in [0, 1] of the size that is generated; one, or one an image.
+      mask_image: white where `image` is made anew, black where it stays.
+      seed: one for all, or one for each image.
+      image_index: number of each image among those of its seed, or the number
+        of the first: what an image looks like depends on seed and number.
       latents: standard normal, in place of what the seed gives.
       noise: standard normal, for stochastic samplers, likewise.
       sigmas: custom noise levels; for the flow-Euler solver.
@@ -155,43 +174,40 @@ class SanaPipeline:
 
     Raises:
       TypeError: an unknown option.
-      ValueError: an argument that cannot be, or does not fit the checkpoint.
+      ValueError: an argument that cannot be, has no effect, or does not fit the
+        checkpoint.
       FloatingPointError: the result of a stage is not finite.
     """
-    settings = self.generation_config.replace(changes)
-    options.check_applicable(changes, is_sprint=self.is_sprint)
-    prompts = checks.prompt_list(prompt)
-    checks.check_counts(seed, num_images_per_prompt, first_image_index)
-    negatives = checks.negative_prompt_list(
-      negative_prompt, len(prompts), is_sprint=self.is_sprint
+    job = jobs.resolve(
+      self,
+      prompt,
+      negative_prompt,
+      changes,
+      pictures=(image, mask_image),
+      numbers=(seed, image_index, num_images_per_prompt),
+      times=(sigmas, timesteps),
+      random=(latents, noise),
     )
-    checks.check_custom_times(self.solver, changes, sigmas, timesteps)
-    schedule = self.make_schedule(settings, sigmas=sigmas, timesteps=timesteps)
-    indices = np.arange(len(prompts) * num_images_per_prompt)
-    keys = stages.image_keys(seed, first_image_index + indices)
-    size = self.image_size(settings)
-    latents, noise = self._random_inputs(keys, schedule, size, latents, noise)
-
-    condition = self.encode_prompt(prompts, settings, progress=progress)
-    null_condition = None
-    if settings.guidance_scale > 1 and not self.is_sprint:
-      null_condition = self.encode_negative_prompt(
-        negatives, condition, settings, progress=progress
+    conditions = self._conditions(job, num_images_per_prompt, progress)
+    latents, known = job.latents, None
+    if job.start.image is not None:
+      clean = self.encode_image(job.start.image, progress=progress)
+      known = job.start.known(clean, latents)
+      latents = denoising.add_noise(
+        clean, latents, job.schedule, on_circle=self.is_sprint
       )
-    condition, null_condition = jax.tree.map(
-      lambda a: jnp.repeat(a, num_images_per_prompt, axis=0),
-      (condition, null_condition),
-    )
     latents = self.denoise(
       latents,
-      schedule,
-      condition,
-      null_condition,
-      settings,
-      noise=noise,
+      job.schedule,
+      *conditions,
+      job.settings,
+      noise=job.noise,
+      known=known,
       progress=progress,
     )
-    images = self.decode(latents, size=size, progress=progress)
+    images = self.decode(latents, size=job.size, progress=progress)
+    if job.settings.composite_pixels:
+      images = job.start.composite(images)
     return SanaOutput(np.asarray(images), np.asarray(latents))
 
   def encode_prompt(
@@ -200,7 +216,7 @@ class SanaPipeline:
     settings: options.GenerationConfig | None = None,
     *,
     progress: execution.ProgressFn | None = None,
-  ) -> stages.Condition:
+  ) -> denoising.Condition:
     """Encodes prompts, the complex human instruction in front of each."""
     settings = settings or self.generation_config
     return self._encode(
@@ -210,11 +226,11 @@ class SanaPipeline:
   def encode_negative_prompt(
     self,
     prompts: Sequence[str],
-    condition: stages.Condition,
+    condition: denoising.Condition,
     settings: options.GenerationConfig | None = None,
     *,
     progress: execution.ProgressFn | None = None,
-  ) -> stages.Condition:
+  ) -> denoising.Condition:
     """Encodes what to stay away from, for the prompts of `condition`.
 
     Args:
@@ -226,7 +242,32 @@ class SanaPipeline:
     states, mask = (jnp.broadcast_to(a, (count, *a.shape[1:])) for a in null)
     if settings.null_mask == "caption":
       mask = condition.mask
-    return stages.Condition(states, mask)
+    return denoising.Condition(states, mask)
+
+  def encode_image(
+    self,
+    images: Float[ArrayLike, "b height width 3"],
+    *,
+    progress: execution.ProgressFn | None = None,
+  ) -> Float[Array, "b h w c"]:
+    """Encodes images in [0, 1] to latents in the transformer's scale.
+
+    Raises:
+      FloatingPointError: the latents are not finite.
+    """
+    latents = self._executor.run(
+      "encoder",
+      stages.encode_images,
+      shared={"autoencoder": self.autoencoder},
+      batched={"images": jnp.asarray(images, jnp.float32)},
+      static={
+        "scaling_factor": self.autoencoder_config.scaling_factor,
+        "tiling": self.tiling,
+      },
+      progress=progress,
+    )
+    checks.check_finite("encoder", latents)
+    return latents
 
   def make_schedule(
     self,
@@ -234,67 +275,52 @@ class SanaPipeline:
     *,
     sigmas: Sequence[float] | None = None,
     timesteps: Sequence[float] | None = None,
+    strength: float = 1.0,
   ) -> schedules.Schedule:
-    """Works out the sampler's steps; custom times are for some solvers only."""
-    settings = settings or self.generation_config.replace({})
-    if sigmas is not None:
-      return self.solver.custom_schedule(sigmas)
-    if timesteps is not None:
-      return self.solver.custom_schedule(timesteps)
-    if not self.is_sprint:
-      return self.solver.schedule(settings.num_inference_steps)
-    return self.solver.schedule(
-      settings.num_inference_steps,
-      max_timesteps=settings.max_timesteps,
-      intermediate_timesteps=settings.intermediate_timesteps,
+    """Works out the sampler's steps; see `times.make_schedule`."""
+    return times.make_schedule(
+      self.solver,
+      settings or self.generation_config.replace({}),
+      sigmas=sigmas,
+      timesteps=timesteps,
+      strength=strength,
     )
 
   def image_size(
-    self, settings: options.GenerationConfig | None = None
-  ) -> ImageSize:
-    """Resolves what was requested, and the latent grid to generate it from.
-
-    Raises:
-      ValueError: a size that cannot be, or bins that do not exist.
-    """
-    settings = settings or self.generation_config
-    sample_size = self.transformer_config.sample_size
-    compression = self.autoencoder_config.spatial_compression
-    default = sample_size * compression
-    height = default if settings.height is None else settings.height
-    width = default if settings.width is None else settings.width
-    binning = settings.use_resolution_binning
-    if binning is None:
-      bins_fit = compression == resolution.COMPRESSION
-      binning = bins_fit and sample_size in resolution.SAMPLE_SIZES
-    checks.check_size(
-      height,
-      width,
-      1 if binning else compression * self.transformer_config.patch_size,
+    self,
+    settings: options.GenerationConfig | None = None,
+    *,
+    ratio: float | None = None,
+  ) -> sizes.ImageSize:
+    """Resolves what was requested; see `sizes.resolve`."""
+    return sizes.resolve(
+      settings or self.generation_config,
+      self.transformer_config,
+      self.autoencoder_config,
+      ratio=ratio,
     )
-    generated = (height, width)
-    if binning:
-      generated = resolution.closest_bin(height, width, sample_size)
-    grid = (generated[0] // compression, generated[1] // compression)
-    return ImageSize(height, width, *grid)
 
   def denoise(
     self,
     latents: Float[ArrayLike, "b h w c"],
     schedule: schedules.Schedule,
-    condition: stages.Condition,
-    null_condition: stages.Condition | None = None,
+    condition: denoising.Condition,
+    null_condition: denoising.Condition | None = None,
     settings: options.GenerationConfig | None = None,
     *,
     noise: Float[ArrayLike, "steps b h w c"] | None = None,
+    known: denoising.Known | None = None,
     trajectory: bool = False,
     progress: execution.ProgressFn | None = None,
   ) -> Float[Array, "b h w c"] | samplers.Trajectory:
-    """Runs the sampler from standard normal noise to latents.
+    """Runs the sampler down to clean latents.
 
     Args:
+      latents: at the schedule's first noise level: standard normal, or what
+        `denoising.add_noise` makes of an image's.
       null_condition: None: no classifier-free guidance.
       noise: of every step, for stochastic samplers.
+      known: the part of the picture that stays.
       trajectory: return all of the sampler's steps, in its own units.
 
     Raises:
@@ -304,9 +330,20 @@ class SanaPipeline:
     shared = {
       "transformer": self.transformer,
       "schedule": schedule,
-      "guidance_scale": jnp.float32(settings.guidance_scale),
+      "scales": denoising.Scales(
+        *map(
+          np.float32,
+          (
+            settings.guidance_scale,
+            settings.pag_scale,
+            settings.pag_adaptive_scale,
+          ),
+        )
+      ),
     }
     batched = {"latents": latents, "condition": condition}
+    if known is not None:
+      batched["known"] = known
     if noise is not None:
       batched["noise"] = jnp.swapaxes(noise, 0, 1)
     if null_condition is not None:
@@ -339,7 +376,7 @@ class SanaPipeline:
     self,
     latents: Float[ArrayLike, "b h w c"],
     *,
-    size: ImageSize | None = None,
+    size: sizes.ImageSize | None = None,
     progress: execution.ProgressFn | None = None,
   ) -> Float[Array, "b height width 3"]:
     """Decodes latents to images in [0, 1].
@@ -367,48 +404,52 @@ class SanaPipeline:
     checks.check_finite("decoder", images)
     return images
 
+  def _conditions(self, job: jobs.Job, num_images_per_prompt: int, progress):
+    """Encodes the prompts, and what to stay away from; a row an image."""
+    condition = self.encode_prompt(job.prompts, job.settings, progress=progress)
+    null_condition = None
+    if job.settings.guidance_scale > 1 and not self.is_sprint:
+      null_condition = self.encode_negative_prompt(
+        job.negatives, condition, job.settings, progress=progress
+      )
+    return jax.tree.map(
+      lambda a: jnp.repeat(a, num_images_per_prompt, axis=0),
+      (condition, null_condition),
+    )
+
   def _denoiser(self, settings) -> tuple[Callable, dict[str, Any]]:
     if self.is_sprint:
-      return stages.denoise_sprint, {
+      return denoising.denoise_sprint, {
         "sigma_data": self.solver.sigma_data,
         "guidance_embeds_scale": self.transformer_config.guidance_embeds_scale,
       }
-    return stages.denoise, {
+    return denoising.denoise, {
       "timestep_scale": self.transformer_config.timestep_scale,
       "guidance_interval": settings.guidance_interval,
+      "pag_layers": options.pag_layers(
+        settings, self.transformer_config.num_layers
+      ),
     }
 
   def _encode(self, prompts, instruction, settings, progress):
-    input_ids, attention_mask = text.tokenize_prompts(
-      self.tokenizer,
+    def encode(input_ids, attention_mask) -> denoising.Condition:
+      return self._executor.run(
+        "text encoder",
+        stages.encode_text,
+        shared={"text_encoder": self.text_encoder},
+        batched={"input_ids": input_ids, "attention_mask": attention_mask},
+        static={"max_sequence_length": settings.max_sequence_length},
+        progress=progress,
+      )
+
+    condition = self._encodings.look_up(
       prompts,
+      encode,
+      tokenizer=self.tokenizer,
+      encoder=self.text_encoder,
       complex_human_instruction=instruction,
       max_sequence_length=settings.max_sequence_length,
       lowercase=settings.lowercase,
     )
-    condition = self._executor.run(
-      "text encoder",
-      stages.encode_text,
-      shared={"text_encoder": self.text_encoder},
-      batched={"input_ids": input_ids, "attention_mask": attention_mask},
-      static={"max_sequence_length": settings.max_sequence_length},
-      progress=progress,
-    )
     checks.check_finite("text encoder", condition.states)
     return condition
-
-  def _random_inputs(self, keys, schedule, size, latents, noise):
-    """Draws latents and noise unless they are given, whose shapes it checks."""
-    shape = (*size[2:], self.transformer_config.in_channels)
-    count = keys.shape[0]
-    if latents is None:
-      latents = stages.initial_latents(keys, shape)
-    checks.check_shape("latents", latents, (count, *shape))
-    if schedule.noise is None:
-      if noise is not None:
-        raise ValueError("noise given, but this solver is deterministic.")
-      return latents, None
-    if noise is None:
-      noise = stages.step_noise(keys, schedule.num_steps, shape)
-    checks.check_shape("noise", noise, (schedule.num_steps, count, *shape))
-    return latents, noise

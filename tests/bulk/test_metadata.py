@@ -29,7 +29,7 @@ def pipe(request, tokenizer):
 
 
 def describe(pipe, settings, **values):
-  image = plan.Image(9, "a cät", "", 5, 2, settings)._replace(**values)
+  image = plan.Image(9, "a cät", "", 5, 2, settings, {})._replace(**values)
   run = metadata.describe_run(
     pipe, epath.Path("/models/tiny"), "ab" * 32, {"dtype": "float32"}
   )

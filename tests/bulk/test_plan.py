@@ -21,6 +21,8 @@ def random_requests(rng, count=40):
       record["seed"] = int(rng.integers(100))
     if rng.random() < 0.1:
       record["image_index"] = int(rng.integers(100))
+    if rng.random() < 0.2:
+      record["image"] = f"{rng.integers(3)}.png"
     record["num_images_per_prompt"] = int(rng.integers(1, 5))
     rows.append(reader.make("f", line + 1, record))
   return rows
@@ -47,6 +49,10 @@ def images(some_units):
   return [i for u in some_units for b in u.batches for i in b.images]
 
 
+def kind_of(image):
+  return str(image.settings), tuple(image.pictures)
+
+
 def test_every_image_is_made_once(random_plan):
   made = sorted(images(units(random_plan)))
   assert [i.index for i in made] == list(range(random_plan.num_images))
@@ -58,14 +64,14 @@ def test_a_batch_has_one_kind_of_settings_and_every_kind_one_size(random_plan):
   sizes = collections.defaultdict(set)
   for unit in units(random_plan):
     for batch in unit.batches:
-      (kind,) = {str(image.settings) for image in batch.images}
+      (kind,) = {kind_of(image) for image in batch.images}
       assert 1 <= len(batch.images) <= batch.size <= random_plan.batch_size
       sizes[kind].add(batch.size)
   assert all(len(each) == 1 for each in sizes.values())
 
 
 def test_kinds_follow_each_other_so_that_each_is_compiled_once(random_plan):
-  kinds = [str(i.settings) for i in images(units(random_plan))]
+  kinds = [kind_of(i) for i in images(units(random_plan))]
   changes = sum(a != b for a, b in zip(kinds, kinds[1:], strict=False))
   assert changes == len(set(kinds)) - 1
 
@@ -137,6 +143,7 @@ def test_seeds_and_numbers_of_images():
     {"image_index": 1},
     {"num_images_per_prompt": 2},
     {"height": 64},
+    {"image": "a.png"},
   ],
 )
 def test_the_fingerprint_sees_every_change_of_a_request(change):

@@ -7,6 +7,7 @@ import string
 import time
 import tracemalloc
 
+import PIL.Image
 import pyarrow
 import pytest
 from pyarrow import parquet
@@ -213,18 +214,55 @@ def test_what_a_checkpoint_refuses_is_found_once_for_each_kind():
   ]
   asked = []
 
-  def check(request):
+  def resolve(request, ratio):
+    assert ratio is None
     asked.append(request.line)
     if request.settings:
       raise ValueError("height 7 is odd.")
+    return (("height", 8),)
 
-  good, problems = requests.usable(rows, check)
+  good, problems = requests.usable(rows, resolve)
   assert asked == [1, 2, 4]
-  assert [r.line for r in good] == [1, 4]
+  assert [(r.line, r.settings) for r in good] == [
+    (1, (("height", 8),)),
+    (4, (("height", 8),)),
+  ]
   assert [str(p) for p in problems] == [
     "f:2: height 7 is odd",
     "f:3: height 7 is odd",
   ]
+
+
+def test_a_line_with_a_picture_that_cannot_be_read_is_left_out(tmp_path):
+  PIL.Image.new("RGB", (20, 10)).save(tmp_path / "good.png")
+  (tmp_path / "bad.png").write_bytes(b"no picture")
+  make = requests.Reader(pictures={"image": str(tmp_path / "good.png")}).make
+  rows = [
+    make("f", 1, {"prompt": "a"}),
+    make("f", 2, {"prompt": "a", "image": str(tmp_path / "bad.png")}),
+    make("f", 3, {"prompt": "a", "image": str(tmp_path / "nowhere.png")}),
+  ]
+  ratios = []
+
+  def resolve(request, ratio):
+    ratios.append(ratio)
+    return request.settings
+
+  good, problems = requests.usable(rows, resolve)
+  assert [r.line for r in good] == [1]
+  assert ratios == [0.5]
+  assert "f:2: cannot read" in str(problems[0])
+  assert "f:3: cannot read" in str(problems[1])
+
+
+def test_an_aspect_and_sides_replace_each_other():
+  make = requests.Reader(settings={"height": 64, "width": 32}).make
+  request = make("f", 1, {"prompt": "a", "aspect": "16:9"})
+  assert request.settings == (("aspect", "16:9"),)
+  make = requests.Reader(settings={"aspect": "16:9"}).make
+  assert make("f", 1, {"prompt": "a", "width": 8}).settings == (("width", 8),)
+  with pytest.raises(ValueError, match="aspect '16:9' cannot go with height"):
+    make("f", 1, {"prompt": "a", "width": 8, "aspect": "16:9"})
 
 
 @pytest.mark.slow

@@ -60,8 +60,7 @@ def test_a_scale_of_one_or_less_is_a_single_conditional_pass(scale):
   assert sizes == [2, 2]
 
 
-@pytest.mark.parametrize("scale", [0.5, 1.0, 3.0])
-def test_a_traced_scale_gives_what_a_number_gives(scale):
+def test_a_traced_scale_gives_what_a_number_gives():
   args, condition, null = _inputs()
   network = _network([])
 
@@ -71,8 +70,40 @@ def test_a_traced_scale_gives_what_a_number_gives(scale):
       *args
     )
 
-  fixed = guidance.classifier_free(network, condition, null, scale=scale)
-  np.testing.assert_allclose(traced(scale), fixed(*args), rtol=1e-6)
+  for scale in (1.0, 3.0):
+    fixed = guidance.classifier_free(network, condition, null, scale=scale)
+    # v_null + (v_cond - v_null), of numbers around 600, rounds.
+    np.testing.assert_allclose(traced(scale), fixed(*args), rtol=1e-5)
+
+
+@pytest.mark.parametrize("with_null", [True, False])
+@pytest.mark.parametrize("adaptive", [0.0, 0.004, 0.01])
+def test_perturbed_attention_guidance_is_its_formula(with_null, adaptive):
+  (x, sigma, _), condition, null = _inputs()
+  perturbed = (condition[0] * 0.7, condition[1])
+  timestep = jnp.array([800.0, 300.0])
+  sizes = []
+  network = _network(sizes)
+  guided = guidance.perturbed_attention(
+    network,
+    condition,
+    perturbed,
+    null if with_null else None,
+    scale=4.5,
+    pag_scale=3.0,
+    pag_adaptive_scale=adaptive,
+  )(x, sigma, timestep)
+  assert sizes == [6 if with_null else 4]
+  v_cond, v_perturbed, v_null = (
+    np.asarray(network(x, sigma, timestep, c), np.float64)
+    for c in (condition, perturbed, null)
+  )
+  weight = np.maximum(3.0 - adaptive * (1000 - np.asarray(timestep)), 0)
+  expected = v_cond + weight[:, None, None, None] * (v_cond - v_perturbed)
+  if with_null:
+    expected += 3.5 * (v_cond - v_null)
+  # Differences of float32 numbers around 800, times 4.5.
+  np.testing.assert_allclose(guided, expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -85,9 +116,7 @@ def test_the_interval_is_open_at_both_ends(sigma, active):
   network = _network([])
   inside = guidance.classifier_free(network, condition, null, scale=3.0)
   outside = guidance.condition_on(network, condition)
-  limited = guidance.classifier_free(
-    network, condition, null, scale=3.0, interval=(0.2, 0.8)
-  )
+  limited = guidance.within((0.2, 0.8), inside, outside)
   expected = (inside if active else outside)(*args)
   np.testing.assert_allclose(limited(*args), expected, rtol=1e-6)
 
@@ -101,8 +130,10 @@ def test_the_second_pass_is_not_computed_outside_the_interval():
     jax.debug.callback(lambda: ran.append(x.shape[0]))
     return network(x, *rest)
 
-  guided = guidance.classifier_free(
-    counting, condition, null, scale=3.0, interval=(0.0, 0.5)
+  guided = guidance.within(
+    (0.0, 0.5),
+    guidance.classifier_free(counting, condition, null, scale=3.0),
+    guidance.condition_on(counting, condition),
   )
   schedule = schedules.FlowEuler().schedule(6)
   jax.jit(lambda x: samplers.sample(guided, x, schedule))(args[0])
@@ -116,16 +147,16 @@ def test_guidance_of_a_bfloat16_network_is_float32():
   args, condition, null = _inputs()
   network = _network([])
   half = lambda *a: network(*a).astype(jnp.bfloat16)  # noqa: E731
-  for interval in (None, (0.0, 0.5), (0.0, 1.0)):
-    guided = guidance.classifier_free(
-      half, condition, null, scale=3.0, interval=interval
-    )
-    assert guided(*args).dtype == jnp.float32
+  guided = guidance.classifier_free(half, condition, null, scale=3.0)
+  perturbed = guidance.perturbed_attention(
+    half, condition, condition, null, scale=3.0, pag_scale=2.0
+  )
+  unguided = guidance.condition_on(half, condition)
+  limited = guidance.within((0.0, 0.5), guided, unguided)
+  for function in (guided, perturbed, limited):
+    assert function(*args).dtype == jnp.float32
 
 
 def test_an_empty_interval_is_an_error():
-  _, condition, null = _inputs()
   with pytest.raises(ValueError, match=r"interval \(0.5, 0.5\) is empty"):
-    guidance.classifier_free(
-      _network([]), condition, null, scale=2.0, interval=(0.5, 0.5)
-    )
+    guidance.within((0.5, 0.5), lambda *a: a[0], lambda *a: a[0])

@@ -1,0 +1,233 @@
+"""From noise to latents: pure functions of a transformer and arrays.
+
+Each works under `jax.jit`. Samples of a batch do not influence each other, so a
+batch may be cut over devices.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Real
+
+from sana_jax.diffusion import flow, guidance, samplers, trigflow
+from sana_jax.diffusion.schedules import Schedule
+from sana_jax.typing import VelocityFn
+
+
+class Condition(NamedTuple):
+  """What the transformer is told to draw."""
+
+  states: Float[Array, "b l d"]
+  mask: Bool[Array, "b l"]
+
+
+class Known(NamedTuple):
+  """What of the picture is given, and stays where `mask` is 0."""
+
+  latents: Float[Array, "b h w c"]
+  noise: Float[Array, "b h w c"]
+  mask: Float[Array, "b h w 1"]
+
+
+class Scales(NamedTuple):
+  """Strengths of what steers the transformer."""
+
+  guidance: Real[Array, ""]
+  pag: Real[Array, ""]
+  pag_adaptive: Real[Array, ""]
+
+
+class _Inputs(NamedTuple):
+  """What the network reads of one branch of the guidance."""
+
+  condition: Condition
+  perturbed: Bool[Array, " b"] | None
+
+
+def add_noise(
+  clean: Float[Array, "b h w c"],
+  noise: Float[Array, "b h w c"],
+  schedule: Schedule,
+  *,
+  on_circle: bool,
+) -> Float[Array, "b h w c"]:
+  """Brings clean latents to the noise level that a schedule begins with.
+
+  Args:
+    on_circle: the schedule's timesteps are TrigFlow's angles.
+  """
+  batch = (clean.shape[0],)
+  if on_circle:
+    angle = jnp.full(batch, schedule.timesteps[0])
+    return trigflow.interpolate(clean, noise, angle)
+  return flow.interpolate(clean, noise, jnp.full(batch, schedule.sigmas[0]))
+
+
+def denoise(
+  *,
+  transformer: Any,
+  schedule: Schedule,
+  scales: Scales,
+  latents: Float[Array, "b h w c"],
+  condition: Condition,
+  null_condition: Condition | None = None,
+  noise: Float[Array, "b n h w c"] | None = None,
+  known: Known | None = None,
+  timestep_scale: float = 1.0,
+  guidance_interval: tuple[float, float] | None = None,
+  pag_layers: tuple[int, ...] = (),
+  trajectory: bool = False,
+) -> Any:
+  """Samples with a flow model, down to data.
+
+  Args:
+    latents: at the schedule's first sigma.
+    null_condition: of the negative prompt; None: no classifier-free guidance.
+    noise: for stochastic schedules.
+    known: for inpainting: after every step, the known part is put back, with
+      the noise that belongs to the step's sigma.
+    pag_layers: blocks that perturbed-attention guidance perturbs; none: off.
+    trajectory: True returns the parts of a `samplers.Trajectory`, the batch
+      axis first.
+
+  Source: blended latents are Avrahami et al., arXiv:2206.02779.
+  """
+
+  def velocity(x, sigma, timestep, inputs: _Inputs):
+    del sigma
+    return transformer(
+      x,
+      timestep * timestep_scale,
+      *inputs.condition,
+      identity_attention=_identity(transformer, inputs.perturbed, pag_layers),
+    )
+
+  velocity_fn = _guided(
+    velocity,
+    condition,
+    null_condition,
+    scales,
+    perturb=bool(pag_layers),
+    interval=guidance_interval,
+  )
+  project_fn = None if known is None else _put_back(known, flow.interpolate)
+  return _sample(
+    velocity_fn, latents, schedule, noise, project_fn, trajectory=trajectory
+  )
+
+
+def denoise_sprint(
+  *,
+  transformer: Any,
+  schedule: Schedule,
+  scales: Scales,
+  latents: Float[Array, "b h w c"],
+  condition: Condition,
+  noise: Float[Array, "b n h w c"],
+  known: Known | None = None,
+  sigma_data: float,
+  guidance_embeds_scale: float,
+  trajectory: bool = False,
+) -> Any:
+  """Samples with a SANA-Sprint model, in units of standard deviation one.
+
+  Args:
+    latents: as in `denoise`, like `known`.
+    scales: the guidance scale is an input of the network.
+    trajectory: as in `denoise`, in the sampler's units (times sigma_data).
+  """
+  embedded = jnp.full(
+    latents.shape[:1], scales.guidance * guidance_embeds_scale, jnp.float32
+  )
+
+  def velocity(x, sigma, timestep):
+    del sigma
+    return transformer(x, timestep, *condition, guidance=embedded)
+
+  def mix(clean, fresh, sigma):
+    angle = trigflow.trig_time(sigma)
+    return sigma_data * trigflow.interpolate(clean, fresh, angle)
+
+  prediction_fn = trigflow.prediction_fn(velocity, sigma_data=sigma_data)
+  result = _sample(
+    prediction_fn,
+    latents * sigma_data,
+    schedule,
+    noise,
+    None if known is None else _put_back(known, mix),
+    trajectory=trajectory,
+  )
+  return result if trajectory else result / sigma_data
+
+
+def _guided(
+  velocity: Callable[..., Array],
+  condition: Condition,
+  null_condition: Condition | None,
+  scales: Scales,
+  *,
+  perturb: bool,
+  interval: tuple[float, float] | None,
+) -> VelocityFn:
+  """Adds the guidance that is asked for to a conditional velocity."""
+  batch = condition.mask.shape[0]
+  untouched = jnp.zeros((batch,), bool) if perturb else None
+  cond = _Inputs(condition, untouched)
+  null = None
+  if null_condition is not None:
+    null = _Inputs(null_condition, untouched)
+  unguided = guidance.condition_on(velocity, _Inputs(condition, None))
+  if perturb:
+    guided = guidance.perturbed_attention(
+      velocity,
+      cond,
+      _Inputs(condition, jnp.ones((batch,), bool)),
+      null,
+      scale=scales.guidance,
+      pag_scale=scales.pag,
+      pag_adaptive_scale=scales.pag_adaptive,
+    )
+  elif null is not None:
+    guided = guidance.classifier_free(
+      velocity, cond, null, scale=scales.guidance
+    )
+  else:
+    return unguided
+  return (
+    guided if interval is None else guidance.within(interval, guided, unguided)
+  )
+
+
+def _identity(
+  transformer: Any, perturbed: Array | None, layers: tuple[int, ...]
+) -> Bool[Array, "layers b"] | None:
+  if perturbed is None:
+    return None
+  depth = jax.tree.leaves(transformer.blocks)[0].shape[0]
+  return (
+    jnp.asarray(np.isin(np.arange(depth), layers))[:, None] & perturbed[None]
+  )
+
+
+def _put_back(known: Known, mix: Callable[..., Array]) -> samplers.ProjectFn:
+  def project(x, sigma):
+    given = mix(known.latents, known.noise, sigma)
+    return known.mask * x + (1 - known.mask) * given
+
+  return project
+
+
+def _sample(
+  velocity_fn, latents, schedule, noise, project_fn, *, trajectory: bool
+):
+  options = {
+    "noise": None if noise is None else noise.swapaxes(0, 1),
+    "project_fn": project_fn,
+  }
+  if not trajectory:
+    return samplers.sample(velocity_fn, latents, schedule, **options)
+  steps = samplers.sample_trajectory(velocity_fn, latents, schedule, **options)
+  return tuple(part.swapaxes(0, 1) for part in steps)

@@ -1,0 +1,77 @@
+"""What a call of a pipeline asks for, checked before anything is computed."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from jaxtyping import ArrayLike, Float
+
+from sana_jax.diffusion import schedules
+from sana_jax.pipeline import checks, options, sizes, stages, starts
+
+if TYPE_CHECKING:
+  from sana_jax.pipeline.text_to_image import SanaPipeline
+
+
+class Job(NamedTuple):
+  """The arguments of a call, resolved."""
+
+  settings: options.GenerationConfig
+  prompts: list[str]
+  negatives: list[str]
+  size: sizes.ImageSize
+  start: starts.Start
+  schedule: schedules.Schedule
+  latents: Float[ArrayLike, "n h w c"]
+  noise: Float[ArrayLike, "steps n h w c"] | None
+
+
+def resolve(
+  pipe: "SanaPipeline",
+  prompt: str | Sequence[str],
+  negative_prompt: str | Sequence[str],
+  changes: Mapping[str, Any],
+  *,
+  pictures: tuple[Any, Any],
+  numbers: tuple[Any, Any, int],
+  times: tuple[Any, Any],
+  random: tuple[Any, Any],
+) -> Job:
+  """Checks the arguments of `SanaPipeline.__call__`, which describes them.
+
+  Args:
+    pictures: (image, mask_image).
+    numbers: (seed, image_index, num_images_per_prompt).
+    times: (sigmas, timesteps).
+    random: (latents, noise).
+  """
+  settings = pipe.generation_config.replace(changes)
+  options.check_applicable(changes, is_sprint=pipe.is_sprint)
+  prompts = checks.prompt_list(prompt)
+  seed, image_index, num_images_per_prompt = numbers
+  count = checks.image_count(prompts, num_images_per_prompt)
+  negatives = checks.negative_prompt_list(
+    negative_prompt, len(prompts), is_sprint=pipe.is_sprint
+  )
+  checks.check_effective(changes, settings, negatives, pictures)
+  checks.check_custom_times(pipe.solver, changes, *times)
+  size = pipe.image_size(settings, ratio=starts.ratio(pictures[0]))
+  checks.warn_if_untrained(
+    settings, size.grid, pipe.transformer_config, is_sprint=pipe.is_sprint
+  )
+  start = starts.read(*pictures, size, count)
+  schedule = pipe.make_schedule(
+    settings,
+    sigmas=times[0],
+    timesteps=times[1],
+    strength=start.strength(settings),
+  )
+  latents, noise = stages.random_inputs(
+    stages.image_keys(*checks.image_numbers(seed, image_index, count)),
+    (*size.grid, pipe.transformer_config.in_channels),
+    schedule,
+    latents=random[0],
+    noise=random[1],
+  )
+  return Job(
+    settings, prompts, negatives, size, start, schedule, latents, noise
+  )
