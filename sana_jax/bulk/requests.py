@@ -122,10 +122,10 @@ class Reader:
       raise ValueError("the prompt is empty; describe what to draw")
     seed = values.pop("seed", None)
     index = values.pop("image_index", None)
-    if seed is not None or index is not None:
-      checks.image_numbers(seed or 0, index or 0, 1)
     count = values.pop("num_images_per_prompt", self._count)
     checks.image_count([prompt], count)
+    if seed is not None or index is not None:
+      checks.image_numbers(seed or 0, (index or 0) + count - 1, 1)
     negative_prompt = values.pop("negative_prompt", self._negative_prompt)
     own = {name: values.pop(name) for name in inputs.NAMES if name in values}
     return Request(
