@@ -31,7 +31,12 @@ _RUNNERS = {
   "transformer": conformance_transformer.transformer_case,
   "vae": conformance_vae.vae_case,
 }
-_PIPELINES = ("SanaPipeline", "SanaSprintPipeline")
+_PIPELINES = (
+  "SanaPAGPipeline",
+  "SanaPipeline",
+  "SanaSprintImg2ImgPipeline",
+  "SanaSprintPipeline",
+)
 
 
 def read_case(case_dir: pathlib.Path) -> tuple[dict, Arrays]:

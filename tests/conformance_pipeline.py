@@ -6,6 +6,7 @@ pieces, for all that lies between.
 
 import functools
 import pathlib
+import re
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ import numpy as np
 
 from sana_jax import pipeline as pipeline_lib
 from sana_jax.models import tiling
-from sana_jax.pipeline import stages
+from sana_jax.pipeline import denoising, stages
 
 Arrays = dict[str, np.ndarray]
 
@@ -26,6 +27,10 @@ _SETTINGS = (
   "max_sequence_length",
   "max_timesteps",
   "num_inference_steps",
+  "pag_adaptive_scale",
+  "pag_applied_layers",
+  "pag_scale",
+  "strength",
   "use_resolution_binning",
   "width",
 )
@@ -42,11 +47,15 @@ def pipeline_case(case: dict, inputs: Arrays, case_dir: pathlib.Path) -> Arrays:
   pipe = pipeline_lib.SanaPipeline.from_pretrained(case_dir)
   wanted = {n: t for n, t in case["tensors"].items() if n.startswith("out.")}
   outputs = {}
+  shared = _pag_layers(case, pipe.transformer_config.num_layers)
   for run in case["runs"]:
     arguments = _arguments(case["runs"], run)
+    if arguments.get("pag_scale"):
+      arguments |= shared
     pipe.tiling = _tiling(arguments.pop("vae_tiling", None))
     source = arguments.pop("run")
-    results = _run(pipe, arguments, _tensors(inputs, source))
+    size = (arguments["height"], arguments["width"])
+    results = _run(pipe, arguments, _tensors(inputs, source, size))
     for name, info in wanted.items():
       if name.startswith(f"out.{run}."):
         value = np.asarray(results[name.removeprefix(f"out.{run}.")])
@@ -62,6 +71,22 @@ def _arguments(runs: dict[str, Any], run: str) -> dict[str, Any]:
   return {"run": run} | arguments
 
 
+def _pag_layers(case: dict, num_layers: int) -> dict[str, tuple[int, ...]]:
+  """The blocks whose self-attention a case's regular expressions find."""
+  patterns = case.get("pag_applied_layers")
+  if patterns is None:
+    return {}
+  found = tuple(
+    i
+    for i in range(num_layers)
+    if any(
+      re.search(pattern, f"transformer_blocks.{i}.attn1")
+      for pattern in np.atleast_1d(patterns).tolist()
+    )
+  )
+  return {"pag_applied_layers": found}
+
+
 def _tiling(values: dict[str, int] | None) -> tiling.Tiling | None:
   if values is None:
     return None
@@ -73,15 +98,31 @@ def _tiling(values: dict[str, int] | None) -> tiling.Tiling | None:
   )
 
 
-def _tensors(inputs: Arrays, run: str) -> dict[str, Any]:
-  """Latents and noise of a run, channels last."""
-  tensors = {"latents": _channels_last(inputs[f"in.{run}.latents"])}
+def _tensors(inputs: Arrays, run: str, size) -> dict[str, Any]:
+  """Latents, noise and image of a run, channels last."""
   draws = []
   while f"in.{run}.noise.{len(draws)}" in inputs:
     draws.append(_channels_last(inputs[f"in.{run}.noise.{len(draws)}"]))
+  tensors = {}
+  if f"in.{run}.image" in inputs:
+    image = _channels_last(inputs[f"in.{run}.image"])
+    tensors["image"] = _nearest(image, *size)
+    # The first draw is mixed into the image.
+    tensors["latents"] = draws.pop(0)
+  else:
+    tensors["latents"] = _channels_last(inputs[f"in.{run}.latents"])
   if draws:
     tensors["noise"] = np.stack(draws)
   return tensors
+
+
+def _nearest(image: np.ndarray, height: int, width: int) -> np.ndarray:
+  """Scales as the reference does with tensors; files are another matter."""
+  rows, columns = (
+    np.arange(new) * old // new
+    for new, old in zip((height, width), image.shape[1:3], strict=True)
+  )
+  return image[:, rows][:, :, columns]
 
 
 def _run(pipe, arguments, tensors) -> dict[str, Any]:
@@ -100,7 +141,17 @@ def _run(pipe, arguments, tensors) -> dict[str, Any]:
 
 def _pieces(pipe, arguments, changes, tensors) -> dict[str, Any]:
   settings = pipe.generation_config.replace(changes)
-  schedule = pipe.make_schedule(settings, sigmas=arguments.get("sigmas"))
+  schedule = pipe.make_schedule(
+    settings,
+    sigmas=arguments.get("sigmas"),
+    strength=arguments.get("strength", 1.0),
+  )
+  latents = tensors["latents"]
+  if "image" in tensors:
+    clean = pipe.encode_image(tensors["image"])
+    latents = denoising.add_noise(
+      clean, latents, schedule, on_circle=pipe.is_sprint
+    )
   prompts = np.atleast_1d(arguments["prompt"]).tolist()
   condition = pipe.encode_prompt(prompts, settings)
   null = None
@@ -112,7 +163,7 @@ def _pieces(pipe, arguments, changes, tensors) -> dict[str, Any]:
     lambda a: jnp.repeat(a, count, axis=0), (condition, null)
   )
   steps = pipe.denoise(
-    tensors["latents"],
+    latents,
     schedule,
     condition,
     null,
@@ -121,7 +172,9 @@ def _pieces(pipe, arguments, changes, tensors) -> dict[str, Any]:
     trajectory=True,
   )
   latents = steps.samples[-1]
-  timesteps = schedule.timesteps
+  # The reference records those that image-to-image skips too.
+  whole = pipe.make_schedule(settings, sigmas=arguments.get("sigmas"))
+  timesteps = whole.timesteps
   if pipe.is_sprint:
     latents = latents / pipe.solver.sigma_data
     timesteps = np.append(timesteps, 0.0)
