@@ -19,7 +19,7 @@ import pathlib
 import sys
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent import futures
 from typing import Any, NoReturn
 
@@ -68,6 +68,12 @@ _HOST_INDEX = flags.DEFINE_integer(
 _GRID = flags.DEFINE_boolean("grid", False, "Write grid.png of all images too.")
 _OVERWRITE = flags.DEFINE_boolean(
   "overwrite", False, "Remove the files of an earlier run, and start anew."
+)
+_BEST_OF = flags.DEFINE_integer(
+  "best_of", None, "Make so many candidates of each image, keep the best."
+)
+_SCORER = flags.DEFINE_string(
+  "scorer", None, '"module:function" of images and prompts, for --best_of.'
 )
 _REPRODUCE = flags.DEFINE_string(
   "reproduce", None, "Make the image of this PNG file again."
@@ -156,12 +162,15 @@ def run(started: float) -> int:
   """
   again = read_reproduced()
   good, problems = read_requests() if again is None else ([], [])
+  chosen = selection()
   checkpoint = checkpoint_path()
   loading = loading_options(again or {})
   with futures.ThreadPoolExecutor(1) as background:
     # Reading the files twice costs little while loading computes.
     digest = background.submit(metadata.checkpoint_hash, checkpoint)
     pipe = load(checkpoint, loading)
+  if chosen is not None:
+    loading |= {"best_of": _BEST_OF.value, "scorer": _SCORER.value}
   run_description = metadata.describe_run(
     pipe, checkpoint, digest.result(), loading
   )
@@ -175,14 +184,14 @@ def run(started: float) -> int:
   good, refused = requests.usable(
     good, functools.partial(runner.resolve_settings, pipe)
   )
-  report(problems + refused, some_left=bool(good))
+  requests.report(problems + refused, some_left=bool(good))
   images = plan.make_plan(
     good,
     seed=_SEED.value,
     batch_size=_BATCH_SIZE.value if again is None else again["batch_size"],
     images_per_unit=1 if _FORMAT.value == "png" else _PER_SHARD.value,
   )
-  all_made = job.make(pipe, images, output(), run_description, started)
+  all_made = job.make(pipe, images, output(), run_description, started, chosen)
   return 3 if problems or refused or not all_made else 0
 
 
@@ -284,6 +293,21 @@ def square_tiles(side: int) -> tiling.Tiling:
   )
 
 
+def selection() -> runner.Selection | None:
+  """Returns how the best of several candidates is found.
+
+  Raises:
+    ValueError: there is no such scorer, or only one of both flags.
+  """
+  if (_BEST_OF.value is None) != (_SCORER.value is None):
+    raise ValueError("--best_of and --scorer go together; give both.")
+  if _BEST_OF.value is None:
+    return None
+  if _REPRODUCE.value is not None:
+    raise ValueError("--best_of cannot go with --reproduce.")
+  return runner.Selection(_BEST_OF.value, runner.load_scorer(_SCORER.value))
+
+
 def output() -> job.Output:
   """Returns where the images go."""
   num_hosts, host_index = _NUM_HOSTS.value, _HOST_INDEX.value
@@ -299,22 +323,6 @@ def output() -> job.Output:
     num_hosts=num_hosts,
     host_index=host_index,
   )
-
-
-def report(problems: Sequence[requests.Problem], *, some_left: bool) -> None:
-  """Tells of lines that cannot be used.
-
-  Raises:
-    ValueError: there are no others.
-  """
-  if problems and not some_left:
-    raise ValueError(
-      f"None of {len(problems)} requests can be made; the first: {problems[0]}."
-    )
-  for problem in problems:
-    logging.error("left out: %s", problem)
-  if problems:
-    logging.error("%d requests are left out", len(problems))
 
 
 def _text(error: Exception) -> str:

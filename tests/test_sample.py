@@ -145,6 +145,11 @@ def test_files_are_not_overwritten_unless_asked(run, capsys):
     ({"prompt": ["a"], "grid": True, "output_format": "webdataset"}, "--grid"),
     ({"prompt": ["a"], "reproduce": "a.png"}, "takes its prompt from the"),
     ({"reproduce": "nowhere.png"}, "nowhere.png"),
+    ({"prompt": ["a"], "best_of": 2}, "--best_of and --scorer go together"),
+    ({"prompt": ["a"], "best_of": 0, "scorer": "math:hypot"}, "n must be at"),
+    ({"prompt": ["a"], "best_of": 2, "scorer": "math"}, '"module:function"'),
+    ({"prompt": ["a"], "best_of": 2, "scorer": "no_such:f"}, "no_such"),
+    ({"prompt": ["a"], "best_of": 2, "scorer": "math:pi"}, "is no function"),
     ({"prompt": ["a"], "checkpoint": "nowhere"}, "nowhere is not a directory"),
     ({"prompt": ["a"], "height": 33}, "multiples of 4"),
     ({"prompt": ["a"], "num_inference_steps": 0}, "num_inference_steps must"),
@@ -325,6 +330,38 @@ def test_images_begin_with_an_image_of_a_flag_or_a_line(run, tmp_path):
   )
   copy = picture(tmp_path / "again" / "0000-right.png")
   assert copy.tobytes() == right.tobytes()
+
+
+def brightness(images, prompts):
+  assert len(images) == len(prompts)
+  return images.mean(axis=(1, 2, 3))
+
+
+def test_the_best_of_several_is_kept_and_made_again(run, tmp_path):
+  out = run(
+    prompt=["a cat", "a dog"], best_of=3, scorer="tests.test_sample:brightness"
+  )
+  run(
+    prompt=["a cat", "a dog"],
+    num_images_per_prompt=3,
+    batch_size=3,
+    output_dir=str(tmp_path / "all"),
+  )
+  scores = [
+    np.asarray(picture(path)).mean()
+    for path in sorted((tmp_path / "all").glob("*.png"))
+  ]
+  winner = 3 + int(np.argmax(scores[3:]))
+  best = picture(out / "0001-a-dog.png")
+  described = json.loads(best.text["sana_jax"])
+  assert described["image_index"] == winner
+  assert described["best_of"] == 3
+  assert described["score"] * 255 == pytest.approx(scores[winner], abs=0.5)
+  kept = picture(tmp_path / "all" / f"{winner:04d}-a-dog.png")
+  assert best.tobytes() == kept.tobytes()
+  run(reproduce=str(out / "0001-a-dog.png"), output_dir=str(tmp_path / "again"))
+  copy = picture(tmp_path / "again" / "0000-a-dog.png")
+  assert copy.tobytes() == best.tobytes()
 
 
 @pytest.mark.parametrize("output_format", ["webdataset", "arrayrecord"])

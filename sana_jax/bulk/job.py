@@ -1,5 +1,6 @@
 """A run from its plan to its files: begins or continues it, and reports."""
 
+import contextlib
 import dataclasses
 import pathlib
 import sys
@@ -48,6 +49,7 @@ def make(
   output: Output,
   description: Mapping[str, Any],
   started: float,
+  selection: runner.Selection | None = None,
 ) -> bool:
   """Makes this host's images; returns whether none has failed.
 
@@ -56,6 +58,7 @@ def make(
   Args:
     description: see `metadata.describe_run`.
     started: when the program began, by time.monotonic.
+    selection: keeps the best of several candidates; None: there is one.
 
   Raises:
     ValueError: what cannot be.
@@ -80,7 +83,14 @@ def make(
     num_hosts=output.num_hosts,
   ) as finished:
     failed = _make_missing(
-      pipe, images, output, description, started, directory, finished
+      pipe,
+      images,
+      output,
+      description,
+      meter.Meter(*finished.count(), started),
+      directory,
+      finished,
+      selection,
     )
     if finished.units_to_do:
       logging.info("stopped by SIGTERM; the same command goes on from here")
@@ -115,17 +125,20 @@ def _make_missing(
   images: plan.Plan,
   output: Output,
   description: Mapping[str, Any],
-  started: float,
+  measured: meter.Meter,
   directory: storage.Directory,
   finished: manifest.Manifest,
+  selection: runner.Selection | None,
 ) -> list[int]:
   """Makes what the manifest lacks; returns the images that failed."""
   total, done = finished.count()
   if done:
     logging.info("%d of %d images are there already", done, total)
   failed = finished.failed_images
-  measured = meter.Meter(total, done, started)
-  with termination.sigterm_event() as stop:
+  with (
+    termination.sigterm_event() as stop,
+    contextlib.closing(measured),
+  ):
     failed += runner.Runner(
       plan=images,
       pipe=pipe,
@@ -138,6 +151,7 @@ def _make_missing(
       manifest=finished,
       meter=measured,
       description=description,
+      selection=selection,
       stop=stop.is_set,
       on_unit=lambda names: _print_paths(directory, names),
     ).run()

@@ -51,14 +51,13 @@ def describe_run(
 def describe_image(
   pipe: pipeline_lib.SanaPipeline,
   image: plan.Image,
-  batch_size: int,
-  run: Mapping[str, Any],
+  details: Mapping[str, Any],
 ) -> dict[str, Any]:
   """Collects everything that an image is made from, as JSON values.
 
   Args:
-    batch_size: of the batch it is made in, which may change the last bit.
-    run: see `describe_run`.
+    details: those of `describe_run`, and the batch_size that the image was
+      made in, which may change the last bit.
   """
   return {
     "prompt": image.prompt,
@@ -67,8 +66,7 @@ def describe_image(
     "seed": image.seed,
     **pipe.generation_config.replace(image.settings).to_dict(),
     **image.pictures,
-    "batch_size": batch_size,
-    **run,
+    **details,
   }
 
 

@@ -10,9 +10,10 @@ every field of GenerationConfig.
 import csv
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from absl import logging
 from etils import epath
 
 from sana_jax.bulk import fields, inputs
@@ -207,6 +208,22 @@ def _settings_or_error(
     return resolve(request, ratio)
   except ValueError as error:
     return error
+
+
+def report(problems: Sequence[Problem], *, some_left: bool) -> None:
+  """Tells of lines that cannot be used.
+
+  Raises:
+    ValueError: there are no others.
+  """
+  if problems and not some_left:
+    raise ValueError(
+      f"None of {len(problems)} requests can be made; the first: {problems[0]}."
+    )
+  for problem in problems:
+    logging.error("left out: %s", problem)
+  if problems:
+    logging.error("%d requests are left out", len(problems))
 
 
 # A record is made when it is asked for, so that its error can be caught there.

@@ -1,8 +1,8 @@
 """Runs a plan: makes batches, and writes them while the next one is made."""
 
 import dataclasses
-import functools
 import hashlib
+import importlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +20,7 @@ from sana_jax.bulk import manifest as manifest_lib
 from sana_jax.bulk import meter as meter_lib
 from sana_jax.bulk import plan as plan_lib
 from sana_jax.pipeline import checks, options
+from sana_jax.pipeline.best_of import Scorer
 
 
 class Made(NamedTuple):
@@ -27,7 +28,14 @@ class Made(NamedTuple):
 
   image: plan_lib.Image
   pixels: Float[np.ndarray, "h w 3"]
-  digests: Mapping[str, str]
+  details: Mapping[str, Any]
+
+
+class Selection(NamedTuple):
+  """Of each image `count` candidates are made; see `pipeline.best_of`."""
+
+  count: int
+  scorer: Scorer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,6 +44,7 @@ class Runner:
 
   Attributes:
     description: see `metadata.describe_run`.
+    selection: None: each image is the only candidate.
     stop: says whether to end after the unit at hand.
     on_unit: called with the names of the files of a finished unit.
   """
@@ -46,6 +55,7 @@ class Runner:
   manifest: manifest_lib.Manifest
   meter: meter_lib.Meter
   description: Mapping[str, Any]
+  selection: Selection | None
   stop: Callable[[], bool]
   on_unit: Callable[[Sequence[str]], None]
 
@@ -56,7 +66,7 @@ class Runner:
       OSError: something cannot be written.
       ValueError: the pipeline refuses its arguments.
     """
-    failed = []
+    failed: list[int] = []
     # One thread writes, in order; encoding, which takes longer, has many.
     with (
       futures.ThreadPoolExecutor(1) as background,
@@ -72,7 +82,6 @@ class Runner:
         unit = _UnitRun(self, self.plan.unit(number), encoders)
         failed += unit.make(background, written)
       _wait(written)
-    self.meter.close()
     return failed
 
   def make_images(self, batch: plan_lib.Batch) -> list[Made]:
@@ -82,13 +91,12 @@ class Runner:
       FloatingPointError: an image came out as no number.
       UnusablePictureError: a picture to begin with cannot be read.
     """
+    if self.selection is not None:
+      return [self._best(image, self.selection) for image in batch.images]
     images = batch.images
     # Filled up, so that the last batch needs no compilation of its own.
     filled = images + images[-1:] * (batch.size - len(images))
-    size = self.pipe.image_size(
-      self.pipe.generation_config.replace(images[0].settings)
-    )
-    loaded = inputs.load([image.pictures for image in filled], size.generated)
+    loaded = self._load_pictures(filled)
     output = self.pipe(
       [image.prompt for image in filled],
       negative_prompt=[image.negative_prompt for image in filled],
@@ -99,11 +107,44 @@ class Runner:
       **images[0].settings,
     )
     return [
-      Made(image, pixels, digests)
+      Made(image, pixels, {**digests, "batch_size": batch.size})
       for image, pixels, digests in zip(
         images, output.images, loaded.digests, strict=False
       )
     ]
+
+  def _best(self, image: plan_lib.Image, selection: Selection) -> Made:
+    """Makes the candidates of an image, and returns the best.
+
+    It gets the number of that candidate, which makes it again.
+    """
+    loaded = self._load_pictures([image])
+    best = pipeline_lib.best_of(
+      self.pipe,
+      [image.prompt],
+      n=selection.count,
+      scorer=selection.scorer,
+      negative_prompt=image.negative_prompt,
+      seed=image.seed,
+      image_index=image.image_index * selection.count,
+      progress=self.meter.event,
+      **loaded.arrays,
+      **image.settings,
+    )
+    return Made(
+      image._replace(image_index=int(best.image_index[0])),
+      best.output.images[0],
+      {
+        **loaded.digests[0],
+        "batch_size": selection.count,
+        "score": float(best.scores.max()),
+      },
+    )
+
+  def _load_pictures(self, images: Sequence[plan_lib.Image]) -> inputs.Loaded:
+    settings = self.pipe.generation_config.replace(images[0].settings)
+    size = self.pipe.image_size(settings)
+    return inputs.load([image.pictures for image in images], size.generated)
 
 
 def resolve_settings(
@@ -136,6 +177,24 @@ def resolve_settings(
   # Said outright, so that images of different sizes may share a batch.
   fixed = changes | {"height": size.height, "width": size.width}
   return tuple(sorted(fixed.items()))
+
+
+def load_scorer(name: str) -> Scorer:
+  """Imports a function that is named like "package.module:function".
+
+  Raises:
+    ValueError: there is no such function.
+  """
+  module, _, function = name.partition(":")
+  try:
+    scorer = getattr(importlib.import_module(module), function)
+  except (ImportError, AttributeError, ValueError) as error:
+    raise ValueError(
+      f'scorer is {name!r}; expected "module:function": {error}.'
+    ) from error
+  if not callable(scorer):
+    raise ValueError(f"scorer {name!r} is no function, but {scorer!r}.")
+  return scorer
 
 
 class _UnitRun:
@@ -177,7 +236,7 @@ class _UnitRun:
         self._runner.meter.batch_done(len(batch.images))
         # At most one batch waits, lest they fill the memory.
         _wait(written)
-        parts.append(background.submit(self._write, batch.size, made))
+        parts.append(background.submit(self._write, made))
         written.append(parts[-1])
       written.append(background.submit(self._finish, parts))
     except BaseException:
@@ -186,19 +245,17 @@ class _UnitRun:
       raise
     return failed
 
-  def _write(self, batch_size: int, batch: Sequence[Made]) -> None:
-    encode = functools.partial(self._encode, batch_size)
-    for made, sample in zip(
-      batch, self._encoders.map(encode, batch), strict=True
-    ):
+  def _write(self, batch: Sequence[Made]) -> None:
+    samples = self._encoders.map(self._encode, batch)
+    for made, sample in zip(batch, samples, strict=True):
       self._writer.add(sample)
       digest = hashlib.sha256(sample.png).hexdigest()
       self._lines.append(_line(made.image) | {"sha256": digest})
 
-  def _encode(self, batch_size: int, made: Made) -> sinks.Sample:
-    image, pixels, digests = made
+  def _encode(self, made: Made) -> sinks.Sample:
+    image, pixels, details = made
     description = metadata.describe_image(
-      self._runner.pipe, image, batch_size, self._runner.description | digests
+      self._runner.pipe, image, {**self._runner.description, **details}
     )
     png = images_lib.encode_png(
       pixels, metadata.png_chunks(description, pixels.shape)

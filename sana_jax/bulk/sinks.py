@@ -10,6 +10,7 @@ sample of a shard has two parts, the PNG and a JSON text that describes it:
 """
 
 import abc
+import contextlib
 import io
 import pathlib
 import re
@@ -107,17 +108,17 @@ class ShardWriter(UnitWriter):
     self._name = name
     self._keys: list[str] = []
     self._path = directory.temporary(name)
-    with storage.removing_on_error(self._path):
+    with self._removing_on_error():
       self._open(self._path)
 
   def add(self, sample: Sample) -> None:
     key = f"{sample.index:08d}"
-    with storage.removing_on_error(self._path):
+    with self._removing_on_error():
       self._write(key, sample)
     self._keys.append(key)
 
   def finish(self) -> list[Stored]:
-    with storage.removing_on_error(self._path):
+    with self._removing_on_error():
       self._close()
       size = self._path.stat().st_size
       if not self._keys:
@@ -129,6 +130,11 @@ class ShardWriter(UnitWriter):
 
   def discard(self) -> None:
     self._path.unlink(missing_ok=True)
+
+  def _removing_on_error(self) -> contextlib.AbstractContextManager[None]:
+    return storage.removing_on_error(
+      self._path, self._directory.path / self._name
+    )
 
   @abc.abstractmethod
   def _open(self, path: pathlib.Path) -> None: ...
@@ -182,8 +188,9 @@ class ArrayRecordWriter(ShardWriter):
       # The library has no error numbers, and a message of several parts.
       reason = str(error).split(";")[0]
       raise OSError(
-        f"Cannot write {self._path}: {reason}. If the disk is full, make room; "
-        "the same command goes on after the finished images"
+        f"Cannot write {self._directory.path / self._name}: {reason}. If the "
+        "disk is full, make room and run the same command again; it goes on "
+        "after the finished images"
       ) from error
 
 

@@ -34,7 +34,7 @@ class Directory:
         one.
     """
     temporary = self.temporary(name)
-    with removing_on_error(temporary):
+    with removing_on_error(temporary, self.path / name):
       temporary.write_bytes(content)
       self.publish(name)
 
@@ -63,8 +63,13 @@ def sync(path: pathlib.Path) -> None:
 
 
 @contextlib.contextmanager
-def removing_on_error(path: pathlib.Path) -> Iterator[None]:
+def removing_on_error(
+  temporary: pathlib.Path, path: pathlib.Path
+) -> Iterator[None]:
   """Removes a half-written file; says what to do when the disk is full.
+
+  Args:
+    path: what it was to become.
 
   Raises:
     OSError: instead of the one that was raised, with more to say.
@@ -72,10 +77,10 @@ def removing_on_error(path: pathlib.Path) -> Iterator[None]:
   try:
     yield
   except OSError as error:
-    path.unlink(missing_ok=True)
+    temporary.unlink(missing_ok=True)
     raise explained(error, path) from error
   except BaseException:
-    path.unlink(missing_ok=True)
+    temporary.unlink(missing_ok=True)
     raise
 
 

@@ -33,7 +33,7 @@ def describe(pipe, settings, **values):
   run = metadata.describe_run(
     pipe, epath.Path("/models/tiny"), "ab" * 32, {"dtype": "float32"}
   )
-  return metadata.describe_image(pipe, image, 4, run), run
+  return metadata.describe_image(pipe, image, {**run, "batch_size": 4}), run
 
 
 def test_a_description_makes_the_request_again(pipe, tmp_path, rng):

@@ -26,7 +26,7 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path):
 
   def interrupted():
     temporary = directory.temporary("a")
-    with storage.removing_on_error(temporary):
+    with storage.removing_on_error(temporary, tmp_path / "a"):
       temporary.write_bytes(b"ne")
       raise KeyboardInterrupt
 
