@@ -105,7 +105,10 @@ def test_bad_json_lines_are_named_and_the_rest_goes_on(tmp_path):
       '{"prompt": "a", "complex_human_instruction": [1]}',
       "expected a text, got 1",
     ),
-    19: ('{"prompt": "a", "image_index": -1}', "image_index must be in"),
+    19: (
+      '{"prompt": "a", "image_index": -1, "num_images_per_prompt": 5}',
+      "image_index must be",
+    ),
   }
   good = '{"prompt": "a", "seed": null, "height": 8.0, "width": null}'
   lines = [good, *(line for line, _ in bad.values()), "", good]
