@@ -78,15 +78,12 @@ def _require(condition: bool, message: str) -> None:
 
 
 @dataclasses.dataclass(kw_only=True)
-class SanaConfig(Config):
-  """The diffusion transformer; names as in `transformer/config.json`.
+class SanaBlocksConfig(Config):
+  """What the transformer and its control branch have in common.
 
   Args:
     sample_size: side of the latent grid of a square image.
     interpolation_scale: None: no positional embedding.
-    qk_norm: None or "rms_norm_across_heads".
-    guidance_embeds: True for Sprint: guidance is an input of the network.
-    timestep_scale: multiplies the scheduler's timestep before the network.
   """
 
   in_channels: int = 32
@@ -105,10 +102,6 @@ class SanaConfig(Config):
   norm_elementwise_affine: bool = False
   norm_eps: float = 1e-6
   interpolation_scale: float | None = None
-  qk_norm: str | None = None
-  guidance_embeds: bool = False
-  guidance_embeds_scale: float = 0.1
-  timestep_scale: float = 1.0
 
   @property
   def width(self) -> int:
@@ -127,11 +120,37 @@ class SanaConfig(Config):
       f"model.cross_attention_dim ({self.cross_attention_dim}) must equal the "
       f"width ({self.width}): captions are projected to it first.",
     )
+
+
+@dataclasses.dataclass(kw_only=True)
+class SanaConfig(SanaBlocksConfig):
+  """The diffusion transformer; names as in `transformer/config.json`.
+
+  Args:
+    qk_norm: None or "rms_norm_across_heads".
+    guidance_embeds: True for Sprint: guidance is an input of the network.
+    timestep_scale: multiplies the scheduler's timestep before the network.
+  """
+
+  qk_norm: str | None = None
+  guidance_embeds: bool = False
+  guidance_embeds_scale: float = 0.1
+  timestep_scale: float = 1.0
+
+  def validate(self) -> None:
+    super().validate()
     _require(
       self.qk_norm in (None, "rms_norm_across_heads"),
       f"model.qk_norm must be None or 'rms_norm_across_heads', "
       f"got {self.qk_norm!r}.",
     )
+
+
+@dataclasses.dataclass(kw_only=True)
+class SanaControlNetConfig(SanaBlocksConfig):
+  """The control branch; names as in `controlnet/config.json`."""
+
+  num_layers: int = 7
 
 
 def sana_600m() -> SanaConfig:

@@ -15,6 +15,8 @@ import safetensors.numpy
 
 from sana_jax.weights import files
 from tests import (
+  conformance_controlnet,
+  conformance_lora,
   conformance_pipeline,
   conformance_scheduler,
   conformance_text,
@@ -25,6 +27,7 @@ from tests import (
 Arrays = dict[str, np.ndarray]
 
 _RUNNERS = {
+  "lora": conformance_lora.lora_case,
   "pipeline": conformance_pipeline.pipeline_case,
   "scheduler": conformance_scheduler.scheduler_case,
   "text": conformance_text.text_case,
@@ -32,6 +35,7 @@ _RUNNERS = {
   "vae": conformance_vae.vae_case,
 }
 _PIPELINES = (
+  "SanaControlNetPipeline",
   "SanaPAGPipeline",
   "SanaPipeline",
   "SanaSprintImg2ImgPipeline",
@@ -54,8 +58,6 @@ def out_of_scope(case: dict) -> str | None:
     return f"{group} cases are not implemented"
   if group == "pipeline" and kind not in _PIPELINES:
     return f"{kind} is not implemented"
-  if group in ("transformer", "vae") and "ControlNet" in kind:
-    return f"{kind} is not implemented"
   return None
 
 
@@ -64,6 +66,8 @@ def run_case(case_dir: pathlib.Path) -> Arrays:
   case, recorded = read_case(case_dir)
   inputs = {k: v for k, v in recorded.items() if k.startswith("in.")}
   runner = _RUNNERS[case["case"].partition("/")[0]]
+  if runner is _RUNNERS["transformer"] and "ControlNet" in case.get("kind", ""):
+    runner = conformance_controlnet.controlnet_case
   with jax.default_matmul_precision("highest"):
     outputs = runner(case, inputs, case_dir)
   return {k: np.asarray(v, order="C") for k, v in outputs.items()}

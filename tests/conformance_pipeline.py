@@ -21,6 +21,7 @@ Arrays = dict[str, np.ndarray]
 
 _SETTINGS = (
   "complex_human_instruction",
+  "controlnet_conditioning_scale",
   "guidance_scale",
   "height",
   "intermediate_timesteps",
@@ -111,6 +112,10 @@ def _tensors(inputs: Arrays, run: str, size) -> dict[str, Any]:
     tensors["latents"] = draws.pop(0)
   else:
     tensors["latents"] = _channels_last(inputs[f"in.{run}.latents"])
+  if f"in.{run}.control_image" in inputs:
+    # The reference hands tensors in [-1, 1] to the autoencoder as they are.
+    control = _channels_last(inputs[f"in.{run}.control_image"])
+    tensors["control_image"] = (control + 1) / 2
   if draws:
     tensors["noise"] = np.stack(draws)
   return tensors
@@ -147,6 +152,10 @@ def _pieces(pipe, arguments, changes, tensors) -> dict[str, Any]:
     strength=arguments.get("strength", 1.0),
   )
   latents = tensors["latents"]
+  control = None
+  if "control_image" in tensors:
+    control = pipe.encode_image(tensors["control_image"])
+    control = jnp.broadcast_to(control, (len(latents), *control.shape[1:]))
   if "image" in tensors:
     clean = pipe.encode_image(tensors["image"])
     latents = denoising.add_noise(
@@ -169,6 +178,7 @@ def _pieces(pipe, arguments, changes, tensors) -> dict[str, Any]:
     null,
     settings,
     noise=tensors.get("noise"),
+    control=control,
     trajectory=True,
   )
   latents = steps.samples[-1]

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from sana_jax import config as config_lib
 from sana_jax import sharding, tree
-from sana_jax.models import dc_ae, gemma2, sana
+from sana_jax.models import controlnet, dc_ae, gemma2, sana
 
 # Matrices whose input is the width, and those whose output is.
 SANA_1600M_ON_2X4 = {
@@ -64,6 +64,10 @@ PRESETS = (
   (sana.SanaTransformer, sana.PARAM_AXES, config_lib.sana15_4800m),
   (sana.SanaTransformer, sana.PARAM_AXES, config_lib.sana_sprint_1600m),
   (sana.SanaTransformer, sana.PARAM_AXES, affine_sana),
+  (
+    *(controlnet.SanaControlNet, controlnet.PARAM_AXES),
+    config_lib.SanaControlNetConfig,
+  ),
   (gemma2.Gemma2, gemma2.PARAM_AXES, config_lib.Gemma2Config),
   (dc_ae.DCAE, dc_ae.PARAM_AXES, batch_norm_dc_ae),
   pytest.param(

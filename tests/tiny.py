@@ -10,6 +10,7 @@ from sana_jax import pipeline as pipeline_lib
 from sana_jax import text, tree
 from sana_jax.data import tokenizer_training
 from sana_jax.diffusion import schedules
+from sana_jax.models import controlnet as controlnet_lib
 from sana_jax.models import dc_ae, gemma2, sana
 
 CAPTIONS = ("a red apple", "a green cat on a table", "blurry, low quality")
@@ -32,6 +33,12 @@ def transformer_config(**changes) -> config_lib.SanaConfig:
     "qk_norm": "rms_norm_across_heads",
   }
   return config_lib.SanaConfig(**values | changes)
+
+
+def controlnet_config() -> config_lib.SanaControlNetConfig:
+  """Fits `transformer_config`."""
+  values = transformer_config().to_dict() | {"num_layers": 1}
+  return config_lib.from_dict(config_lib.SanaControlNetConfig, values)
 
 
 def autoencoder_config(stages: int = 3) -> config_lib.DCAEConfig:
@@ -89,6 +96,7 @@ def make_pipeline(
   solver=None,
   transformer=None,
   autoencoder=None,
+  controlnet=False,
   devices=None,
 ) -> pipeline_lib.SanaPipeline:
   """Builds a pipeline; Sprint when the solver is `schedules.SCM`."""
@@ -100,17 +108,23 @@ def make_pipeline(
     "transformer": transformer or transformer_config(guidance_embeds=sprint),
     "autoencoder": autoencoder or autoencoder_config(),
   }
+  if controlnet:
+    configs["controlnet"] = controlnet_config()
   classes = {
     "text_encoder": gemma2.Gemma2,
     "transformer": sana.SanaTransformer,
     "autoencoder": dc_ae.DCAE,
+    "controlnet": controlnet_lib.SanaControlNet,
   }
   models = {
     name: random_model(
-      lambda: cls.from_config(configs[name], rngs=nnx.Rngs(0)),  # noqa: B023
+      lambda: classes[name].from_config(  # noqa: B023
+        configs[name],  # noqa: B023
+        rngs=nnx.Rngs(0),
+      ),
       seed,
     )
-    for seed, (name, cls) in enumerate(classes.items())
+    for seed, name in enumerate(configs)
   }
   defaults = (
     pipeline_lib.GenerationConfig.sprint()

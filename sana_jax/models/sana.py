@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Num
+from jaxtyping import Array, Bool, Float, Int, Num
 
 from sana_jax import config as config_lib
 from sana_jax.nn import attention, embeddings, layers, mix_ffn, stack
@@ -100,6 +100,33 @@ class SanaBlock(nnx.Module):
     text_mask: Bool[Array, "b l"] | None,
   ) -> Float[Array, "b h w d"]:
     return self.cross_attention(_tokens(x), text, text_mask).reshape(x.shape)
+
+
+def block_builder(
+  config: config_lib.SanaBlocksConfig,
+  *,
+  qk_norm: bool,
+  dtype: DTypeLike,
+  param_dtype: DTypeLike,
+) -> Callable[[jax.Array], SanaBlock]:
+  """Returns a function from a random key to a fresh block."""
+
+  def make_block(key: jax.Array) -> SanaBlock:
+    return SanaBlock(
+      config.width,
+      head_dim=config.attention_head_dim,
+      cross_head_dim=config.cross_attention_head_dim,
+      mlp_ratio=config.mlp_ratio,
+      attention_bias=config.attention_bias,
+      qk_norm=qk_norm,
+      norm_affine=config.norm_elementwise_affine,
+      norm_eps=config.norm_eps,
+      dtype=dtype,
+      param_dtype=param_dtype,
+      rngs=nnx.Rngs(key),
+    )
+
+  return make_block
 
 
 class OutputHead(nnx.Module):
@@ -219,22 +246,6 @@ class SanaTransformer(nnx.Module):
       ValueError: sizes in the config that do not fit together.
     """
     config.validate()
-
-    def make_block(key: jax.Array) -> SanaBlock:
-      return SanaBlock(
-        config.width,
-        head_dim=config.attention_head_dim,
-        cross_head_dim=config.cross_attention_head_dim,
-        mlp_ratio=config.mlp_ratio,
-        attention_bias=config.attention_bias,
-        qk_norm=config.qk_norm is not None,
-        norm_affine=config.norm_elementwise_affine,
-        norm_eps=config.norm_eps,
-        dtype=dtype,
-        param_dtype=param_dtype,
-        rngs=nnx.Rngs(key),
-      )
-
     return cls(
       config.width,
       in_channels=config.in_channels,
@@ -244,7 +255,12 @@ class SanaTransformer(nnx.Module):
       base_size=config.sample_size // config.patch_size,
       interpolation_scale=config.interpolation_scale,
       guidance_embeds=config.guidance_embeds,
-      make_block=make_block,
+      make_block=block_builder(
+        config,
+        qk_norm=config.qk_norm is not None,
+        dtype=dtype,
+        param_dtype=param_dtype,
+      ),
       num_layers=config.num_layers,
       dtype=dtype,
       param_dtype=param_dtype,
@@ -262,6 +278,8 @@ class SanaTransformer(nnx.Module):
     *,
     guidance: Float[Array, " b"] | None = None,
     identity_attention: Bool[Array, "layers b"] | None = None,
+    residuals: Float[Array, "n b h2 w2 d"] | None = None,
+    residuals_after: int = 1,
   ) -> Float[Array, "b h w out"]:
     """Runs the network.
 
@@ -274,20 +292,35 @@ class SanaTransformer(nnx.Module):
         `guidance_embeds`, and only for them.
       identity_attention: True where a block's self-attention is replaced by the
         identity for a sample; see `guidance.perturbed_attention`.
+      residuals: of a control branch; see `controlnet.control_residuals`.
+      residuals_after: the block (the first is 0) after which the first of them
+        is added to the residual stream; each further one a block later.
 
     Raises:
-      ValueError: an input of the wrong shape, or guidance missing or unused.
+      ValueError: an input of the wrong shape, guidance missing or unused, or
+        residuals for more blocks than there are.
     """
     self._check_inputs(latents, timestep, text, text_mask, guidance)
+    if residuals is not None:
+      self._check_residuals(residuals, residuals_after, latents)
     embedded, modulation = self.embed_time(timestep, guidance)
     text = self.caption_embed(text)
+    control = (
+      None
+      if residuals is None
+      else jnp.arange(self.num_layers) - residuals_after
+    )
+
+    def run_block(block, x, identity, control):
+      x = block(x, modulation, text, text_mask, identity)
+      return x if control is None else _add_residual(x, residuals, control)
+
     x = stack.run_blocks(
-      lambda block, x, identity: block(
-        x, modulation, text, text_mask, identity
-      ),
+      run_block,
       self.patch_embed(latents),
       self.blocks,
       identity_attention,
+      control,
       scan=self.scan,
       remat=self.remat,
     )
@@ -304,6 +337,25 @@ class SanaTransformer(nnx.Module):
       embedded = embedded + self.guidance_embed(guidance)
     modulation = self.time_modulation(jax.nn.silu(embedded))
     return embedded, modulation.reshape(embedded.shape[0], 6, -1)
+
+  @property
+  def num_layers(self) -> int:
+    return self.blocks.scale_shift_table.shape[0]
+
+  @property
+  def width(self) -> int:
+    return self.blocks.scale_shift_table.shape[-1]
+
+  def _check_residuals(self, residuals, first, latents):
+    batch, height, width, _ = latents.shape
+    patches = (height // self.patch_size, width // self.patch_size)
+    shape = ("blocks", batch, *patches, self.width)
+    _check_shape("residuals", residuals, shape)
+    if first < 0 or first + residuals.shape[0] > self.num_layers:
+      raise ValueError(
+        f"{residuals.shape[0]} residuals, the first after block {first}, do "
+        f"not fit a model of {self.num_layers} blocks."
+      )
 
   def _check_inputs(self, latents, timestep, text, text_mask, guidance):
     channels, captions = self.in_channels, self.caption_channels
@@ -331,6 +383,20 @@ class SanaTransformer(nnx.Module):
       )
     if guidance is not None:
       _check_shape("guidance", guidance, (batch,))
+
+
+def _add_residual(
+  x: Float[Array, "b h w d"],
+  residuals: Float[Array, "n b h w d"],
+  index: Int[Array, ""],
+) -> Float[Array, "b h w d"]:
+  """Adds residual `index`, if there is one."""
+  last = residuals.shape[0] - 1
+  # Indexed here, not sliced by the scan: padding to all blocks takes memory.
+  residual = jax.lax.dynamic_index_in_dim(
+    residuals, jnp.clip(index, 0, last), keepdims=False
+  )
+  return x + jnp.where((index >= 0) & (index <= last), residual, 0)
 
 
 def _check_shape(name: str, array: Array, expected: tuple[int | str, ...]):

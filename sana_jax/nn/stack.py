@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 REMAT_POLICIES = ("none", "full", "dots")
 
@@ -56,17 +57,42 @@ def run_blocks(
   Raises:
     ValueError: an unknown `remat`.
   """
+  return collect_blocks(
+    lambda *args: (block_fn(*args), None),
+    x,
+    blocks,
+    *per_block,
+    scan=scan,
+    remat=remat,
+  )[0]
+
+
+def collect_blocks(
+  block_fn: Callable[..., tuple[Any, Any]],
+  x: Any,
+  blocks: Any,
+  *per_block: Any,
+  scan: bool,
+  remat: str,
+) -> tuple[Any, Any]:
+  """Applies x, output = block_fn(block, x, *slices) for every block in order.
+
+  Returns the last x and all outputs, stacked. Arguments and errors are those of
+  `run_blocks`.
+  """
 
   def body(carry, sliced):
     block, slices = sliced
-    return block_fn(block, carry, *slices), None
+    return block_fn(block, carry, *slices)
 
   body = checkpointed(body, remat)
   if scan:
-    return jax.lax.scan(body, x, (blocks, per_block))[0]
+    return jax.lax.scan(body, x, (blocks, per_block))
+  outputs = []
   for sliced in _unstack((blocks, per_block)):
-    x, _ = body(x, sliced)
-  return x
+    x, output = body(x, sliced)
+    outputs.append(output)
+  return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
 
 
 def _unstack(stacked: Any) -> list[Any]:

@@ -25,6 +25,7 @@ def check_components(
   text_encoder: config.Gemma2Config,
   transformer: config.SanaConfig,
   autoencoder: config.DCAEConfig,
+  controlnet: config.SanaControlNetConfig | None,
   *,
   is_sprint: bool,
 ) -> None:
@@ -45,8 +46,27 @@ def check_components(
       f"guidance_embeds is {transformer.guidance_embeds}, but the scheduler is "
       f"{'' if is_sprint else 'not '}the one of SANA-Sprint"
     )
+  if controlnet is not None:
+    problems += _misfits(controlnet, transformer, is_sprint=is_sprint)
   if problems:
     raise ValueError("The components do not fit: " + "; ".join(problems) + ".")
+
+
+def _misfits(
+  controlnet: config.SanaControlNetConfig,
+  transformer: config.SanaConfig,
+  *,
+  is_sprint: bool,
+) -> list[str]:
+  problems = [
+    f"the ControlNet has {name} {getattr(controlnet, name)}, the transformer "
+    f"{getattr(transformer, name)}"
+    for name in ("width", "in_channels", "caption_channels", "patch_size")
+    if getattr(controlnet, name) != getattr(transformer, name)
+  ]
+  if is_sprint:
+    problems.append("a ControlNet cannot steer SANA-Sprint")
+  return problems
 
 
 def prompt_list(prompt: Any) -> list[str]:
@@ -121,14 +141,14 @@ def check_effective(
   changes: Mapping[str, Any],
   settings: options.GenerationConfig,
   negative_prompts: Sequence[str],
-  pictures: tuple[Any, Any],
+  pictures: tuple[Any, Any, Any],
 ) -> None:
   """Raises ValueError for what a call sets but would not use.
 
   Args:
-    pictures: image and mask_image, None where there is none.
+    pictures: image, mask_image and control_image, None where there is none.
   """
-  image, mask_image = pictures
+  image, mask_image, control_image = pictures
   guided = settings.guidance_scale > 1
   unused = {
     "mask_image": mask_image is not None
@@ -136,6 +156,8 @@ def check_effective(
     and "there is no image",
     "strength": image is None and "there is no image",
     "composite_pixels": mask_image is None and "there is no mask_image",
+    "controlnet_conditioning_scale": control_image is None
+    and "there is no control_image",
     "pag_applied_layers": not settings.pag_scale and "pag_scale is 0",
     "pag_adaptive_scale": not settings.pag_scale and "pag_scale is 0",
     "guidance_interval": not guided
@@ -157,6 +179,20 @@ def check_effective(
     )
   if problems:
     raise ValueError("; ".join(problems) + ".")
+
+
+def check_control(controlnet: Any, control_image: Any) -> None:
+  """Raises ValueError when one of the two is missing."""
+  if controlnet is not None and control_image is None:
+    raise ValueError(
+      "control_image is missing: this pipeline has a ControlNet, which needs "
+      "one; without, use the checkpoint alone (pipeline.controlnet = None)."
+    )
+  if controlnet is None and control_image is not None:
+    raise ValueError(
+      "control_image cannot be used: the pipeline has no ControlNet; load one "
+      "with components.load_controlnet."
+    )
 
 
 def warn_if_untrained(

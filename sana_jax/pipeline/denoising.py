@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Real
 
 from sana_jax.diffusion import flow, guidance, samplers, trigflow
 from sana_jax.diffusion.schedules import Schedule
+from sana_jax.models import controlnet as controlnet_lib
 from sana_jax.typing import VelocityFn
 
 
@@ -38,12 +39,14 @@ class Scales(NamedTuple):
   guidance: Real[Array, ""]
   pag: Real[Array, ""]
   pag_adaptive: Real[Array, ""]
+  controlnet: Real[Array, ""]
 
 
 class _Inputs(NamedTuple):
   """What the network reads of one branch of the guidance."""
 
   condition: Condition
+  control: Float[Array, "b h w c"] | None
   perturbed: Bool[Array, " b"] | None
 
 
@@ -76,6 +79,9 @@ def denoise(
   null_condition: Condition | None = None,
   noise: Float[Array, "b n h w c"] | None = None,
   known: Known | None = None,
+  controlnet: Any = None,
+  control: Float[Array, "b h w c"] | None = None,
+  controlnet_wiring: str = "diffusers",
   timestep_scale: float = 1.0,
   guidance_interval: tuple[float, float] | None = None,
   pag_layers: tuple[int, ...] = (),
@@ -89,6 +95,8 @@ def denoise(
     noise: for stochastic schedules.
     known: for inpainting: after every step, the known part is put back, with
       the noise that belongs to the step's sigma.
+    controlnet: a branch that steers the transformer by `control`, the latents
+      of the control image; see `controlnet.control_residuals`.
     pag_layers: blocks that perturbed-attention guidance perturbs; none: off.
     trajectory: True returns the parts of a `samplers.Trajectory`, the batch
       axis first.
@@ -98,16 +106,33 @@ def denoise(
 
   def velocity(x, sigma, timestep, inputs: _Inputs):
     del sigma
+    timestep = timestep * timestep_scale
+    steering = {}
+    if controlnet is not None:
+      steering = {
+        "residuals": controlnet_lib.control_residuals(
+          controlnet,
+          transformer,
+          x,
+          inputs.control,
+          timestep,
+          *inputs.condition,
+          conditioning_scale=scales.controlnet,
+          wiring=controlnet_wiring,
+        ),
+        "residuals_after": controlnet_lib.first_block(controlnet_wiring),
+      }
     return transformer(
       x,
-      timestep * timestep_scale,
+      timestep,
       *inputs.condition,
       identity_attention=_identity(transformer, inputs.perturbed, pag_layers),
+      **steering,
     )
 
   velocity_fn = _guided(
     velocity,
-    condition,
+    _Inputs(condition, control, None),
     null_condition,
     scales,
     perturb=bool(pag_layers),
@@ -165,7 +190,7 @@ def denoise_sprint(
 
 def _guided(
   velocity: Callable[..., Array],
-  condition: Condition,
+  inputs: _Inputs,
   null_condition: Condition | None,
   scales: Scales,
   *,
@@ -173,18 +198,18 @@ def _guided(
   interval: tuple[float, float] | None,
 ) -> VelocityFn:
   """Adds the guidance that is asked for to a conditional velocity."""
-  batch = condition.mask.shape[0]
-  untouched = jnp.zeros((batch,), bool) if perturb else None
-  cond = _Inputs(condition, untouched)
+  unguided = guidance.condition_on(velocity, inputs)
+  batch = inputs.condition.mask.shape[0]
+  if perturb:
+    inputs = inputs._replace(perturbed=jnp.zeros((batch,), bool))
   null = None
   if null_condition is not None:
-    null = _Inputs(null_condition, untouched)
-  unguided = guidance.condition_on(velocity, _Inputs(condition, None))
+    null = inputs._replace(condition=null_condition)
   if perturb:
     guided = guidance.perturbed_attention(
       velocity,
-      cond,
-      _Inputs(condition, jnp.ones((batch,), bool)),
+      inputs,
+      inputs._replace(perturbed=jnp.ones((batch,), bool)),
       null,
       scale=scales.guidance,
       pag_scale=scales.pag,
@@ -192,7 +217,7 @@ def _guided(
     )
   elif null is not None:
     guided = guidance.classifier_free(
-      velocity, cond, null, scale=scales.guidance
+      velocity, inputs, null, scale=scales.guidance
     )
   else:
     return unguided

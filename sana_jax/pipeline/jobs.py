@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 from jaxtyping import ArrayLike, Float
 
 from sana_jax.diffusion import schedules
@@ -20,6 +21,7 @@ class Job(NamedTuple):
   negatives: list[str]
   size: sizes.ImageSize
   start: starts.Start
+  control: Float[np.ndarray, "n height width 3"] | None
   schedule: schedules.Schedule
   latents: Float[ArrayLike, "n h w c"]
   noise: Float[ArrayLike, "steps n h w c"] | None
@@ -31,7 +33,7 @@ def resolve(
   negative_prompt: str | Sequence[str],
   changes: Mapping[str, Any],
   *,
-  pictures: tuple[Any, Any],
+  pictures: tuple[Any, Any, Any],
   numbers: tuple[Any, Any, int],
   times: tuple[Any, Any],
   random: tuple[Any, Any],
@@ -39,7 +41,7 @@ def resolve(
   """Checks the arguments of `SanaPipeline.__call__`, which describes them.
 
   Args:
-    pictures: (image, mask_image).
+    pictures: (image, mask_image, control_image).
     numbers: (seed, image_index, num_images_per_prompt).
     times: (sigmas, timesteps).
     random: (latents, noise).
@@ -47,6 +49,7 @@ def resolve(
   settings = pipe.generation_config.replace(changes)
   options.check_applicable(changes, is_sprint=pipe.is_sprint)
   prompts = checks.prompt_list(prompt)
+  image, mask_image, control_image = pictures
   seed, image_index, num_images_per_prompt = numbers
   count = checks.image_count(prompts, num_images_per_prompt)
   negatives = checks.negative_prompt_list(
@@ -54,11 +57,13 @@ def resolve(
   )
   checks.check_effective(changes, settings, negatives, pictures)
   checks.check_custom_times(pipe.solver, changes, *times)
-  size = pipe.image_size(settings, ratio=starts.ratio(pictures[0]))
+  checks.check_control(pipe.controlnet, control_image)
+  shown = control_image if image is None else image
+  size = pipe.image_size(settings, ratio=starts.ratio(shown))
   checks.warn_if_untrained(
     settings, size.grid, pipe.transformer_config, is_sprint=pipe.is_sprint
   )
-  start = starts.read(*pictures, size, count)
+  start = starts.read(image, mask_image, size, count)
   schedule = pipe.make_schedule(
     settings,
     sigmas=times[0],
@@ -73,5 +78,13 @@ def resolve(
     noise=random[1],
   )
   return Job(
-    settings, prompts, negatives, size, start, schedule, latents, noise
+    settings,
+    prompts,
+    negatives,
+    size,
+    start,
+    starts.read_control(control_image, size, count),
+    schedule,
+    latents,
+    noise,
   )

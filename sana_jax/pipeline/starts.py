@@ -81,3 +81,14 @@ def read(
     mask = pictures.repeat(mask, count, name="mask_image")
   image = pictures.read_image(image, *size.generated, name="image")
   return Start(pictures.repeat(image, count, name="image"), mask, size)
+
+
+def read_control(
+  control_image: pictures.Picture | None, size: sizes.ImageSize, count: int
+) -> Float[np.ndarray, "n height width 3"] | None:
+  """Reads what a ControlNet follows, for `count` images."""
+  if control_image is None:
+    return None
+  name = "control_image"
+  control = pictures.read_image(control_image, *size.generated, name=name)
+  return pictures.repeat(control, count, name=name)

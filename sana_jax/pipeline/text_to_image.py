@@ -20,6 +20,7 @@ from sana_jax.diffusion import (
   scheduler_config,
   schedules,
 )
+from sana_jax.models import controlnet as controlnet_lib
 from sana_jax.models import dc_ae, gemma2, sana
 from sana_jax.models import tiling as tiling_lib
 from sana_jax.pipeline import (
@@ -65,6 +66,9 @@ class SanaPipeline:
     tokenizer_directory: the tokenizer's files; needed by `save_pretrained`.
     solver: `schedules.SCM` for SANA-Sprint, another for all else.
     generation_config: what a call does not specify.
+    controlnet: steers the transformer by a `control_image`.
+    controlnet_wiring: how it is connected, which its weights were trained for:
+      "diffusers" or "original"; see `controlnet.control_residuals`.
     tiling: decodes large images in overlapping tiles; None: whole.
     devices: None: all devices of this process.
   """
@@ -78,6 +82,9 @@ class SanaPipeline:
   autoencoder_config: config_lib.DCAEConfig
   solver: scheduler_config.Solver
   generation_config: options.GenerationConfig
+  controlnet: controlnet_lib.SanaControlNet | None = None
+  controlnet_config: config_lib.SanaControlNetConfig | None = None
+  controlnet_wiring: str = "diffusers"
   tokenizer_directory: epath.PathLike | None = None
   tiling: tiling_lib.Tiling | None = None
   devices: Sequence[jax.Device] | None = None
@@ -87,13 +94,16 @@ class SanaPipeline:
       self.text_encoder_config,
       self.transformer_config,
       self.autoencoder_config,
+      self.controlnet_config,
       is_sprint=self.is_sprint,
     )
+    controlnet_lib.first_block(self.controlnet_wiring)  # checks its name
     self._executor = execution.Executor(self.devices or jax.local_devices())
     self._encodings = encodings.EncodingCache()
     self.text_encoder = self._executor.place(self.text_encoder)
     self.transformer = self._executor.place(self.transformer)
     self.autoencoder = self._executor.place(self.autoencoder)
+    self.controlnet = self._executor.place(self.controlnet)
 
   @classmethod
   def from_pretrained(
@@ -143,6 +153,7 @@ class SanaPipeline:
     negative_prompt: str | Sequence[str] = "",
     image: pictures.Picture | None = None,
     mask_image: pictures.Picture | None = None,
+    control_image: pictures.Picture | None = None,
     seed: int | Sequence[int] = 0,
     image_index: int | Sequence[int] = 0,
     num_images_per_prompt: int = 1,
@@ -161,6 +172,8 @@ class SanaPipeline:
       image: to begin with (image-to-image, inpainting): a PIL image, or an
         array in [0, 1] of the size that is generated; one, or one an image.
       mask_image: white where `image` is made anew, black where it stays.
+      control_image: what the ControlNet follows, such as edges; given like
+        `image`.
       seed: one for all, or one for each image.
       image_index: number of each image among those of its seed, or the number
         of the first: what an image looks like depends on seed and number.
@@ -183,7 +196,7 @@ class SanaPipeline:
       prompt,
       negative_prompt,
       changes,
-      pictures=(image, mask_image),
+      pictures=(image, mask_image, control_image),
       numbers=(seed, image_index, num_images_per_prompt),
       times=(sigmas, timesteps),
       random=(latents, noise),
@@ -196,6 +209,9 @@ class SanaPipeline:
       latents = denoising.add_noise(
         clean, latents, job.schedule, on_circle=self.is_sprint
       )
+    control = None
+    if job.control is not None:
+      control = self.encode_image(job.control, progress=progress)
     latents = self.denoise(
       latents,
       job.schedule,
@@ -203,6 +219,7 @@ class SanaPipeline:
       job.settings,
       noise=job.noise,
       known=known,
+      control=control,
       progress=progress,
     )
     images = self.decode(latents, size=job.size, progress=progress)
@@ -310,6 +327,7 @@ class SanaPipeline:
     *,
     noise: Float[ArrayLike, "steps b h w c"] | None = None,
     known: denoising.Known | None = None,
+    control: Float[ArrayLike, "b h w c"] | None = None,
     trajectory: bool = False,
     progress: execution.ProgressFn | None = None,
   ) -> Float[Array, "b h w c"] | samplers.Trajectory:
@@ -321,6 +339,7 @@ class SanaPipeline:
       null_condition: None: no classifier-free guidance.
       noise: of every step, for stochastic samplers.
       known: the part of the picture that stays.
+      control: latents of the control image; with a ControlNet only.
       trajectory: return all of the sampler's steps, in its own units.
 
     Raises:
@@ -337,6 +356,7 @@ class SanaPipeline:
             settings.guidance_scale,
             settings.pag_scale,
             settings.pag_adaptive_scale,
+            settings.controlnet_conditioning_scale,
           ),
         )
       ),
@@ -344,6 +364,10 @@ class SanaPipeline:
     batched = {"latents": latents, "condition": condition}
     if known is not None:
       batched["known"] = known
+    checks.check_control(self.controlnet, control)
+    if control is not None:
+      shared["controlnet"] = self.controlnet
+      batched["control"] = control
     if noise is not None:
       batched["noise"] = jnp.swapaxes(noise, 0, 1)
     if null_condition is not None:
@@ -426,6 +450,7 @@ class SanaPipeline:
     return denoising.denoise, {
       "timestep_scale": self.transformer_config.timestep_scale,
       "guidance_interval": settings.guidance_interval,
+      "controlnet_wiring": self.controlnet_wiring,
       "pag_layers": options.pag_layers(
         settings, self.transformer_config.num_layers
       ),

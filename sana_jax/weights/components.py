@@ -12,13 +12,15 @@ from etils import epath
 from flax import nnx
 
 from sana_jax import config as config_lib
-from sana_jax.models import dc_ae, gemma2, sana
+from sana_jax.models import controlnet, dc_ae, gemma2, sana
+from sana_jax.weights import controlnet as controlnet_weights
 from sana_jax.weights import dc_ae as dc_ae_weights
 from sana_jax.weights import files, mapping, torch_zip
 from sana_jax.weights import gemma2 as gemma2_weights
 from sana_jax.weights import sana as sana_weights
 
 _TRANSFORMER_CLASS = "SanaTransformer2DModel"
+_CONTROLNET_CLASS = "SanaControlNetModel"
 _AUTOENCODER_CLASS = "AutoencoderDC"
 _TEXT_ENCODER_CLASS = "Gemma2Model"
 # Settings of Gemma 2 that are fixed here and that transformers wants to read.
@@ -81,6 +83,55 @@ def load_transformer(
     dtype=dtype,
     param_dtype=param_dtype,
     ignore=sana_weights.ORIGINAL_IGNORED if original else (),
+    source=str(path),
+  )
+  return model, config
+
+
+def load_controlnet(
+  path: epath.PathLike,
+  *,
+  config: config_lib.SanaControlNetConfig | None = None,
+  variant: str | None = None,
+  dtype: Any = jnp.float32,
+  param_dtype: Any = None,
+  scan: bool = True,
+  remat: str = "none",
+) -> tuple[controlnet.SanaControlNet, config_lib.SanaControlNetConfig]:
+  """Loads a control branch in the diffusers or the original layout.
+
+  Args and errors are those of `load_transformer`. An original file may hold the
+  transformer too, which `load_transformer` reads from it.
+  """
+  tensors = _open(path, variant)
+  original = any(name.startswith("controlnet.") for name in tensors)
+  if config is None:
+    values = _read_config(path, None if original else _CONTROLNET_CLASS)
+    if original and values is not None:
+      # It may be that of the transformer, which is in the same file.
+      values = (
+        values if values.get("_class_name") == _CONTROLNET_CLASS else None
+      )
+    if values is not None:
+      config = config_lib.from_dict(config_lib.SanaControlNetConfig, values)
+    elif original:
+      config = infer_controlnet_config(tensors, source=str(path))
+    else:
+      raise _no_config(path)
+  rules = (
+    controlnet_weights.original_rules
+    if original
+    else controlnet_weights.diffusers_rules
+  )
+  model = _fill(
+    functools.partial(
+      controlnet.SanaControlNet.from_config, config, scan=scan, remat=remat
+    ),
+    rules(config),
+    tensors,
+    dtype=dtype,
+    param_dtype=param_dtype,
+    ignore=controlnet_weights.ORIGINAL_IGNORED if original else (),
     source=str(path),
   )
   return model, config
@@ -167,6 +218,19 @@ def save_transformer(
   )
 
 
+def save_controlnet(
+  directory: epath.PathLike,
+  model: controlnet.SanaControlNet,
+  config: config_lib.SanaControlNetConfig,
+) -> None:
+  """Writes a `controlnet/` directory that diffusers reads too."""
+  files.write_component(
+    directory,
+    {"_class_name": _CONTROLNET_CLASS, **config.to_dict()},
+    mapping.save(model, controlnet_weights.diffusers_rules(config)),
+  )
+
+
 def save_autoencoder(
   directory: epath.PathLike, model: dc_ae.DCAE, config: config_lib.DCAEConfig
 ) -> None:
@@ -225,6 +289,33 @@ def infer_transformer_config(
   if "blocks.0.attn.q_norm.weight" in shapes:
     config.qk_norm = "rms_norm_across_heads"
   config.guidance_embeds = "cfg_embedder.mlp.0.weight" in shapes
+  return config
+
+
+def infer_controlnet_config(
+  tensors: files.Tensors, *, source: str = "checkpoint"
+) -> config_lib.SanaControlNetConfig:
+  """Recognises a published architecture by the shapes of an original file.
+
+  Raises:
+    ValueError: not one of the published widths.
+  """
+  presets = {
+    preset.width: preset
+    for preset in (config_lib.sana_600m(), config_lib.sana_1600m())
+  }
+  patches = tensors.get("x_embedder.proj.weight")
+  width = None if patches is None else patches.shape[0]
+  if width not in presets:
+    raise ValueError(
+      f"The architecture of the ControlNet in {source} cannot be told from its "
+      f"width {width}, expected one of {sorted(presets)}; pass config=..."
+    )
+  config = config_lib.from_dict(
+    config_lib.SanaControlNetConfig, presets[width].to_dict()
+  )
+  blocks = {re.match(r"controlnet\.(\d+)\.", name) for name in tensors} - {None}
+  config.num_layers = len({match[1] for match in blocks})
   return config
 
 

@@ -138,16 +138,10 @@ def open_safetensors(path: epath.PathLike) -> Tensors:
   """
   path = epath.Path(path)
   size = path.stat().length
-  with path.open("rb") as file:
-    length = int.from_bytes(file.read(8), "little")
-    if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
-      raise _broken(path, f"its header would take {length} of {size} bytes")
-    header = file.read(length)
+  entries, _, start = _header(path)
   try:
-    entries = json.loads(header)
-    entries.pop("__metadata__", None)
     parsed = {name: _entry(value) for name, value in entries.items()}
-  except (ValueError, KeyError, TypeError, AttributeError) as error:
+  except (ValueError, KeyError, TypeError) as error:
     raise _broken(path, f"its header does not parse: {error!r}") from error
   tensors = {}
   for name, (dtype, shape, begin, end) in parsed.items():
@@ -155,14 +149,23 @@ def open_safetensors(path: epath.PathLike) -> Tensors:
       not 0 <= begin <= end or end - begin != math.prod(shape) * dtype.itemsize
     ):
       raise _broken(path, f"tensor {name} has inconsistent offsets")
-    if 8 + length + end > size:
+    if start + end > size:
       raise _broken(
-        path, f"it ends at byte {size}, tensor {name} at {8 + length + end}"
+        path, f"it ends at byte {size}, tensor {name} at {start + end}"
       )
     tensors[name] = Tensor(
-      shape, dtype, _region_reader(path, 8 + length + begin, dtype, shape)
+      shape, dtype, _region_reader(path, start + begin, dtype, shape)
     )
   return tensors
+
+
+def safetensors_metadata(path: epath.PathLike) -> dict[str, str]:
+  """Reads the texts that a safetensors file carries beside its tensors.
+
+  Raises:
+    ValueError: not a safetensors file, or a truncated one.
+  """
+  return _header(epath.Path(path))[1]
 
 
 def write_component(
@@ -237,6 +240,23 @@ def _shards(index: epath.Path) -> list[epath.Path]:
       "them."
     )
   return [index.parent / name for name in names]
+
+
+def _header(path: epath.Path) -> tuple[dict[str, Any], dict[str, str], int]:
+  """Returns the entries of all tensors, the metadata, where data begin."""
+  size = path.stat().length
+  with path.open("rb") as file:
+    length = int.from_bytes(file.read(8), "little")
+    if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+      raise _broken(path, f"its header would take {length} of {size} bytes")
+    header = file.read(length)
+  try:
+    entries = json.loads(header)
+    metadata = entries.pop("__metadata__", None) or {}
+    metadata = {name: str(text) for name, text in metadata.items()}
+  except (ValueError, TypeError, AttributeError) as error:
+    raise _broken(path, f"its header does not parse: {error!r}") from error
+  return entries, metadata, 8 + length
 
 
 def _entry(value: Any) -> tuple[np.dtype, tuple[int, ...], int, int]:

@@ -11,11 +11,13 @@ from sana_jax.weights import mapping
 
 # Regular expressions of tensors in original files that are no parameters of
 # the network: a cached positional embedding, the null caption used in
-# training, and the loss weighting head of SANA-Sprint.
+# training, the loss weighting head of SANA-Sprint, and a control branch, which
+# `weights/controlnet.py` reads from the same file.
 ORIGINAL_IGNORED = (
   r"pos_embed",
   r"y_embedder\.y_embedding",
   r"logvar_linear\.(weight|bias)",
+  r"controlnet\..*",
 )
 
 # Our module, the modules of a diffusers file, the module of an original file.
@@ -33,8 +35,8 @@ _LINEARS: tuple[_Row, ...] = (
     ("caption_projection.linear_2",),
     "y_embedder.y_proj.fc2",
   ),
-  ("head/projection", ("proj_out",), "final_layer.linear"),
 )
+_HEAD: _Row = ("head/projection", ("proj_out",), "final_layer.linear")
 _BLOCK_LINEARS: tuple[_Row, ...] = (
   ("self_attention/out", ("attn1.to_out.0",), "attn.proj"),
   ("cross_attention/q", ("attn2.to_q",), "cross_attn.q_linear"),
@@ -71,6 +73,32 @@ def original_rules(config: config_lib.SanaConfig) -> list[mapping.Rule]:
 def _rules(
   config: config_lib.SanaConfig, *, original: bool
 ) -> list[mapping.Rule]:
+  rules = embedding_rules(
+    config, guidance_embeds=config.guidance_embeds, original=original
+  )
+  rules.append(
+    mapping.Rule(
+      "head/scale_shift_table",
+      ("final_layer.scale_shift_table" if original else "scale_shift_table",),
+    )
+  )
+  rules += linear_rules(_HEAD[0], (_HEAD[2],) if original else _HEAD[1])
+  stack = "blocks" if original else "transformer_blocks"
+  for i in range(config.num_layers):
+    rules += block_rules(
+      config,
+      i,
+      f"{stack}.{i}",
+      qk_norm=config.qk_norm is not None,
+      original=original,
+    )
+  return rules
+
+
+def embedding_rules(
+  config: config_lib.SanaBlocksConfig, *, guidance_embeds: bool, original: bool
+) -> list[mapping.Rule]:
+  """The modules that embed patches, time and text."""
   rules = [
     *_patch_embed(
       config.patch_size, "x_embedder" if original else "patch_embed"
@@ -79,25 +107,19 @@ def _rules(
       "caption_embed/norm/scale",
       ("attention_y_norm.weight" if original else "caption_norm.weight",),
     ),
-    mapping.Rule(
-      "head/scale_shift_table",
-      ("final_layer.scale_shift_table" if original else "scale_shift_table",),
-    ),
   ]
-  for row in _LINEARS + _time_embeds(config):
-    rules += _linear(row[0], (row[2],) if original else row[1])
-  for i in range(config.num_layers):
-    rules += _block(config, i, original)
+  for row in _LINEARS + _time_embeds(guidance_embeds):
+    rules += linear_rules(row[0], (row[2],) if original else row[1])
   return rules
 
 
-def _time_embeds(config: config_lib.SanaConfig) -> tuple[_Row, ...]:
+def _time_embeds(guidance_embeds: bool) -> tuple[_Row, ...]:
   # diffusers nests the module one deeper when there is no guidance.
-  nested = "" if config.guidance_embeds else "emb."
+  nested = "" if guidance_embeds else "emb."
   modules = [
     ("time_embed", f"time_embed.{nested}timestep_embedder", "t_embedder")
   ]
-  if config.guidance_embeds:
+  if guidance_embeds:
     modules.append(
       ("guidance_embed", "time_embed.guidance_embedder", "cfg_embedder")
     )
@@ -112,10 +134,15 @@ def _time_embeds(config: config_lib.SanaConfig) -> tuple[_Row, ...]:
   )
 
 
-def _block(
-  config: config_lib.SanaConfig, i: int, original: bool
+def block_rules(
+  config: config_lib.SanaBlocksConfig,
+  i: int,
+  prefix: str,
+  *,
+  qk_norm: bool,
+  original: bool,
 ) -> list[mapping.Rule]:
-  prefix = f"blocks.{i}" if original else f"transformer_blocks.{i}"
+  """Block `i` of our `blocks`, whose published names begin with `prefix`."""
 
   def names(row: _Row) -> tuple[str, ...]:
     modules = (row[2],) if original else row[1]
@@ -126,12 +153,12 @@ def _block(
       "blocks/scale_shift_table", (f"{prefix}.scale_shift_table",), index=i
     )
   ]
-  rules += _linear(
+  rules += linear_rules(
     f"blocks/{_QKV[0]}", names(_QKV), bias=config.attention_bias, index=i
   )
   for row in _BLOCK_LINEARS:
-    rules += _linear(f"blocks/{row[0]}", names(row), index=i)
-  if config.qk_norm is not None:
+    rules += linear_rules(f"blocks/{row[0]}", names(row), index=i)
+  if qk_norm:
     rules += [
       mapping.Rule(
         f"blocks/{row[0]}/scale", (f"{names(row)[0]}.weight",), index=i
@@ -164,13 +191,14 @@ def _ffn(prefix: str, i: int, original: bool) -> list[mapping.Rule]:
   ]
 
 
-def _linear(
+def linear_rules(
   path: str,
   modules: tuple[str, ...],
   *,
   bias: bool = True,
   index: int | None = None,
 ) -> list[mapping.Rule]:
+  """Our `path`, of the concatenated outputs of the named linear modules."""
   weights = tuple(f"{module}.weight" for module in modules)
   biases = tuple(f"{module}.bias" for module in modules)
   rules = [

@@ -69,6 +69,21 @@ def test_per_block_arrays_are_sliced_with_the_blocks(scan):
   assert out == 4 * 1 + 2 * 10 + 100
 
 
+@pytest.mark.parametrize("scan", [True, False])
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_outputs_of_all_blocks_are_collected(scan, remat):
+  last, outputs = stack.collect_blocks(
+    lambda block, x, number: (2 * x + number, {"before": x}),
+    jnp.ones(()),
+    _blocks(),
+    jnp.array([1.0, 10.0, 100.0]),
+    scan=scan,
+    remat=remat,
+  )
+  np.testing.assert_array_equal(outputs["before"], [1.0, 3.0, 16.0])
+  assert last == 132
+
+
 def test_an_unknown_remat_is_an_error():
   with pytest.raises(ValueError, match=r"remat must be one of .* got 'some'"):
     _run(_blocks(), jnp.ones((1, 4)), remat="some")

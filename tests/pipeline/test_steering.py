@@ -170,6 +170,75 @@ def test_the_known_part_follows_the_noise_level_of_every_step(flow, rng):
     )
 
 
+@pytest.fixture(scope="module")
+def steered(tokenizer):
+  return tiny.make_pipeline(tokenizer, controlnet=True)
+
+
+def test_a_control_image_steers(steered, picture):
+  control = steered("a cat", control_image=picture).latents
+  other = steered("a cat", control_image=1 - picture).latents
+  weak = steered(
+    *("a cat",), control_image=picture, controlnet_conditioning_scale=0.0
+  ).latents
+  plain = dataclasses.replace(steered, controlnet=None, controlnet_config=None)
+  assert np.abs(control - other).max() > 1e-3
+  np.testing.assert_allclose(weak, plain("a cat").latents, **TOLERANCE)
+  original = dataclasses.replace(steered, controlnet_wiring="original")
+  rewired = original("a cat", control_image=picture).latents
+  assert np.abs(rewired - control).max() > 1e-3
+
+
+def test_a_control_image_goes_with_everything_else(steered, picture):
+  both = steered(
+    ["a cat", "a table"],
+    negative_prompt="blurry",
+    control_image=picture,
+    image=picture,
+    mask_image=np.tri(32, dtype=np.float32),
+    pag_scale=1.0,
+    seed=[1, 2],
+  ).latents
+  alone = steered(
+    "a table",
+    negative_prompt="blurry",
+    control_image=picture,
+    image=picture,
+    mask_image=np.tri(32, dtype=np.float32),
+    pag_scale=1.0,
+    seed=2,
+    image_index=1,
+  ).latents
+  np.testing.assert_allclose(both[1:], alone, **TOLERANCE)
+
+
+def test_controlnets_and_control_images_come_together(flow, steered, picture):
+  with pytest.raises(ValueError, match="control_image is missing"):
+    steered("a cat")
+  with pytest.raises(ValueError, match="the pipeline has no ControlNet"):
+    flow("a cat", control_image=picture)
+  with pytest.raises(ValueError, match="the pipeline has no ControlNet"):
+    flow.denoise(
+      *(np.ones((1, 8, 8, 4)), flow.make_schedule()),
+      flow.encode_prompt(["a cat"]),
+      control=np.ones((1, 8, 8, 4)),
+    )
+  with pytest.raises(ValueError, match="wiring must be one of"):
+    dataclasses.replace(steered, controlnet_wiring="other")
+  wide = dataclasses.replace(steered.controlnet_config, attention_head_dim=16)
+  with pytest.raises(ValueError, match="ControlNet has width 32, the transf"):
+    dataclasses.replace(steered, controlnet_config=wide)
+
+
+def test_sprint_has_no_controlnet(sprint, steered):
+  with pytest.raises(ValueError, match="cannot steer SANA-Sprint"):
+    dataclasses.replace(
+      sprint,
+      controlnet=steered.controlnet,
+      controlnet_config=steered.controlnet_config,
+    )
+
+
 def test_pictures_from_files_are_turned_scaled_and_cropped(flow, picture):
   large = np.kron(picture, np.ones((2, 2, 1), np.float32))
   wide = np.concatenate([np.zeros((64, 20, 3)), large], axis=1)
@@ -303,6 +372,10 @@ IMAGE = np.full((32, 32, 3), 0.5, np.float32)
   ("arguments", "message"),
   [
     ({"mask_image": IMAGE[..., 0]}, "mask_image has no effect: there is no"),
+    (
+      {"controlnet_conditioning_scale": 0.5},
+      "controlnet_conditioning_scale has no effect",
+    ),
     ({"strength": 0.5}, "strength has no effect: there is no image"),
     ({"image": IMAGE, "strength": 0.0}, r"strength must be in \(0, 1\], got"),
     ({"image": IMAGE, "strength": 1.5}, r"strength must be in \(0, 1\], got"),
