@@ -33,13 +33,13 @@ from sana_jax.bulk import (
   fields,
   inputs,
   job,
+  loading,
   metadata,
   plan,
   requests,
   runner,
   sinks,
 )
-from sana_jax.models import tiling
 
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "What to draw; repeatable.")
 _PROMPT_FILE = flags.DEFINE_string(
@@ -93,12 +93,28 @@ _LOADING = {
   "vae_tile": flags.DEFINE_integer(
     "vae_tile", None, "Decode in tiles of so many pixels, for 4K images."
   ),
+  "controlnet": flags.DEFINE_string(
+    "controlnet", None, "Directory or file of a ControlNet."
+  ),
+  "controlnet_wiring": flags.DEFINE_enum(
+    "controlnet_wiring", None, ["diffusers", "original"], "How it is connected."
+  ),
+  "lora": flags.DEFINE_multi_string("lora", [], "An adapter; repeatable."),
+  "lora_scale": flags.DEFINE_multi_float(
+    "lora_scale", [], "For all adapters, or one for each."
+  ),
+  "fuse_lora": flags.DEFINE_boolean(
+    "fuse_lora", False, "Add adapters to the weights: faster."
+  ),
 }
 # Arguments of the pipeline's call.
 _PICTURES = {
   "image": flags.DEFINE_string("image", None, "To begin with."),
   "mask_image": flags.DEFINE_string(
     "mask_image", None, "White where --image is made anew, black elsewhere."
+  ),
+  "control_image": flags.DEFINE_string(
+    "control_image", None, "What the ControlNet follows, such as edges."
   ),
 }
 # Fields of GenerationConfig; None: the checkpoint's own value.
@@ -132,6 +148,9 @@ _SETTINGS = {
   "strength": flags.DEFINE_float(
     "strength", None, "How much of --image is made anew, in (0, 1]."
   ),
+  "controlnet_conditioning_scale": flags.DEFINE_float(
+    "controlnet_conditioning_scale", None, "Multiplies what a ControlNet adds."
+  ),
 }
 
 
@@ -164,15 +183,16 @@ def run(started: float) -> int:
   good, problems = read_requests() if again is None else ([], [])
   chosen = selection()
   checkpoint = checkpoint_path()
-  loading = loading_options(again or {})
+  how = loading_options(again or {})
   with futures.ThreadPoolExecutor(1) as background:
     # Reading the files twice costs little while loading computes.
     digest = background.submit(metadata.checkpoint_hash, checkpoint)
-    pipe = load(checkpoint, loading)
+    pipe = loading.load(checkpoint, how)
+  made_with = how.describe()
   if chosen is not None:
-    loading |= {"best_of": _BEST_OF.value, "scorer": _SCORER.value}
+    made_with |= {"best_of": _BEST_OF.value, "scorer": _SCORER.value}
   run_description = metadata.describe_run(
-    pipe, checkpoint, digest.result(), loading
+    pipe, checkpoint, digest.result(), made_with
   )
   if again is not None:
     good = [metadata.request_again(pipe, _REPRODUCE.value, again)]
@@ -253,26 +273,18 @@ def settings() -> dict[str, Any]:
   return changes
 
 
-def loading_options(described: Mapping[str, Any]) -> dict[str, Any]:
+def loading_options(described: Mapping[str, Any]) -> loading.Loading:
   """Returns the flags that are given, and the image's values of others."""
-  options = {
-    name: flag.value
-    if flags.FLAGS[name].present
-    else described.get(name, flag.value)
+  values = {
+    name: described[name]
+    if name in described and not flags.FLAGS[name].present
+    else flag.value
     for name, flag in _LOADING.items()
   }
-  return {name: value for name, value in options.items() if value is not None}
-
-
-def load(
-  checkpoint: epath.Path, loading: Mapping[str, Any]
-) -> pipeline_lib.SanaPipeline:
-  pipe = pipeline_lib.SanaPipeline.from_pretrained(
-    checkpoint, dtype=loading["dtype"], variant=loading.get("variant")
+  # JSON and flags have lists.
+  return loading.Loading(
+    **{n: tuple(v) if isinstance(v, list) else v for n, v in values.items()}
   )
-  if "vae_tile" in loading:
-    pipe.tiling = square_tiles(loading["vae_tile"])
-  return pipe
 
 
 def checkpoint_path() -> epath.Path:
@@ -280,17 +292,6 @@ def checkpoint_path() -> epath.Path:
   if _CHECKPOINT.value is None:
     return pipeline_lib.bundled_checkpoint()
   return epath.Path(_CHECKPOINT.value)
-
-
-def square_tiles(side: int) -> tiling.Tiling:
-  """Returns tiles that overlap by an eighth, as published pipelines do."""
-  stride = side * 7 // 8
-  return tiling.Tiling(
-    tile_height=side,
-    tile_width=side,
-    stride_height=stride,
-    stride_width=stride,
-  )
 
 
 def selection() -> runner.Selection | None:

@@ -13,6 +13,7 @@ from absl import flags
 from absl.testing import flagsaver
 
 import sample
+from sana_jax.bulk import loading
 from sana_jax.pipeline import files as pipeline_files
 from tests import tiny
 
@@ -145,6 +146,19 @@ def test_files_are_not_overwritten_unless_asked(run, capsys):
     ({"prompt": ["a"], "grid": True, "output_format": "webdataset"}, "--grid"),
     ({"prompt": ["a"], "reproduce": "a.png"}, "takes its prompt from the"),
     ({"reproduce": "nowhere.png"}, "nowhere.png"),
+    ({"prompt": ["a"], "fuse_lora": True}, "fuse_lora has no effect"),
+    ({"prompt": ["a"], "lora_scale": [1.0]}, "lora_scale has no effect"),
+    ({"prompt": ["a"], "controlnet_wiring": "original"}, "without controlnet"),
+    ({"prompt": ["a"], "controlnet": "nowhere"}, "nowhere"),
+    ({"prompt": ["a"], "lora": ["nowhere"]}, "nowhere"),
+    (
+      {"prompt": ["a"], "lora": ["a"], "lora_scale": [1.0] * 2},
+      "there are 2 lora_scale for 1 lora",
+    ),
+    (
+      {"prompt": ["a"], "controlnet_conditioning_scale": 0.5},
+      "there is no control_image",
+    ),
     ({"prompt": ["a"], "best_of": 2}, "--best_of and --scorer go together"),
     ({"prompt": ["a"], "best_of": 0, "scorer": "math:hypot"}, "n must be at"),
     ({"prompt": ["a"], "best_of": 2, "scorer": "math"}, '"module:function"'),
@@ -280,14 +294,12 @@ def test_an_image_made_again_otherwise_warns(run, tmp_path, caplog):
 
 def test_given_flags_win_over_those_an_image_was_made_with(run):
   described = {"dtype": "bfloat16", "vae_tile": 64, "prompt": "a"}
-  assert sample.loading_options(described)["dtype"] == "bfloat16"
+  assert sample.loading_options(described).dtype == "bfloat16"
   flags.FLAGS["dtype"].parse("float32")
   flags.FLAGS["dtype"].present = 1
   try:
-    assert sample.loading_options(described) == {
-      "dtype": "float32",
-      "vae_tile": 64,
-    }
+    found = sample.loading_options(described)
+    assert found == loading.Loading(dtype="float32", vae_tile=64)
   finally:
     flags.FLAGS["dtype"].unparse()
 

@@ -1,4 +1,4 @@
-"""Pictures that requests name: image-to-image, inpainting."""
+"""Pictures that requests name: image-to-image, inpainting, ControlNet."""
 
 import functools
 import hashlib
@@ -14,7 +14,7 @@ from jaxtyping import Float
 from sana_jax.pipeline import pictures
 
 # Names of a call's arguments, and of a request's fields that hold a path.
-NAMES = ("image", "mask_image")
+NAMES = ("image", "mask_image", "control_image")
 
 
 class UnusablePictureError(ValueError):
@@ -35,22 +35,25 @@ class Loaded(NamedTuple):
 
 
 def ratio(paths: Mapping[str, str]) -> float | None:
-  """Returns height / width of the image; None: there is none.
+  """Returns height / width of the image, or the control image; None: neither.
 
   Reads the pictures' headers only.
 
   Raises:
     ValueError: one cannot be read, or the mask does not fit the image.
   """
-  if "image" not in paths:
-    return None
-  image, *mask = (_header(paths[name]) for name in NAMES if name in paths)
-  if mask and mask[0] != image:
+  headers = {name: _header(path) for name, path in paths.items()}
+  if headers.keys() >= {"image", "mask_image"} and (
+    headers["image"] != headers["mask_image"]
+  ):
     raise ValueError(
       f"mask_image {paths['mask_image']} is not as large as image "
       f"{paths['image']}"
     )
-  return image[0]
+  for name in ("image", "control_image"):
+    if name in headers:
+      return headers[name][0]
+  return None
 
 
 def load(paths: Sequence[Mapping[str, str]], size: tuple[int, int]) -> Loaded:
@@ -65,23 +68,26 @@ def load(paths: Sequence[Mapping[str, str]], size: tuple[int, int]) -> Loaded:
   """
 
   @functools.cache
-  def read(image: str, mask: str | None) -> tuple[np.ndarray, ...]:
-    try:
-      picture = PIL.Image.open(io.BytesIO(content(image)))
-      arrays = [pictures.read_image(picture, *size, name="image")]
-      if mask is not None:
-        other = PIL.Image.open(io.BytesIO(content(mask)))
-        arrays.append(pictures.read_mask(other, picture, *size))
-    except (OSError, ValueError) as error:
-      raise UnusablePictureError(f"{image}: {error}") from error
-    return tuple(arrays)
-
-  @functools.cache
   def content(path: str) -> bytes:
     return epath.Path(path).read_bytes()
 
-  rows = [read(each["image"], each.get("mask_image")) for each in paths if each]
-  names = [name for name in NAMES if paths and name in paths[0]]
+  @functools.cache
+  def read(name: str, path: str, image: str | None) -> np.ndarray:
+    try:
+      picture = PIL.Image.open(io.BytesIO(content(path)))
+      if name != "mask_image":
+        return pictures.read_image(picture, *size, name=name)
+      shown = PIL.Image.open(io.BytesIO(content(image)))
+      return pictures.read_mask(picture, shown, *size)
+    except (OSError, ValueError) as error:
+      raise UnusablePictureError(f"{name} {path}: {error}") from error
+
+  arrays = {
+    name: np.concatenate(
+      [read(name, each[name], each.get("image")) for each in paths]
+    )
+    for name in paths[0]
+  }
   digests = [
     {
       f"{name}_sha256": hashlib.sha256(content(path)).hexdigest()
@@ -89,8 +95,7 @@ def load(paths: Sequence[Mapping[str, str]], size: tuple[int, int]) -> Loaded:
     }
     for each in paths
   ]
-  columns = (np.concatenate(column) for column in zip(*rows, strict=True))
-  return Loaded(dict(zip(names, columns, strict=True)), digests)
+  return Loaded(arrays, digests)
 
 
 def changed(description: Mapping[str, Any]) -> list[str]:

@@ -3,8 +3,8 @@
 Four formats, by the file's ending: `.txt` (a prompt a line), `.jsonl` (an
 object a line), `.csv` (a header, a row a request) and `.parquet`. Besides
 `prompt`, a request may have the fields of a pipeline call: negative_prompt,
-seed, image_index, num_images_per_prompt, image and mask_image (paths), and
-every field of GenerationConfig.
+seed, image_index, num_images_per_prompt, the paths image, mask_image and
+control_image, and every field of GenerationConfig.
 """
 
 import csv
