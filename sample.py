@@ -211,8 +211,10 @@ def run(started: float) -> int:
     batch_size=_BATCH_SIZE.value if again is None else again["batch_size"],
     images_per_unit=1 if _FORMAT.value == "png" else _PER_SHARD.value,
   )
-  all_made = job.make(pipe, images, output(), run_description, started, chosen)
-  return 3 if problems or refused or not all_made else 0
+  outcome = job.make(pipe, images, output(), run_description, started, chosen)
+  if outcome.stopped:
+    return 0
+  return 3 if problems or refused or outcome.failed else 0
 
 
 def read_reproduced() -> dict[str, Any] | None:

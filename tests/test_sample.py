@@ -15,6 +15,7 @@ from absl.testing import flagsaver
 import sample
 from sana_jax.bulk import loading
 from sana_jax.pipeline import files as pipeline_files
+from sana_jax.weights import components, lora
 from tests import tiny
 
 
@@ -214,7 +215,7 @@ def test_lines_change_settings_and_bad_lines_are_left_out(
     out = run(code=3, prompt_file=str(file), num_images_per_prompt=1)
   assert f"left out: {file}:2: height 17 and width 32 must be" in caplog.text
   assert f"left out: {file}:3: unknown fields ['sed']" in caplog.text
-  assert "2 requests are left out" in caplog.text
+  assert "requests left out: 2" in caplog.text
   names = ["0000-a.png", "0001-a.png", "0002-d.png"]
   assert sorted(p.name for p in out.glob("*.png")) == names
   assert picture(out / names[1]).size == (32, 16)
@@ -342,6 +343,52 @@ def test_images_begin_with_an_image_of_a_flag_or_a_line(run, tmp_path):
   )
   copy = picture(tmp_path / "again" / "0000-right.png")
   assert copy.tobytes() == right.tobytes()
+
+
+def test_adapters_and_a_controlnet_steer_and_are_remembered(
+  run, tmp_path, checkpoint
+):
+  steered = tiny.make_pipeline(checkpoint / "tokenizer", controlnet=True)
+  components.save_controlnet(
+    tmp_path / "controlnet", steered.controlnet, steered.controlnet_config
+  )
+  rng = np.random.default_rng(0)
+  for file in ("a", "b"):
+    pair = lora.Pair(
+      rng.normal(size=(2, 16)).astype(np.float32),
+      rng.normal(size=(16, 2)).astype(np.float32),
+      2.0,
+    )
+    adapter = lora.Lora({"transformer_blocks.0.attn1.to_q": pair})
+    lora.save(tmp_path / f"{file}.safetensors", adapter)
+  pixels = rng.integers(0, 256, (32, 32, 3), np.uint8)
+  PIL.Image.fromarray(pixels).save(tmp_path / "edges.png")
+  values = {
+    "prompt": ["a cat"],
+    "batch_size": 1,
+    "lora": [str(tmp_path / f"{file}.safetensors") for file in "ab"],
+    "lora_scale": [0.5, 0.25],
+    "controlnet": str(tmp_path / "controlnet"),
+    "control_image": str(tmp_path / "edges.png"),
+    "controlnet_conditioning_scale": 0.5,
+  }
+  made = picture(run(**values) / "0000-a-cat.png")
+  run(
+    reproduce=str(tmp_path / "out" / "0000-a-cat.png"),
+    output_dir=str(tmp_path / "again"),
+  )
+  copy = picture(tmp_path / "again" / "0000-a-cat.png")
+  assert made.tobytes() == copy.tobytes()
+  assert made.text == copy.text
+  no_control = {
+    "controlnet": None,
+    "control_image": None,
+    "controlnet_conditioning_scale": None,
+  }
+  for i, change in enumerate(({"lora_scale": [2.0]}, no_control)):
+    run(**values | change | {"output_dir": str(tmp_path / str(i))})
+    changed = picture(tmp_path / str(i) / "0000-a-cat.png")
+    assert changed.tobytes() != made.tobytes()
 
 
 def brightness(images, prompts):

@@ -5,7 +5,7 @@ import dataclasses
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from absl import logging
 
@@ -43,6 +43,18 @@ class Output:
   host_index: int = 0
 
 
+class Outcome(NamedTuple):
+  """How a run ended.
+
+  Attributes:
+    failed: numbers of the images that could not be made.
+    stopped: SIGTERM came before all was made.
+  """
+
+  failed: list[int]
+  stopped: bool
+
+
 def make(
   pipe: pipeline_lib.SanaPipeline,
   images: plan.Plan,
@@ -50,8 +62,8 @@ def make(
   description: Mapping[str, Any],
   started: float,
   selection: runner.Selection | None = None,
-) -> bool:
-  """Makes this host's images; returns whether none has failed.
+) -> Outcome:
+  """Makes this host's images, those that are missing.
 
   The paths of finished files go to the standard output.
 
@@ -92,12 +104,13 @@ def make(
       finished,
       selection,
     )
-    if finished.units_to_do:
+    stopped = bool(finished.units_to_do)
+    if stopped:
       logging.info("stopped by SIGTERM; the same command goes on from here")
     elif output.grid:
       contact_sheet.write(directory, images, description)
       _print_paths(directory, [manifest.GRID])
-  return not failed
+  return Outcome(failed, stopped)
 
 
 def identity(

@@ -227,7 +227,7 @@ def report(problems: Sequence[Problem], *, some_left: bool) -> None:
   for problem in problems:
     logging.error("left out: %s", problem)
   if problems:
-    logging.error("%d requests are left out", len(problems))
+    logging.error("requests left out: %d", len(problems))
 
 
 # A record is made when it is asked for, so that its error can be caught there.
