@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import tqdm
 from absl import logging
 
 from sana_jax import pipeline as pipeline_lib
@@ -186,5 +187,7 @@ def _new_files(images: plan.Plan, output: Output) -> Sequence[str]:
 
 
 def _print_paths(directory: storage.Directory, names: Sequence[str]) -> None:
-  sys.stdout.write("".join(f"{directory.path / name}\n" for name in names))
+  lines = "".join(f"{directory.path / name}\n" for name in names)
+  # In a terminal, above the progress bar.
+  tqdm.tqdm.write(lines, file=sys.stdout, end="")
   sys.stdout.flush()

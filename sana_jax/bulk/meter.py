@@ -95,6 +95,8 @@ class Meter:
     )
 
   def _show(self) -> None:
+    if self._done == self._total:
+      return
     # Begun after the first batch: its time says nothing about the others'.
     self._bar = tqdm.tqdm(
       total=self._total,
