@@ -63,6 +63,46 @@ class Checkpointer:
     self._manager.close()
 
 
+def restore_part(
+  workdir: epath.PathLike, part: str, abstract: Any, *, step: int | None = None
+) -> Any:
+  """Reads one entry of a saved state, such as "ema", and nothing else.
+
+  Args:
+    abstract: as in `Checkpointer.restore`, of that entry.
+    step: None: the newest.
+
+  Raises:
+    FileNotFoundError: nothing is saved there, or not that step.
+    ValueError: names or shapes on disk differ; all differences are listed.
+  """
+  directory = epath.Path(workdir).absolute() / "checkpoints"
+  steps = sorted(ocp.utils.checkpoint_steps(directory))
+  if not steps:
+    raise FileNotFoundError(
+      f"{directory} holds no checkpoint yet; wait for the run's first."
+    )
+  step = steps[-1] if step is None else step
+  if step not in steps:
+    raise FileNotFoundError(
+      f"{directory} holds no checkpoint of step {step}, only of {steps}."
+    )
+  path = directory / str(step) / "state"
+  wanted = {part: tree.to_nested_dict(abstract)}
+  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+    saved = reader.metadata(path).item_metadata.tree
+    check_matches(saved.get(part, {}), abstract, f"checkpoint {step}")
+    nested = reader.restore(
+      path,
+      args=ocp.args.PyTreeRestore(
+        item=wanted,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+        partial_restore=True,
+      ),
+    )[part]
+  return tree.from_nested_dict(nested, like=abstract)
+
+
 def check_matches(saved: Any, abstract: Any, source: str) -> None:
   """Compares names and shapes, and reports every difference at once."""
   on_disk = _shapes(saved)

@@ -30,6 +30,7 @@ FSDP_RULES: Rules = {
   "mlp": None,
   "vocab": None,
 }
+REPLICATED_RULES: Rules = dict.fromkeys(FSDP_RULES)
 
 
 def make_mesh(

@@ -15,6 +15,7 @@ from flax import nnx
 from sana_jax import config as config_lib
 from sana_jax.diffusion import trigflow
 from sana_jax.models import sana
+from sana_jax.tools import activations
 from sana_jax.weights import files, mapping, torch_zip
 from sana_jax.weights import sana as sana_weights
 
@@ -107,9 +108,10 @@ def _run(model, config, arguments, kinds) -> dict[str, jax.Array]:
 
   results = {"sample": jax.jit(network)(model, latents, timestep, text)}
   if "inter" in kinds:
-    results |= jax.jit(_intermediates)(
-      model, latents, timestep, text, text_mask
+    parts = jax.jit(activations.compute)(
+      model, latents, timestep, text, text_mask, guidance=guidance
     )
+    results |= {f"inter.{name}": value for name, value in parts.items()}
   if "loss" in kinds:
     results |= _gradients(
       network, model, config, latents, timestep, text, arguments["target"]
@@ -124,40 +126,6 @@ def _run(model, config, arguments, kinds) -> dict[str, jax.Array]:
     else value
     for name, value in results.items()
   }
-
-
-def _intermediates(model, latents, timestep, text, text_mask):
-  """The forward pass, written out with the model's public parts."""
-  embedded, modulation = model.embed_time(timestep)
-  x = model.patch_embed(latents)
-  projected = model.caption_embed.project(text)
-  caption = model.caption_embed.norm(projected)
-  parts = {
-    "time_embed.embedded": embedded,
-    "time_embed.modulation": modulation.reshape(len(timestep), -1),
-    "patch_embed": _tokens(x),
-    "caption_projection": projected,
-    "caption_norm": caption,
-  }
-  for i in range(jax.tree.leaves(model.blocks)[0].shape[0]):
-    block = jax.tree.map(lambda leaf: leaf[i], model.blocks)  # noqa: B023
-    shift1, scale1, gate1, shift2, scale2, gate2 = block.modulation(modulation)
-    image = block.attend_image(sana.modulate(block.norm1(x), shift1, scale1))
-    x = x + gate1 * image
-    attended = block.attend_text(x, caption, text_mask)
-    x = x + attended
-    ffn = block.ffn(sana.modulate(block.norm2(x), shift2, scale2))
-    x = x + gate2 * ffn
-    parts |= {
-      f"block{i}": _tokens(x),
-      f"block{i}.attn1": _tokens(image),
-      f"block{i}.attn2": _tokens(attended),
-      f"block{i}.ff": ffn,
-    }
-  normed = model.head.normalise(x, embedded)
-  parts["norm_out"] = _tokens(normed)
-  parts["proj_out"] = _tokens(model.head.projection(normed))
-  return {f"inter.{name}": value for name, value in parts.items()}
 
 
 def _gradients(network, model, config, latents, timestep, text, target):
@@ -200,10 +168,6 @@ def _derivatives(velocity, latents, timestep, arguments):
     "trigflow.value": value,
     "trigflow.jvp": derivative,
   }
-
-
-def _tokens(x: jax.Array) -> jax.Array:
-  return x.reshape(x.shape[0], -1, x.shape[-1])
 
 
 def _channels_last(x: np.ndarray) -> np.ndarray:

@@ -17,6 +17,7 @@ LAYERS = (
   {"pipeline"},
   {"training", "bulk"},
   {"evaluation"},
+  {"tools"},
 )
 FORBIDDEN_NNX = {
   *("jit", "grad", "value_and_grad", "scan", "vmap", "remat", "split_rngs"),

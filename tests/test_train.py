@@ -236,6 +236,14 @@ def test_text_to_image_trains_and_its_export_makes_images(tmp_path):
   images = trained("a red apple").images
   assert images.shape == (1, 64, 64, 3)
   assert images.std() > 0
+  unfinished = pipeline_lib.SanaPipeline.from_pretrained(workdir, step=3)
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    jax.tree.leaves(unfinished.transformer),
+    jax.tree.leaves(trained.transformer),
+  )
+  assert unfinished.generation_config == trained.generation_config
+  assert unfinished.solver == trained.solver
   again = trained.transformer.head.projection.kernel
   assert not np.array_equal(again, pipe.transformer.head.projection.kernel)
 

@@ -92,6 +92,7 @@ class SanaControlNet(nnx.Module):
     cls,
     config: config_lib.SanaControlNetConfig,
     *,
+    fp16_clamp: bool = False,
     dtype: DTypeLike = jnp.float32,
     param_dtype: DTypeLike = jnp.float32,
     scan: bool = True,
@@ -99,6 +100,9 @@ class SanaControlNet(nnx.Module):
     rngs: nnx.Rngs,
   ) -> "SanaControlNet":
     """Builds the branch with fresh parameters.
+
+    Args:
+      fp16_clamp: that of the transformer it steers.
 
     Raises:
       ValueError: sizes in the config that do not fit together.
@@ -112,7 +116,11 @@ class SanaControlNet(nnx.Module):
       base_size=config.sample_size // config.patch_size,
       interpolation_scale=config.interpolation_scale,
       make_block=sana.block_builder(
-        config, qk_norm=False, dtype=dtype, param_dtype=param_dtype
+        config,
+        qk_norm=False,
+        fp16_clamp=fp16_clamp,
+        dtype=dtype,
+        param_dtype=param_dtype,
       ),
       num_layers=config.num_layers,
       dtype=dtype,

@@ -44,6 +44,7 @@ class SanaBlock(nnx.Module):
     qk_norm: bool,
     norm_affine: bool,
     norm_eps: float,
+    fp16_clamp: bool = False,
     dtype: DTypeLike = jnp.float32,
     param_dtype: DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
@@ -56,6 +57,7 @@ class SanaBlock(nnx.Module):
       head_dim=head_dim,
       use_bias=attention_bias,
       qk_norm=qk_norm,
+      fp16_clamp=fp16_clamp,
       **common,
     )
     self.cross_attention = attention.CrossAttention(
@@ -106,6 +108,7 @@ def block_builder(
   config: config_lib.SanaBlocksConfig,
   *,
   qk_norm: bool,
+  fp16_clamp: bool,
   dtype: DTypeLike,
   param_dtype: DTypeLike,
 ) -> Callable[[jax.Array], SanaBlock]:
@@ -121,6 +124,7 @@ def block_builder(
       qk_norm=qk_norm,
       norm_affine=config.norm_elementwise_affine,
       norm_eps=config.norm_eps,
+      fp16_clamp=fp16_clamp,
       dtype=dtype,
       param_dtype=param_dtype,
       rngs=nnx.Rngs(key),
@@ -234,6 +238,7 @@ class SanaTransformer(nnx.Module):
     cls,
     config: config_lib.SanaConfig,
     *,
+    fp16_clamp: bool = False,
     dtype: DTypeLike = jnp.float32,
     param_dtype: DTypeLike = jnp.float32,
     scan: bool = True,
@@ -241,6 +246,10 @@ class SanaTransformer(nnx.Module):
     rngs: nnx.Rngs,
   ) -> "SanaTransformer":
     """Builds the model with fresh parameters.
+
+    Args:
+      fp16_clamp: for weights trained in float16, see
+        `attention.LinearSelfAttention`.
 
     Raises:
       ValueError: sizes in the config that do not fit together.
@@ -258,6 +267,7 @@ class SanaTransformer(nnx.Module):
       make_block=block_builder(
         config,
         qk_norm=config.qk_norm is not None,
+        fp16_clamp=fp16_clamp,
         dtype=dtype,
         param_dtype=param_dtype,
       ),
@@ -268,6 +278,10 @@ class SanaTransformer(nnx.Module):
       remat=remat,
       rngs=rngs,
     )
+
+  @property
+  def fp16_clamp(self) -> bool:
+    return self.blocks.self_attention.fp16_clamp
 
   def __call__(
     self,

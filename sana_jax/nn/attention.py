@@ -10,6 +10,8 @@ from sana_jax.ops import attention as attention_op
 from sana_jax.ops import linear_attention as linear_attention_op
 
 QK_NORM_EPS = 1e-5
+# The largest float16.
+FP16_MAX = 65504.0
 
 
 class LinearSelfAttention(nnx.Module):
@@ -18,6 +20,13 @@ class LinearSelfAttention(nnx.Module):
   With `qk_norm`, queries and keys are RMS-normalised over the full width,
   before they are split into heads. `qkv` is one product: on the last axis all
   queries, then all keys, then all values.
+
+  Args:
+    fp16_clamp: limits the result to what float16 can hold. Weights trained in
+      float16 were trained with that limit, and go astray without it.
+
+  Source of the limit: `SanaLinearAttnProcessor2_0` of diffusers and the
+  self-attention of the original release; neither limits anything else.
   """
 
   def __init__(
@@ -27,11 +36,13 @@ class LinearSelfAttention(nnx.Module):
     head_dim: int,
     use_bias: bool,
     qk_norm: bool,
+    fp16_clamp: bool = False,
     dtype: DTypeLike = jnp.float32,
     param_dtype: DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
   ):
     self.head_dim = head_dim
+    self.fp16_clamp = fp16_clamp
     common = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
     self.qkv = layers.Linear(
       features, 3 * features, use_bias=use_bias, **common
@@ -56,7 +67,15 @@ class LinearSelfAttention(nnx.Module):
     y = linear_attention_op.relu_linear_attention(q, k, v)
     if identity is not None:
       y = jnp.where(identity[:, None, None, None], v.astype(y.dtype), y)
-    return self.out(y.reshape(x.shape))
+    return self.project(y.reshape(x.shape))
+
+  def project(self, y: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+    """Maps what was attended to the output, limited if so wished."""
+    y = self.out(y)
+    if not self.fp16_clamp:
+      return y
+    # float32: the limit is no bfloat16 number, and would round to 65536.
+    return jnp.clip(y.astype(jnp.float32), -FP16_MAX, FP16_MAX)
 
 
 class CrossAttention(nnx.Module):

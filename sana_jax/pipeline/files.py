@@ -1,16 +1,19 @@
-"""Checkpoint directories: model_index.json and one directory per component."""
+"""Reads checkpoints of every kind into pipelines, and writes directories."""
 
 import importlib.resources
 from typing import TYPE_CHECKING, Any
 
+import jax
 from etils import epath
 
 from sana_jax import config as config_lib
-from sana_jax import text
+from sana_jax import sharding, text
 from sana_jax.diffusion import scheduler_config
+from sana_jax.pipeline import sources, training_run
 from sana_jax.pipeline.options import GenerationConfig
-from sana_jax.weights import components
+from sana_jax.weights import components as components_lib
 from sana_jax.weights import files as weight_files
+from sana_jax.weights import zoo
 
 if TYPE_CHECKING:
   from sana_jax.pipeline.text_to_image import SanaPipeline
@@ -23,7 +26,7 @@ _CLASSES = {
   "tokenizer": ["transformers", "GemmaTokenizerFast"],
 }
 _BUNDLED = "emoji_model"
-_INDEX = "model_index.json"
+_INDEX = sources.INDEX
 _GENERATION_CONFIG = "generation_config.json"
 _SCHEDULER = "scheduler/scheduler_config.json"
 
@@ -44,40 +47,124 @@ def bundled_checkpoint() -> epath.Path:
 
 
 def load(
-  path: epath.PathLike, *, dtype: Any, variant: str | None
+  path: epath.PathLike,
+  *,
+  dtype: Any,
+  variant: str | None,
+  mesh: jax.sharding.Mesh,
+  components: epath.PathLike | None = None,
+  step: int | None = None,
+  fp16_clamp: bool | None = None,
 ) -> dict[str, Any]:
   """Reads everything a SanaPipeline is made of.
+
+  Args:
+    path: see `SanaPipeline.from_pretrained`, as the others.
+    mesh: every device of it gets the models whole, straight from the files.
 
   Raises:
     FileNotFoundError: something is missing.
     ValueError: something is unreadable, unsupported, or does not fit.
   """
-  path = epath.Path(path)
-  is_sprint = _check_index(path)
+  source = sources.resolve(path, variant=variant)
+  _check_applicable(source, variant, components, step)
+  placed = {"dtype": dtype, "mesh": mesh}
+  if isinstance(source, sources.TrainingRun):
+    return training_run.load(
+      source.path,
+      step=step,
+      components=components,
+      fp16_clamp=fp16_clamp,
+      **placed,
+    )
+  placed["rules"] = sharding.REPLICATED_RULES
+  if isinstance(source, sources.TransformerWeights):
+    return _load_transformer_with(
+      source, components, fp16_clamp, variant, placed
+    )
+  return _load_directory(source, fp16_clamp, variant, placed)
+
+
+def _load_directory(
+  source: sources.Directory, fp16_clamp, variant, placed
+) -> dict[str, Any]:
+  path = source.path
   directories = [path / name for name in ("text_encoder", "transformer", "vae")]
   _check_variant(path, directories, variant)
-  loaders = (
-    components.load_text_encoder,
-    components.load_transformer,
-    components.load_autoencoder,
+  transformer, transformer_config = components_lib.load_transformer(
+    path / "transformer",
+    variant=_variant_of(path / "transformer", variant),
+    fp16_clamp=fp16_clamp,
+    **placed,
   )
-  loaded = {}
-  names = ("text_encoder", "transformer", "autoencoder")
-  for name, directory, load_one in zip(
-    names, directories, loaders, strict=True
-  ):
-    has_variant = variant in weight_files.variants(directory)
-    loaded[name], loaded[f"{name}_config"] = load_one(
-      directory, variant=variant if has_variant else None, dtype=dtype
+  return _load_rest(path, variant, placed) | {
+    "transformer": transformer,
+    "transformer_config": transformer_config,
+    "solver": _read_solver(path),
+    "generation_config": _generation_config(
+      path, source.entry, source.is_sprint
+    ),
+  }
+
+
+def _load_transformer_with(
+  source: sources.TransformerWeights, components, fp16_clamp, variant, placed
+) -> dict[str, Any]:
+  """Puts a transformer among the other components of a directory."""
+  path, entry = source.path, source.entry
+  others = epath.Path(components)
+  if not (others / _INDEX).is_file():
+    raise FileNotFoundError(
+      f"components={components} has no {_INDEX}; expected the directory of a "
+      "checkpoint in the layout of diffusers."
     )
-  return loaded | {
+  directories = [others / "text_encoder", others / "vae"]
+  _check_variant(
+    path, [*directories, path] if path.is_dir() else directories, variant
+  )
+  config, solver = None, _read_solver(others)
+  if entry is not None and path.is_file():
+    # The file's own name is the surer sign: a teacher of SANA-Sprint has the
+    # shapes of SANA-1.5.
+    if not (path.parent / "config.json").is_file():
+      config = entry.make_config()
+    solver = entry.original_solver
+  transformer, config = components_lib.load_transformer(
+    path,
+    config=config,
+    variant=_variant_of(path, variant) if path.is_dir() else None,
+    fp16_clamp=fp16_clamp,
+    **placed,
+  )
+  is_sprint = sources.read_class(others / _INDEX)
+  return _load_rest(others, variant, placed) | {
+    "transformer": transformer,
+    "transformer_config": config,
+    "solver": solver,
+    "generation_config": _generation_config(others, entry, is_sprint),
+  }
+
+
+def _load_rest(path: epath.Path, variant, placed) -> dict[str, Any]:
+  """Loads what belongs to no transformer in particular."""
+  parts = {}
+  for name, directory, load_one in (
+    ("text_encoder", "text_encoder", components_lib.load_text_encoder),
+    ("autoencoder", "vae", components_lib.load_autoencoder),
+  ):
+    parts[name], parts[f"{name}_config"] = load_one(
+      path / directory,
+      variant=_variant_of(path / directory, variant),
+      **placed,
+    )
+  return parts | {
     "tokenizer": text.Tokenizer.from_pretrained(str(path / "tokenizer")),
     "tokenizer_directory": path / "tokenizer",
-    "solver": scheduler_config.from_config(
-      weight_files.read_json(path / _SCHEDULER)
-    ),
-    "generation_config": _generation_config(path, is_sprint),
   }
+
+
+def _read_solver(path: epath.Path) -> scheduler_config.Solver:
+  return scheduler_config.from_config(weight_files.read_json(path / _SCHEDULER))
 
 
 def save(path: epath.PathLike, pipeline: "SanaPipeline") -> None:
@@ -93,13 +180,13 @@ def save(path: epath.PathLike, pipeline: "SanaPipeline") -> None:
     )
   path = epath.Path(path)
   path.mkdir(parents=True, exist_ok=True)
-  components.save_text_encoder(
+  components_lib.save_text_encoder(
     path / "text_encoder", pipeline.text_encoder, pipeline.text_encoder_config
   )
-  components.save_transformer(
+  components_lib.save_transformer(
     path / "transformer", pipeline.transformer, pipeline.transformer_config
   )
-  components.save_autoencoder(
+  components_lib.save_autoencoder(
     path / "vae", pipeline.autoencoder, pipeline.autoencoder_config
   )
   (path / "tokenizer").mkdir(exist_ok=True)
@@ -123,25 +210,27 @@ def save(path: epath.PathLike, pipeline: "SanaPipeline") -> None:
   )
 
 
-def _check_index(path: epath.Path) -> bool:
-  """Returns whether the directory holds a SANA-Sprint checkpoint."""
-  if not path.is_dir():
-    raise FileNotFoundError(
-      f"{path} is not a directory; download the checkpoint first and pass the "
-      "directory that holds its model_index.json."
-    )
-  if not (path / _INDEX).is_file():
-    raise FileNotFoundError(
-      f"{path} has no {_INDEX}; expected a checkpoint in the layout of "
-      "diffusers."
-    )
-  found = weight_files.read_json(path / _INDEX).get("_class_name")
-  if found not in (_FLOW_CLASS, _SPRINT_CLASS):
+def _check_applicable(source: sources.Source, variant, components, step):
+  """Refuses arguments that this kind of checkpoint has no use for."""
+  problems = []
+  if isinstance(source, sources.TransformerWeights) and components is None:
     raise ValueError(
-      f"{path / _INDEX} describes a {found}; supported are {_FLOW_CLASS} and "
-      f"{_SPRINT_CLASS}."
+      f"{source.path} holds a transformer only; pass components=, the "
+      "directory of a checkpoint in the layout of diffusers, for the text "
+      "encoder, tokenizer and autoencoder."
     )
-  return found == _SPRINT_CLASS
+  if isinstance(source, sources.Directory) and components is not None:
+    problems.append("components= is for a transformer alone and for runs")
+  if not isinstance(source, sources.TrainingRun) and step is not None:
+    problems.append("step= is for work directories of train.py")
+  if isinstance(source, sources.TrainingRun) and variant is not None:
+    problems.append("variant= is for published checkpoints")
+  if problems:
+    raise ValueError(f"{source.path}: {'; '.join(problems)}.")
+
+
+def _variant_of(directory: epath.Path, variant: str | None) -> str | None:
+  return variant if variant in weight_files.variants(directory) else None
 
 
 def _check_variant(path, directories, variant: str | None) -> None:
@@ -153,8 +242,16 @@ def _check_variant(path, directories, variant: str | None) -> None:
     )
 
 
-def _generation_config(path: epath.Path, is_sprint: bool) -> GenerationConfig:
+def _generation_config(
+  path: epath.Path, entry: zoo.Entry | None, is_sprint: bool
+) -> GenerationConfig:
+  """Takes the checkpoint's own, or what is published, or its kind's."""
   file = path / _GENERATION_CONFIG
+  if entry is not None and not file.is_file():
+    return GenerationConfig(
+      num_inference_steps=entry.num_inference_steps,
+      guidance_scale=entry.guidance_scale,
+    )
   if not file.is_file():
     return GenerationConfig.sprint() if is_sprint else GenerationConfig()
   try:

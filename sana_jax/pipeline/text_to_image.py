@@ -14,12 +14,8 @@ from jaxtyping import Array, ArrayLike, Float
 
 from sana_jax import config as config_lib
 from sana_jax import images as images_lib
-from sana_jax import text
-from sana_jax.diffusion import (
-  samplers,
-  scheduler_config,
-  schedules,
-)
+from sana_jax import sharding, text
+from sana_jax.diffusion import samplers, scheduler_config, schedules
 from sana_jax.models import controlnet as controlnet_lib
 from sana_jax.models import dc_ae, gemma2, sana
 from sana_jax.models import tiling as tiling_lib
@@ -113,21 +109,44 @@ class SanaPipeline:
     dtype: Any = jnp.float32,
     variant: str | None = None,
     devices: Sequence[jax.Device] | None = None,
+    components: epath.PathLike | None = None,
+    step: int | None = None,
+    fp16_clamp: bool | None = None,
   ) -> "SanaPipeline":
-    """Loads a directory in the layout of diffusers.
+    """Loads a checkpoint of any kind, downloading it if need be.
 
     Args:
-      path: holds model_index.json and one directory per component.
+      path: a directory in the layout of diffusers; an original `.pth` or
+        `.safetensors` file or a `transformer/` directory, with `components`; a
+        work directory of train.py; the name of a published checkpoint, or
+        "owner/name" of a repository on the hub.
       dtype: of parameters and computation, float32 or bfloat16; norms, softmax,
         linear attention and the sampler are float32 in any case.
       variant: such as "fp16", for the components that have it.
       devices: None: all devices of this process.
+      components: directory that the text encoder, tokenizer and autoencoder
+        come from, when `path` has none.
+      step: of a work directory; None: the newest. The parameters are the
+        averaged ones.
+      fp16_clamp: limits activations as float16 does, which checkpoints trained
+        in float16 need; None decides, and logs why.
 
     Raises:
       FileNotFoundError: something is missing.
+      ImportError: a download is needed, and the hub's library is not installed.
+      PermissionError: a licence must be accepted before the download.
       ValueError: something is unreadable, unsupported, or does not fit.
     """
-    parts = files.load(path, dtype=dtype, variant=variant)
+    devices = devices or jax.local_devices()
+    parts = files.load(
+      path,
+      dtype=dtype,
+      variant=variant,
+      mesh=sharding.make_mesh({"data": len(devices)}, devices),
+      components=components,
+      step=step,
+      fp16_clamp=fp16_clamp,
+    )
     return cls(**parts, devices=devices)
 
   def save_pretrained(self, path: epath.PathLike) -> None:

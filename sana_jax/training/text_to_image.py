@@ -17,6 +17,7 @@ from sana_jax import text as text_lib
 from sana_jax.data import examples
 from sana_jax.diffusion import flow, schedules
 from sana_jax.models import dc_ae, gemma2, sana
+from sana_jax.pipeline import training_run
 from sana_jax.training import loop
 from sana_jax.weights import components
 
@@ -30,7 +31,7 @@ def make_recipe(config: config_lib.TextToImageConfig) -> loop.Recipe:
   _check_vocabulary(config, tokenizer)
   logging.info("encoding the %s images", config.data.split)
   latents = encode_images(autoencoder, config.data)
-  generation = generation_config(config)
+  generation = training_run.generation_config(config)
   pipe = None
 
   def updated_pipeline(params, frozen) -> pipeline_lib.SanaPipeline:
@@ -75,23 +76,6 @@ def make_recipe(config: config_lib.TextToImageConfig) -> loop.Recipe:
     export=lambda params, frozen, path: updated_pipeline(
       params, frozen
     ).save_pretrained(path),
-  )
-
-
-def generation_config(
-  config: config_lib.TextToImageConfig,
-) -> pipeline_lib.GenerationConfig:
-  """What the trained model is sampled with, in training and once exported."""
-  return pipeline_lib.GenerationConfig(
-    num_inference_steps=config.sample_steps,
-    guidance_scale=config.sample_guidance_scale,
-    max_sequence_length=config.max_sequence_length,
-    complex_human_instruction=(
-      text_lib.default_instruction()
-      if config.use_complex_human_instruction
-      else None
-    ),
-    null_mask=config.flow.null_mask,
   )
 
 

@@ -7,14 +7,14 @@ are checked before memory is taken.
 
 import json
 import math
+import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import ml_dtypes
 import numpy as np
-import safetensors.numpy
 from etils import epath
 
 _DTYPES = {
@@ -29,6 +29,7 @@ _DTYPES = {
   "U8": np.dtype(np.uint8),
   "BOOL": np.dtype(np.bool_),
 }
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _MAX_HEADER_BYTES = 100 * 10**6
 # Shards of a variant, such as model.bf16-00001-of-00002.safetensors, are not
 # whole files: the variant's name has no hyphen.
@@ -36,6 +37,11 @@ _STEM = r"(?:diffusion_pytorch_model|model)"
 _FILE_NAME = re.compile(_STEM + r"(?:\.(?P<variant>[^.-]+))?\.safetensors")
 _INDEX_NAME = re.compile(
   _STEM + r"\.safetensors\.index(?:\.(?P<variant>[^.]+))?\.json"
+)
+_SHARD_NAME = re.compile(
+  # Two generations of names.
+  _STEM
+  + r"(?:\.(?P<new>[^.-]+))?-\d+-of-\d+(?:\.(?P<old>[^.-]+))?\.safetensors"
 )
 # diffusers and transformers split files above this size.
 _MAX_SHARD_BYTES = 5 * 10**9
@@ -48,6 +54,10 @@ class Tensor:
   shape: tuple[int, ...]
   dtype: np.dtype
   read: Callable[[], np.ndarray]
+
+  @property
+  def nbytes(self) -> int:
+    return math.prod(self.shape) * self.dtype.itemsize
 
   def __array__(self, dtype=None, copy=None) -> np.ndarray:
     array = self.read()
@@ -85,6 +95,29 @@ def variants(directory: epath.PathLike) -> set[str | None]:
     FileNotFoundError: there is no such directory.
   """
   return set(_entry_points(epath.Path(directory)))
+
+
+def group_by_variant(names: Iterable[str]) -> dict[str | None, list[str]]:
+  """Lists by variant the file names that loading a component would read.
+
+  Where a variant is there both whole and in shards, the whole file is read.
+  """
+  names = sorted(names)
+  groups: dict[str | None, list[str]] = {}
+  for name in names:
+    if match := _FILE_NAME.fullmatch(name):
+      groups[match["variant"]] = [name]
+  whole = set(groups)
+  for name in names:
+    if match := _INDEX_NAME.fullmatch(name):
+      variant = match["variant"]
+    elif match := _SHARD_NAME.fullmatch(name):
+      variant = match["new"] or match["old"]
+    else:
+      continue
+    if variant not in whole:
+      groups.setdefault(variant, []).append(name)
+  return groups
 
 
 def weight_files(
@@ -160,7 +193,7 @@ def open_safetensors(path: epath.PathLike) -> Tensors:
 
 
 def safetensors_metadata(path: epath.PathLike) -> dict[str, str]:
-  """Reads the texts that a safetensors file carries beside its tensors.
+  """Reads the free texts in the header of a safetensors file.
 
   Raises:
     ValueError: not a safetensors file, or a truncated one.
@@ -171,7 +204,7 @@ def safetensors_metadata(path: epath.PathLike) -> dict[str, str]:
 def write_component(
   directory: epath.PathLike,
   config: Mapping[str, Any],
-  tensors: Mapping[str, np.ndarray],
+  tensors: Mapping[str, np.ndarray | Tensor],
   *,
   stem: str = "diffusion_pytorch_model",
   max_shard_bytes: int = _MAX_SHARD_BYTES,
@@ -179,6 +212,7 @@ def write_component(
   """Writes config.json and safetensors weights, with an index if split.
 
   Args:
+    tensors: one at a time is read, in this order.
     stem: of the file names; transformers components use "model".
   """
   directory = epath.Path(directory)
@@ -193,7 +227,7 @@ def write_component(
     name = f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors"
     _write_safetensors(directory / name, shard)
     weight_map |= dict.fromkeys(shard, name)
-  total = sum(array.nbytes for array in tensors.values())
+  total = sum(tensor.nbytes for tensor in tensors.values())
   index = {"metadata": {"total_size": total}, "weight_map": weight_map}
   write_json(directory / f"{stem}.safetensors.index.json", index)
 
@@ -271,6 +305,9 @@ def _region_reader(path, offset: int, dtype: np.dtype, shape):
   count = math.prod(shape)
 
   def read() -> np.ndarray:
+    if count and "://" not in os.fspath(path):
+      # Mapped, so that a shard reads its part only; unmapped with the array.
+      return np.asarray(np.memmap(path, dtype, "r", offset, shape))
     with path.open("rb") as file:
       file.seek(offset)
       data = file.read(count * dtype.itemsize)
@@ -286,19 +323,39 @@ def _broken(path: epath.Path, cause: str) -> ValueError:
 
 
 def _split(
-  tensors: Mapping[str, np.ndarray], limit: int
-) -> list[dict[str, np.ndarray]]:
-  shards: list[dict[str, np.ndarray]] = [{}]
+  tensors: Mapping[str, np.ndarray | Tensor], limit: int
+) -> list[dict[str, np.ndarray | Tensor]]:
+  shards: list[dict[str, np.ndarray | Tensor]] = [{}]
   size = 0
-  for name in sorted(tensors):
-    if shards[-1] and size + tensors[name].nbytes > limit:
+  for name, tensor in tensors.items():
+    if shards[-1] and size + tensor.nbytes > limit:
       shards.append({})
       size = 0
-    shards[-1][name] = tensors[name]
-    size += tensors[name].nbytes
+    shards[-1][name] = tensor
+    size += tensor.nbytes
   return shards
 
 
-def _write_safetensors(path: epath.Path, tensors) -> None:
+def _write_safetensors(
+  path: epath.Path, tensors: Mapping[str, np.ndarray | Tensor]
+) -> None:
+  """Writes tensors as they are read; the library would hold them all twice."""
+  # Wide types first, so that every tensor is aligned.
+  names = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
   # diffusers and transformers refuse files without this metadata.
-  path.write_bytes(safetensors.numpy.save(tensors, {"format": "pt"}))
+  header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+  end = 0
+  for name in names:
+    begin, end = end, end + tensors[name].nbytes
+    header[name] = {
+      "dtype": _DTYPE_NAMES[tensors[name].dtype],
+      "shape": tensors[name].shape,
+      "data_offsets": (begin, end),
+    }
+  text = json.dumps(header, separators=(",", ":")).encode()
+  text += b" " * (-len(text) % 8)
+  with path.open("wb") as file:
+    file.write(len(text).to_bytes(8, "little") + text)
+    for name in names:
+      array = np.ascontiguousarray(tensors[name])
+      file.write(array.reshape(-1).view(np.uint8).data)

@@ -57,15 +57,7 @@ def open_pth(path: epath.PathLike) -> files.Tensors:
     ValueError: not such a file, a truncated one, or one that contains more
       than tensors, numbers, strings and their containers.
   """
-  path = epath.Path(path)
-  try:
-    with path.open("rb") as file, zipfile.ZipFile(file) as archive:
-      contents = _Reader(path, archive).load()
-  except _MALFORMED as error:
-    raise ValueError(
-      f"{path} cannot be read as a PyTorch zip archive ({error}); download it "
-      "again, or convert it to safetensors with PyTorch."
-    ) from error
+  contents = read_contents(path)
   if isinstance(contents, Mapping):
     contents = contents.get("state_dict", contents)
   if not isinstance(contents, Mapping):
@@ -77,6 +69,23 @@ def open_pth(path: epath.PathLike) -> files.Tensors:
     for name, value in contents.items()
     if isinstance(value, files.Tensor)
   }
+
+
+def read_contents(path: epath.PathLike) -> Any:
+  """Returns all that is in a `.pth`, with `files.Tensor` for tensors.
+
+  Raises:
+    ValueError: as `open_pth`.
+  """
+  path = epath.Path(path)
+  try:
+    with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+      return _Reader(path, archive).load()
+  except _MALFORMED as error:
+    raise ValueError(
+      f"{path} cannot be read as a PyTorch zip archive ({error}); download it "
+      "again, or convert it to safetensors with PyTorch."
+    ) from error
 
 
 class _Reader(pickle.Unpickler):

@@ -81,3 +81,48 @@ def test_masked_text_changes_nothing(rng):
   mask = jnp.array([[True, False, True, False]])
   other = jnp.where(mask[..., None], text, 1e3)
   np.testing.assert_array_equal(module(x, text, mask), module(x, other, mask))
+
+
+def test_the_float16_limit_reproduces_a_float16_run(rng):
+  options = {"head_dim": 4, "use_bias": False, "qk_norm": False}
+  free = attention.LinearSelfAttention(8, **options, rngs=nnx.Rngs(0))
+  free = _randomise(free, rng)
+  free.out.kernel[...] *= 20
+  limited = attention.LinearSelfAttention(
+    8, **options, fp16_clamp=True, rngs=nnx.Rngs(0)
+  )
+  limited = jax.tree.unflatten(
+    jax.tree.structure(limited), jax.tree.leaves(free)
+  )
+  x = jnp.asarray(rng.normal(size=(2, 5, 8)) * 1e3, jnp.float32)
+  # What float16 hardware does: the product is rounded, which overflows to
+  # infinity, and the clip makes the largest number of that.
+  qkv = np.asarray(x @ free.qkv.kernel[...])
+  heads = (_heads(jnp.asarray(z), 4) for z in np.split(qkv, 3, axis=-1))
+  y = np.asarray(linear_attention_op.relu_linear_attention(*heads))
+  y = y.reshape(x.shape).astype(np.float16).astype(np.float64)
+  y = y @ np.asarray(free.out.kernel[...], np.float64) + np.asarray(
+    free.out.bias[...], np.float64
+  )
+  with np.errstate(over="ignore"):
+    emulated = np.clip(y.astype(np.float16), -65504, 65504)
+  assert (np.abs(emulated) == 65504).sum() > 5
+  assert (np.abs(emulated) < 65504).sum() > 5
+  # 11 bits of mantissa, twice, and sums of eight products that may cancel.
+  tolerance = {"rtol": 2e-3, "atol": 300}
+  np.testing.assert_allclose(limited(x), emulated, **tolerance)
+  assert np.abs(np.asarray(free(x)) - emulated).max() > 1e4
+
+
+def test_the_float16_limit_is_exact_in_bfloat16_too(rng):
+  module = attention.LinearSelfAttention(
+    8,
+    head_dim=4,
+    use_bias=False,
+    qk_norm=False,
+    fp16_clamp=True,
+    dtype=jnp.bfloat16,
+    rngs=nnx.Rngs(0),
+  )
+  x = jnp.asarray(rng.normal(size=(1, 5, 8)) * 1e7, jnp.float32)
+  assert np.abs(np.asarray(module(x))).max() == 65504

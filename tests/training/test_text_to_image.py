@@ -14,6 +14,7 @@ from sana_jax import config as config_lib
 from sana_jax import text as text_lib
 from sana_jax.diffusion import flow
 from sana_jax.models import gemma2, sana
+from sana_jax.pipeline import training_run
 from sana_jax.training import text_to_image
 from sana_jax.weights import components
 from tests import tiny
@@ -248,9 +249,9 @@ def test_examples_hold_scaled_latents_and_tokens(checkpoint):
 
 
 def test_the_instruction_is_put_in_front_when_it_is_wanted(checkpoint):
-  plain = text_to_image.generation_config(make_config(checkpoint))
+  plain = training_run.generation_config(make_config(checkpoint))
   assert plain.complex_human_instruction is None
   config = make_config(checkpoint, use_complex_human_instruction=True)
-  with_it = text_to_image.generation_config(config)
+  with_it = training_run.generation_config(config)
   instruction = text_lib.default_instruction()
   assert with_it.complex_human_instruction == instruction

@@ -9,7 +9,14 @@ from flax import nnx
 
 from sana_jax import config as config_lib
 from sana_jax.models import sana
-from sana_jax.weights import components, files, mapping
+from sana_jax.weights import (
+  architecture,
+  components,
+  files,
+  mapping,
+  opening,
+  orbax_files,
+)
 from sana_jax.weights import sana as sana_weights
 from tests import tiny
 
@@ -111,7 +118,7 @@ def test_published_architectures_are_told_by_their_shapes(preset, grid):
     name: files.Tensor(shape, np.dtype(np.float32), lambda: np.empty(0))
     for name, shape in shapes.items()
   }
-  assert components.infer_transformer_config(tensors) == config
+  assert architecture.infer_transformer_config(tensors) == config
 
 
 def test_autoencoders_are_saved_and_loaded(tmp_path, rng):
@@ -156,3 +163,24 @@ def test_missing_and_strange_files_are_named(tmp_path):
   (tmp_path / "x.ckpt").write_text("")
   with pytest.raises(ValueError, match=r"suffix '\.ckpt'; expected"):
     components.load_transformer(tmp_path / "x.ckpt")
+
+
+def test_integers_of_the_text_encoder_are_written_as_integers(tmp_path):
+  config = tiny.text_encoder_config(64)
+  assert isinstance(config.query_pre_attn_scalar, float)
+  found = opening.config_json(config)["query_pre_attn_scalar"]
+  assert isinstance(found, int)
+  config.query_pre_attn_scalar = 7.5
+  assert opening.config_json(config)["query_pre_attn_scalar"] == 7.5
+
+
+def test_there_are_only_layouts_that_exist(tmp_path):
+  config = tiny.text_encoder_config(64)
+  component = opening.component(config, {})
+  with pytest.raises(ValueError, match="no layout 'original' of a text_enc"):
+    opening.rules_of(component, "original")
+
+
+def test_an_unfinished_orbax_item_is_refused(tmp_path):
+  with pytest.raises(FileNotFoundError, match="no complete Orbax checkpoint"):
+    orbax_files.open_tree(tmp_path)

@@ -15,7 +15,7 @@ from flax import nnx
 from sana_jax import config as config_lib
 from sana_jax.models import controlnet as controlnet_lib
 from sana_jax.models import sana
-from sana_jax.weights import components, files, mapping
+from sana_jax.weights import architecture, components, files, mapping
 from sana_jax.weights import controlnet as controlnet_weights
 from sana_jax.weights import sana as sana_weights
 from tests import tiny
@@ -128,7 +128,7 @@ def test_published_sizes_are_recognised(preset):
     name: files.Tensor(shape, np.dtype(np.float32), lambda: None)
     for name, shape in shapes.items()
   }
-  assert components.infer_controlnet_config(tensors) == config
+  assert architecture.infer_controlnet_config(tensors) == config
 
 
 @pytest.mark.parity

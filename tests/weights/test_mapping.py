@@ -1,14 +1,17 @@
 """The engine fills models exactly, inverts itself, and names every misfit."""
 
+import collections
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
-from sana_jax import tree
+from sana_jax import sharding, tree
 from sana_jax.nn import layers, stack
-from sana_jax.weights import mapping
+from sana_jax.weights import files, mapping
 
 DEPTH = 3
 
@@ -131,6 +134,85 @@ def test_parameters_take_the_requested_dtype(tensors):
   assert {leaf.dtype for leaf in jax.tree.leaves(model)} == {
     jnp.dtype(jnp.bfloat16)
   }
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_every_device_gets_its_shard(tensors, dtype):
+  mesh = sharding.make_mesh({"a": 2, "b": 4})
+  whole = mapping.load(abstract(), rules(), tensors, dtype=dtype)
+
+  # Stacked and plain parameters, cut on one axis, on two, and not at all.
+  cuts = {
+    "blocks/kernel": (None, "b", "a"),
+    "joined/kernel": ("b",),
+    "part/kernel": ("a", None),
+  }
+  shardings = tree.map_with_names(
+    lambda name, _: NamedSharding(mesh, PartitionSpec(*cuts.get(name, ()))),
+    abstract(),
+  )
+  found = mapping.load(
+    abstract(), rules(), tensors, dtype=dtype, shardings=shardings
+  )
+  jax.tree.map(np.testing.assert_array_equal, found, whole)
+  placed = jax.tree.map(
+    lambda leaf, place: leaf.sharding == place, *(found, shardings)
+  )
+  assert all(jax.tree.leaves(placed))
+  assert found.blocks.kernel[...].addressable_shards[0].data.shape == (3, 1, 3)
+
+
+def test_blocks_may_be_spread_over_devices(tensors):
+  reads = collections.Counter()
+
+  def counted(name, tensor):
+    def read():
+      reads[name] += 1
+      return tensor
+
+    return files.Tensor(tensor.shape, tensor.dtype, read)
+
+  mesh = sharding.make_mesh({"layers": DEPTH}, jax.devices()[:DEPTH])
+  shardings = tree.map_with_names(
+    lambda name, _: NamedSharding(
+      mesh, PartitionSpec("layers" if name.startswith("blocks") else None)
+    ),
+    abstract(),
+  )
+  lazy = {name: counted(name, tensor) for name, tensor in tensors.items()}
+  found = mapping.load(abstract(), rules(), lazy, shardings=shardings)
+  whole = mapping.load(abstract(), rules(), tensors)
+  jax.tree.map(np.testing.assert_array_equal, found, whole)
+  # Two parameters are rows of one tensor.
+  assert reads == dict.fromkeys(tensors, 1) | {"both.weight": 2}
+
+
+def test_large_matrices_are_transposed_and_cast_as_small_ones(rng):
+  source = rng.normal(size=(200, 130)).astype(np.float32)
+  model = jax.eval_shape(lambda: layers.Linear(130, 200, rngs=nnx.Rngs(0)))
+  rows = [
+    mapping.Rule("kernel", ("w",), *mapping.LINEAR),
+    mapping.Rule("bias", ("b",)),
+  ]
+  named = {"w": source, "b": source[:, 0]}
+  found = mapping.load(model, rows, named, dtype=jnp.bfloat16)
+  np.testing.assert_array_equal(
+    found.kernel[...], source.T.astype(jnp.bfloat16)
+  )
+  np.testing.assert_array_equal(
+    found.bias[...], source[:, 0].astype(jnp.bfloat16)
+  )
+
+
+def test_nothing_is_copied_until_a_published_tensor_is_read(tensors):
+  model = mapping.load(abstract(), rules(), tensors)
+  published = mapping.published(model, rules())
+  assert {n: t.shape for n, t in published.items()} == {
+    n: t.shape for n, t in tensors.items()
+  }
+  model.conv.bias[...] = jnp.arange(3.0)
+  bias = mapping.published(model, rules())["conv.bias"]
+  np.testing.assert_array_equal(np.asarray(bias), [0, 1, 2])
 
 
 def test_all_misfits_are_listed_at_once(tensors):

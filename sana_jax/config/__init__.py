@@ -1,0 +1,59 @@
+"""Typed configuration: the schema of everything.
+
+A config is editable until `freeze()`; an unknown name is an error in both
+phases. Files in `configs/` import this module only, so they load instantly.
+"""
+
+from sana_jax.config.base import (
+  Config,
+  from_dict,
+)
+from sana_jax.config.models import (
+  DCAEConfig,
+  Gemma2Config,
+  SanaBlocksConfig,
+  SanaConfig,
+  SanaControlNetConfig,
+  dc_ae_lite,
+  sana15_1600m,
+  sana15_4800m,
+  sana_600m,
+  sana_1600m,
+  sana_1600m_2k,
+  sana_1600m_4k,
+  sana_sprint_600m,
+  sana_sprint_1600m,
+)
+from sana_jax.config.training import (
+  AutoencoderConfig,
+  DataConfig,
+  FlowConfig,
+  OptimConfig,
+  TextToImageConfig,
+  TrainConfig,
+)
+
+__all__ = [
+  "AutoencoderConfig",
+  "Config",
+  "DCAEConfig",
+  "DataConfig",
+  "FlowConfig",
+  "Gemma2Config",
+  "OptimConfig",
+  "SanaBlocksConfig",
+  "SanaConfig",
+  "SanaControlNetConfig",
+  "TextToImageConfig",
+  "TrainConfig",
+  "dc_ae_lite",
+  "from_dict",
+  "sana15_1600m",
+  "sana15_4800m",
+  "sana_1600m",
+  "sana_1600m_2k",
+  "sana_1600m_4k",
+  "sana_600m",
+  "sana_sprint_1600m",
+  "sana_sprint_600m",
+]

@@ -1,0 +1,221 @@
+"""What a training run is told."""
+
+import dataclasses
+import math
+
+from sana_jax.config.base import Config, require
+from sana_jax.config.models import DCAEConfig, Gemma2Config, SanaConfig
+
+
+@dataclasses.dataclass(kw_only=True)
+class FlowConfig(Config):
+  """Rectified flow: how noise levels are drawn in training.
+
+  Args:
+    shift: moves noise levels towards noise; 3 at 1024 pixels.
+    logit_mean: mean of the normal whose sigmoid is the raw time.
+    logit_std: its standard deviation.
+    caption_dropout: share of samples trained with the null caption.
+    null_mask: which text mask goes with a dropped caption: "caption" keeps the
+      caption's (how SANA was trained), "own" takes the null caption's (what
+      diffusers and `SanaPipeline` sample with).
+  """
+
+  shift: float = 3.0
+  logit_mean: float = 0.0
+  logit_std: float = 1.0
+  caption_dropout: float = 0.1
+  null_mask: str = "caption"
+
+  def validate(self) -> None:
+    require(self.shift > 0, f"flow.shift must be > 0, got {self.shift}.")
+    require(
+      0 <= self.caption_dropout <= 1,
+      f"flow.caption_dropout must be in [0, 1], got {self.caption_dropout}.",
+    )
+    require(
+      self.null_mask in ("caption", "own"),
+      f"flow.null_mask must be 'caption' or 'own', got {self.null_mask!r}.",
+    )
+
+
+@dataclasses.dataclass(kw_only=True)
+class OptimConfig(Config):
+  """AdamW with linear warm-up, a schedule, and global-norm clipping.
+
+  Args:
+    schedule: after warm-up: "constant", or "cosine" down to `final_lr_ratio`
+      of the peak at the last step.
+  """
+
+  peak_lr: float = 1e-4
+  warmup_steps: int = 2000
+  schedule: str = "constant"
+  final_lr_ratio: float = 0.0
+  b1: float = 0.9
+  b2: float = 0.999
+  eps: float = 1e-8
+  weight_decay: float = 0.01
+  clip_norm: float = 0.1
+
+  def validate(self) -> None:
+    require(
+      self.schedule in ("constant", "cosine"),
+      f"optim.schedule must be 'constant' or 'cosine', got {self.schedule!r}.",
+    )
+    for name in ("peak_lr", "clip_norm", "eps"):
+      value = getattr(self, name)
+      require(
+        value > 0 and math.isfinite(value),
+        f"optim.{name} must be a positive number, got {value}.",
+      )
+    for name in ("warmup_steps", "weight_decay"):
+      value = getattr(self, name)
+      require(value >= 0, f"optim.{name} must not be negative, got {value}.")
+    for name in ("b1", "b2"):
+      value = getattr(self, name)
+      require(0 <= value < 1, f"optim.{name} must be in [0, 1), got {value}.")
+    require(
+      0 <= self.final_lr_ratio <= 1,
+      f"optim.final_lr_ratio must be in [0, 1], got {self.final_lr_ratio}.",
+    )
+
+
+@dataclasses.dataclass(kw_only=True)
+class DataConfig(Config):
+  """Captioned images, read by Grain from a TFDS ArrayRecord directory.
+
+  Args:
+    data_dir: the TFDS version directory; None: the bundled emoji.
+    split: "train" or "heldout".
+    image_size: side in pixels; records of another size are an error.
+    keyword_probability: share of captions that get keywords appended.
+    keywords_only_probability: share of captions made of keywords alone.
+  """
+
+  data_dir: str | None = None
+  split: str = "train"
+  image_size: int = 64
+  keyword_probability: float = 0.0
+  keywords_only_probability: float = 0.0
+  num_threads: int = 4
+
+
+@dataclasses.dataclass(kw_only=True)
+class TrainConfig(Config):
+  """What every training run has, whatever it trains.
+
+  Args:
+    ema_decay: of the averaged parameters that are sampled and exported.
+    mesh: sizes of the axes "data" (copies) and "fsdp" (shards of parameters);
+      one -1 takes the devices that are left.
+    checkpoints_to_keep: older checkpoints are deleted.
+    dtype: compute dtype; parameters and optimiser state stay float32.
+    remat: "none", "full" or "dots" (see nn/stack.py).
+    scan_layers: False unrolls the blocks: faster on CPU, slower to compile.
+  """
+
+  seed: int = 0
+  num_steps: int = 1000
+  batch_size: int = 64
+  optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+  data: DataConfig = dataclasses.field(default_factory=DataConfig)
+  ema_decay: float = 0.9999
+  log_every: int = 20
+  checkpoint_every: int = 500
+  checkpoints_to_keep: int = 2
+  sample_every: int = 500
+  mesh: dict[str, int] = dataclasses.field(
+    default_factory=lambda: {"data": -1, "fsdp": 1}
+  )
+  dtype: str = "bfloat16"
+  remat: str = "full"
+  scan_layers: bool = True
+
+  def validate(self) -> None:
+    for name in (
+      *("num_steps", "batch_size", "log_every", "sample_every"),
+      *("checkpoint_every", "checkpoints_to_keep"),
+    ):
+      value = getattr(self, name)
+      require(value > 0, f"{name} must be positive, got {value}.")
+    require(
+      set(self.mesh) == {"data", "fsdp"},
+      f"mesh must have the axes 'data' and 'fsdp', got {self.mesh}.",
+    )
+    require(
+      self.remat in ("none", "full", "dots"),
+      f"remat must be 'none', 'full' or 'dots', got {self.remat!r}.",
+    )
+    require(
+      self.dtype in ("float32", "bfloat16"),
+      f"dtype must be 'float32' or 'bfloat16', got {self.dtype!r}.",
+    )
+    require(
+      0 <= self.ema_decay < 1,
+      f"ema_decay must be in [0, 1), got {self.ema_decay}.",
+    )
+
+
+@dataclasses.dataclass(kw_only=True)
+class TextToImageConfig(TrainConfig):
+  """Trains a SanaTransformer on the latents of a fixed autoencoder.
+
+  Args:
+    autoencoder: directory of the autoencoder, diffusers layout (`vae/`).
+    tokenizer: directory of the tokenizer.
+    text_encoder: architecture of the text encoder.
+    text_encoder_path: pretrained weights; None: random initialisation.
+    train_text_encoder: True trains it together with the transformer.
+    max_sequence_length: caption tokens, beginning-of-sequence included.
+    use_complex_human_instruction: True puts SANA's instruction before every
+      caption.
+    sample_prompts: prompts of the sample grids made while training.
+  """
+
+  model: SanaConfig = dataclasses.field(default_factory=SanaConfig)
+  text_encoder: Gemma2Config = dataclasses.field(default_factory=Gemma2Config)
+  text_encoder_path: str | None = None
+  train_text_encoder: bool = False
+  autoencoder: str = ""
+  tokenizer: str = ""
+  max_sequence_length: int = 300
+  use_complex_human_instruction: bool = False
+  flow: FlowConfig = dataclasses.field(default_factory=FlowConfig)
+  sample_prompts: tuple[str, ...] = ()
+  sample_steps: int = 20
+  sample_guidance_scale: float = 4.5
+
+  def validate(self) -> None:
+    super().validate()
+    require(
+      self.model.caption_channels == self.text_encoder.hidden_size,
+      f"model.caption_channels ({self.model.caption_channels}) must equal "
+      f"text_encoder.hidden_size ({self.text_encoder.hidden_size}).",
+    )
+    require(
+      self.train_text_encoder or self.text_encoder_path is not None,
+      "text_encoder_path is None: give the pretrained text encoder's "
+      "directory, or set train_text_encoder=True.",
+    )
+    for name in ("autoencoder", "tokenizer", "sample_prompts"):
+      require(bool(getattr(self, name)), f"{name} is empty: set it.")
+
+
+@dataclasses.dataclass(kw_only=True)
+class AutoencoderConfig(TrainConfig):
+  """Trains a DCAE to reconstruct images.
+
+  Loss: l1 + l2_weight * l2 + latent_penalty * mean(z^2), decoded from
+  z + latent_noise * noise.
+
+  Args:
+    latent_noise: noise added to latents before decoding, so that the decoder
+      forgives the small errors of a sampled latent.
+    latent_penalty: keeps latents from growing to drown that noise.
+  """
+
+  model: DCAEConfig = dataclasses.field(default_factory=DCAEConfig)
+  l2_weight: float = 1.0
+  latent_noise: float = 0.0
+  latent_penalty: float = 0.0

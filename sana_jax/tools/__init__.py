@@ -1,0 +1,1 @@
+"""Commands about checkpoints: what one is, another layout, where it differs."""
