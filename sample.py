@@ -1,142 +1,292 @@
 """Makes images: python sample.py --prompt="a red apple" [--checkpoint=DIR].
 
 Without --checkpoint, the small emoji model that comes with the package. PNG
-files carry everything needed to make them again.
+files carry everything needed to make them again (--reproduce=FILE).
+
+--prompt_file takes any number: .txt with a prompt a line, or .jsonl, .csv or
+.parquet with `prompt` and, if wanted, other fields named like the flags:
+negative_prompt, seed, num_images_per_prompt, height, guidance_scale and so on.
+The same command run again makes only what is missing; SIGTERM ends it after the
+files at hand. Machines share the work by --num_hosts and --host_index.
+
+Exit codes: 0 all is made, or SIGTERM came; 1 something is wrong, as said; 3
+some lines or images are impossible (each is named), the others are made.
 """
 
-import hashlib
-import importlib.metadata
-import json
-import re
+import functools
+import os
+import pathlib
 import sys
+import time
 import warnings
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping
+from concurrent import futures
+from typing import Any, NoReturn
 
 import jax
-import numpy as np
 from absl import app, flags, logging
 from etils import epath
 
-from sana_jax import images as images_lib
+from sana_jax import compilation_cache
 from sana_jax import pipeline as pipeline_lib
-from sana_jax.models import tiling
+from sana_jax.bulk import (
+  fields,
+  inputs,
+  job,
+  loading,
+  metadata,
+  plan,
+  requests,
+  runner,
+  sinks,
+)
 
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "What to draw; repeatable.")
-_PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "One prompt a line.")
+_PROMPT_FILE = flags.DEFINE_string(
+  "prompt_file", None, "Prompts: .txt, .jsonl, .csv or .parquet."
+)
 _NEGATIVE = flags.DEFINE_string(
   "negative_prompt", "", "What to stay away from."
 )
 _CHECKPOINT = flags.DEFINE_string(
   "checkpoint", None, "Directory in the layout of diffusers."
 )
-_VARIANT = flags.DEFINE_string("variant", None, "Weights variant, e.g. fp16.")
-_STEPS = flags.DEFINE_integer(
-  "num_inference_steps", None, "None: the checkpoint's own, like below."
-)
-_GUIDANCE = flags.DEFINE_float("guidance_scale", None, "1 and below: none.")
-_HEIGHT = flags.DEFINE_integer("height", None, "In pixels.")
-_WIDTH = flags.DEFINE_integer("width", None, "In pixels.")
-_BINNING = flags.DEFINE_boolean(
-  "use_resolution_binning", None, "Generate at the closest trained size."
-)
-_TILE = flags.DEFINE_integer(
-  "vae_tile", None, "Decode in tiles of so many pixels, for 4K images."
-)
 _SEED = flags.DEFINE_integer("seed", 0, "Same seed, same images.")
 _COUNT = flags.DEFINE_integer("num_images_per_prompt", 1, "Images a prompt.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Images at a time.")
-_DTYPE = flags.DEFINE_enum(
-  "dtype", "float32", ["float32", "bfloat16"], "Of weights and computation."
+_OUTPUT_DIR = flags.DEFINE_string("output_dir", "outputs", "For all files.")
+_FORMAT = flags.DEFINE_enum(
+  "output_format", "png", sinks.FORMATS, "PNG files, or shards of many images."
 )
-_OUTPUT_DIR = flags.DEFINE_string("output_dir", "outputs", "For PNG files.")
+_PER_SHARD = flags.DEFINE_integer("images_per_shard", 1000, "At most, a file.")
+_NUM_HOSTS = flags.DEFINE_integer(
+  "num_hosts", None, "Machines that share the work; None: what JAX says."
+)
+_HOST_INDEX = flags.DEFINE_integer(
+  "host_index", None, "Number of this machine, from 0; None: what JAX says."
+)
 _GRID = flags.DEFINE_boolean("grid", False, "Write grid.png of all images too.")
-_OVERWRITE = flags.DEFINE_boolean("overwrite", False, "Replace old files.")
+_OVERWRITE = flags.DEFINE_boolean(
+  "overwrite", False, "Remove the files of an earlier run, and start anew."
+)
+_BEST_OF = flags.DEFINE_integer(
+  "best_of", None, "Make so many candidates of each image, keep the best."
+)
+_SCORER = flags.DEFINE_string(
+  "scorer", None, '"module:function" of images and prompts, for --best_of.'
+)
+_REPRODUCE = flags.DEFINE_string(
+  "reproduce", None, "Make the image of this PNG file again."
+)
+_CACHE = flags.DEFINE_string(
+  "compilation_cache_dir",
+  None,
+  "Keeps compiled programs; None: in the user's cache directory, empty: off.",
+)
 
-_SLUG_LENGTH = 60
-_HASH_CHUNK = 1 << 24
+# How the pipeline is loaded; PNG files say it, and --reproduce does the same.
+_LOADING = {
+  "dtype": flags.DEFINE_enum(
+    "dtype", "float32", ["float32", "bfloat16"], "Of weights and computation."
+  ),
+  "variant": flags.DEFINE_string("variant", None, "Of weights, e.g. fp16."),
+  "vae_tile": flags.DEFINE_integer(
+    "vae_tile", None, "Decode in tiles of so many pixels, for 4K images."
+  ),
+  "controlnet": flags.DEFINE_string(
+    "controlnet", None, "Directory or file of a ControlNet."
+  ),
+  "controlnet_wiring": flags.DEFINE_enum(
+    "controlnet_wiring", None, ["diffusers", "original"], "How it is connected."
+  ),
+  "lora": flags.DEFINE_multi_string("lora", [], "An adapter; repeatable."),
+  "lora_scale": flags.DEFINE_multi_float(
+    "lora_scale", [], "For all adapters, or one for each."
+  ),
+  "fuse_lora": flags.DEFINE_boolean(
+    "fuse_lora", False, "Add adapters to the weights: faster."
+  ),
+}
+# Arguments of the pipeline's call.
+_PICTURES = {
+  "image": flags.DEFINE_string("image", None, "To begin with."),
+  "mask_image": flags.DEFINE_string(
+    "mask_image", None, "White where --image is made anew, black elsewhere."
+  ),
+  "control_image": flags.DEFINE_string(
+    "control_image", None, "What the ControlNet follows, such as edges."
+  ),
+}
+# Fields of GenerationConfig; None: the checkpoint's own value.
+_SETTINGS = {
+  "num_inference_steps": flags.DEFINE_integer(
+    "num_inference_steps", None, "Calls of the transformer."
+  ),
+  "guidance_scale": flags.DEFINE_float(
+    "guidance_scale", None, "1 and below: none."
+  ),
+  "guidance_interval": flags.DEFINE_string(
+    "guidance_interval", None, '"low,high": guide at these noise levels only.'
+  ),
+  "height": flags.DEFINE_integer("height", None, "In pixels."),
+  "width": flags.DEFINE_integer("width", None, "In pixels."),
+  "aspect": flags.DEFINE_string(
+    "aspect", None, 'Width to height, e.g. "16:9", in place of both.'
+  ),
+  "use_resolution_binning": flags.DEFINE_boolean(
+    "use_resolution_binning", None, "Generate at the closest trained size."
+  ),
+  "pag_scale": flags.DEFINE_float(
+    "pag_scale", None, "Of perturbed-attention guidance; 0: none."
+  ),
+  "pag_adaptive_scale": flags.DEFINE_float(
+    "pag_adaptive_scale", None, "How much pag_scale falls with each timestep."
+  ),
+  "pag_applied_layers": flags.DEFINE_string(
+    "pag_applied_layers", None, 'Blocks that are perturbed: "8" or "8,9".'
+  ),
+  "strength": flags.DEFINE_float(
+    "strength", None, "How much of --image is made anew, in (0, 1]."
+  ),
+  "controlnet_conditioning_scale": flags.DEFINE_float(
+    "controlnet_conditioning_scale", None, "Multiplies what a ControlNet adds."
+  ),
+}
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str]) -> int:
+  started = time.monotonic()
   if len(argv) > 1:
     raise app.UsageError(f"Unexpected arguments: {argv[1:]}.")
   logging.set_verbosity(logging.INFO)
   warnings.showwarning = _log_warning
+  compilation_cache.enable(_CACHE.value, os.environ)
   try:
-    for path in run():
-      sys.stdout.write(f"{path}\n")
+    return run(started)
   except (ValueError, OSError, FloatingPointError) as error:
-    _fail(str(error))
+    _fail(_text(error))
+  except KeyboardInterrupt:
+    _fail("Interrupted; the same command goes on from here.")
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
     _fail("Out of device memory; lower --batch_size, or use --dtype=bfloat16.")
 
 
-def run() -> list[epath.Path]:
-  """Makes what the flags ask for; returns the files written."""
-  prompts = [prompt for prompt in read_prompts() for _ in range(_COUNT.value)]
-  paths = plan_files(prompts)
+def run(started: float) -> int:
+  """Makes what the flags ask for; returns the exit code.
+
+  Args:
+    started: when the program began, by time.monotonic.
+  """
+  again = read_reproduced()
+  good, problems = read_requests() if again is None else ([], [])
+  chosen = selection()
   checkpoint = checkpoint_path()
-  pipe = pipeline_lib.SanaPipeline.from_pretrained(
-    checkpoint, dtype=_DTYPE.value, variant=_VARIANT.value
+  how = loading_options(again or {})
+  with futures.ThreadPoolExecutor(1) as background:
+    # Reading the files twice costs little while loading computes.
+    digest = background.submit(metadata.checkpoint_hash, checkpoint)
+    pipe = loading.load(checkpoint, how)
+  made_with = how.describe()
+  if chosen is not None:
+    made_with |= {"best_of": _BEST_OF.value, "scorer": _SCORER.value}
+  run_description = metadata.describe_run(
+    pipe, checkpoint, digest.result(), made_with
   )
-  if _TILE.value is not None:
-    pipe.tiling = square_tiles(_TILE.value)
-  images = generate(pipe, prompts)
-  description = describe(pipe, checkpoint)
-  for i, prompt in enumerate(prompts):
-    metadata = png_metadata(
-      {"prompt": prompt, "image_index": i, **description}, images[i].shape
-    )
-    images_lib.write_png(paths[i], images[i], metadata=metadata)
-  if _GRID.value:
-    columns = _COUNT.value if _COUNT.value > 1 else None
-    grid = images_lib.grid(images, columns=columns)
-    metadata = {"sana_jax": json.dumps({"prompts": prompts, **description})}
-    images_lib.write_png(paths[-1], grid, metadata=metadata)
-  return paths
+  if again is not None:
+    good = [metadata.request_again(pipe, _REPRODUCE.value, again)]
+    for difference in [
+      *metadata.differences(again, run_description),
+      *inputs.changed(again),
+    ]:
+      logging.warning("the image may come out differently: %s", difference)
+  good, refused = requests.usable(
+    good, functools.partial(runner.resolve_settings, pipe)
+  )
+  requests.report(problems + refused, some_left=bool(good))
+  images = plan.make_plan(
+    good,
+    seed=_SEED.value,
+    batch_size=_BATCH_SIZE.value if again is None else again["batch_size"],
+    images_per_unit=1 if _FORMAT.value == "png" else _PER_SHARD.value,
+  )
+  outcome = job.make(pipe, images, output(), run_description, started, chosen)
+  if outcome.stopped:
+    return 0
+  return 3 if problems or refused or outcome.failed else 0
 
 
-def read_prompts() -> list[str]:
-  """Collects the prompts of both flags."""
-  if _COUNT.value < 1 or _BATCH_SIZE.value < 1:
+def read_reproduced() -> dict[str, Any] | None:
+  """Returns what the image of --reproduce says about itself."""
+  if _REPRODUCE.value is None:
+    return None
+  if _PROMPT.value or _PROMPT_FILE.value:
     raise ValueError(
-      f"--num_images_per_prompt ({_COUNT.value}) and --batch_size "
-      f"({_BATCH_SIZE.value}) must be at least 1."
+      "--reproduce takes its prompt from the image; leave --prompt and "
+      "--prompt_file out."
     )
-  prompts = list(_PROMPT.value)
+  return metadata.read_png(_REPRODUCE.value)
+
+
+def read_requests() -> tuple[list[requests.Request], list[requests.Problem]]:
+  """Reads both flags: what can be made of them, and what cannot.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+    ValueError: a flag's value that cannot be, or an unreadable file.
+  """
+  reader = requests.Reader(
+    negative_prompt=_NEGATIVE.value,
+    count=_COUNT.value,
+    settings=settings(),
+    pictures={n: f.value for n, f in _PICTURES.items() if f.value is not None},
+  )
+  good, problems = [], []
+  for number, prompt in enumerate(_PROMPT.value, 1):
+    try:
+      good.append(reader.make("--prompt", number, {"prompt": prompt}))
+    except ValueError as error:
+      raise ValueError(f"--prompt={prompt!r}: {error}.") from error
   if _PROMPT_FILE.value:
-    path = epath.Path(_PROMPT_FILE.value)
-    if not path.is_file():
-      raise FileNotFoundError(f"--prompt_file {path} does not exist.")
-    lines = path.read_text().splitlines()
-    prompts += [line.strip() for line in lines if line.strip()]
-    if not prompts:
+    for item in reader.read(_PROMPT_FILE.value):
+      (good if isinstance(item, requests.Request) else problems).append(item)
+    if not good and not problems:
       raise ValueError(
-        f"--prompt_file {path} is empty; put a prompt on a line."
+        f"--prompt_file {_PROMPT_FILE.value} is empty; put a prompt on a line."
       )
-  if not prompts:
+  elif not good:
     raise ValueError("There is no prompt; give --prompt or --prompt_file.")
-  return prompts
+  return good, problems
 
 
-def plan_files(prompts: Sequence[str]) -> list[epath.Path]:
-  """Names the files, and makes sure that none would be lost."""
-  directory = epath.Path(_OUTPUT_DIR.value)
-  paths = [
-    directory / f"{i:04d}-{slug(prompt)}.png"
-    for i, prompt in enumerate(prompts)
-  ]
-  if _GRID.value:
-    paths.append(directory / "grid.png")
-  existing = [path for path in paths if path.exists()]
-  if existing and not _OVERWRITE.value:
-    raise FileExistsError(
-      f"{existing[0]} exists; use another --output_dir, or --overwrite."
-    )
-  directory.mkdir(parents=True, exist_ok=True)
-  return paths
+def settings() -> dict[str, Any]:
+  """Returns the fields of GenerationConfig that flags change."""
+  changes = {}
+  for name, flag in _SETTINGS.items():
+    value = flag.value
+    if isinstance(value, str):
+      try:
+        value = fields.parse(value, fields.SETTING_TYPES[name])
+      except ValueError as error:
+        raise ValueError(f"--{name}: {error}.") from error
+    if value is not None:
+      changes[name] = value
+  return changes
+
+
+def loading_options(described: Mapping[str, Any]) -> loading.Loading:
+  """Returns the flags that are given, and the image's values of others."""
+  values = {
+    name: described[name]
+    if name in described and not flags.FLAGS[name].present
+    else flag.value
+    for name, flag in _LOADING.items()
+  }
+  # JSON and flags have lists.
+  return loading.Loading(
+    **{n: tuple(v) if isinstance(v, list) else v for n, v in values.items()}
+  )
 
 
 def checkpoint_path() -> epath.Path:
@@ -146,126 +296,51 @@ def checkpoint_path() -> epath.Path:
   return epath.Path(_CHECKPOINT.value)
 
 
-def square_tiles(side: int) -> tiling.Tiling:
-  """Returns tiles that overlap by an eighth, as published pipelines do."""
-  stride = side * 7 // 8
-  return tiling.Tiling(
-    tile_height=side,
-    tile_width=side,
-    stride_height=stride,
-    stride_width=stride,
+def selection() -> runner.Selection | None:
+  """Returns how the best of several candidates is found.
+
+  Raises:
+    ValueError: there is no such scorer, or only one of both flags.
+  """
+  if (_BEST_OF.value is None) != (_SCORER.value is None):
+    raise ValueError("--best_of and --scorer go together; give both.")
+  if _BEST_OF.value is None:
+    return None
+  if _REPRODUCE.value is not None:
+    raise ValueError("--best_of cannot go with --reproduce.")
+  return runner.Selection(_BEST_OF.value, runner.load_scorer(_SCORER.value))
+
+
+def output() -> job.Output:
+  """Returns where the images go."""
+  num_hosts, host_index = _NUM_HOSTS.value, _HOST_INDEX.value
+  if (num_hosts is None) != (host_index is None):
+    raise ValueError("--num_hosts and --host_index go together; give both.")
+  if num_hosts is None:
+    num_hosts, host_index = jax.process_count(), jax.process_index()
+  return job.Output(
+    path=pathlib.Path(_OUTPUT_DIR.value),
+    format=_FORMAT.value,
+    grid=_GRID.value,
+    overwrite=_OVERWRITE.value,
+    num_hosts=num_hosts,
+    host_index=host_index,
   )
 
 
-def generate(
-  pipe: pipeline_lib.SanaPipeline, prompts: Sequence[str]
-) -> list[np.ndarray]:
-  """Makes one image per prompt, `--batch_size` at a time."""
-  size = min(_BATCH_SIZE.value, len(prompts))
-  images: list[np.ndarray] = []
-  for start in range(0, len(prompts), size):
-    batch = list(prompts[start : start + size])
-    used = len(batch)
-    # Filled up, so that the last batch needs no compilation of its own.
-    batch += batch[-1:] * (size - used)
-    logging.info("images %d to %d of %d", start, start + used - 1, len(prompts))
-    output = pipe(
-      batch,
-      negative_prompt=_NEGATIVE.value,
-      seed=_SEED.value,
-      image_index=start,
-      progress=_log_progress,
-      **_changes(),
-    )
-    images += list(output.images[:used])
-  return images
-
-
-def describe(
-  pipe: pipeline_lib.SanaPipeline, checkpoint: epath.Path
-) -> dict[str, Any]:
-  """Collects what, besides prompt and index, determines an image."""
-  return {
-    "negative_prompt": _NEGATIVE.value,
-    "seed": _SEED.value,
-    **pipe.generation_config.replace(_changes()).to_dict(),
-    "solver": type(pipe.solver).__name__,
-    "dtype": _DTYPE.value,
-    "checkpoint": checkpoint.absolute().name,
-    "checkpoint_sha256": checkpoint_hash(checkpoint),
-    "device": jax.devices()[0].device_kind,
-    "jax": jax.__version__,
-    "sana_jax": importlib.metadata.version("sana_jax"),
-  }
-
-
-def png_metadata(
-  description: dict[str, Any], shape: tuple[int, ...]
-) -> dict[str, str]:
-  """Makes text chunks: JSON, and the line format of other image tools."""
-  negative = description["negative_prompt"]
-  parameters = [
-    description["prompt"],
-    *([f"Negative prompt: {negative}"] if negative else []),
-    f"Steps: {description['num_inference_steps']}, "
-    f"Sampler: {description['solver']}, "
-    f"CFG scale: {description['guidance_scale']}, "
-    f"Seed: {description['seed']}, Size: {shape[1]}x{shape[0]}, "
-    f"Model hash: {description['checkpoint_sha256'][:10]}, "
-    f"Model: {description['checkpoint']}, "
-    f"Version: sana_jax {description['sana_jax']}",
-  ]
-  return {
-    "parameters": "\n".join(parameters),
-    "prompt": description["prompt"],
-    "seed": str(description["seed"]),
-    "sana_jax": json.dumps(description, ensure_ascii=False),
-  }
-
-
-def checkpoint_hash(checkpoint: epath.Path) -> str:
-  """Returns the SHA-256 of all weight files, in the order of their names."""
-  digest = hashlib.sha256()
-  for path in sorted(checkpoint.glob("*/*.safetensors")):
-    with path.open("rb") as file:
-      while chunk := file.read(_HASH_CHUNK):
-        digest.update(chunk)
-  return digest.hexdigest()
-
-
-def slug(prompt: str) -> str:
-  """Makes a prompt a file name: lower case letters and digits, hyphens."""
-  words = re.findall(r"[^\W_]+", prompt.lower())
-  return "-".join(words)[:_SLUG_LENGTH].strip("-") or "image"
-
-
-def _changes() -> dict[str, Any]:
-  return {
-    "num_inference_steps": _STEPS.value,
-    "guidance_scale": _GUIDANCE.value,
-    **{
-      name: value
-      for name, value in (
-        ("height", _HEIGHT.value),
-        ("width", _WIDTH.value),
-        ("use_resolution_binning", _BINNING.value),
-      )
-      if value is not None
-    },
-  }
-
-
-def _log_progress(event: pipeline_lib.Progress) -> None:
-  if event.seconds is not None:
-    done = "compiled" if event.phase == "compile" else "ran"
-    logging.info("%s: %s in %.1f s", event.stage, done, event.seconds)
+def _text(error: Exception) -> str:
+  # Of an OSError of ours, the number in front says nothing more.
+  text = error.strerror if isinstance(error, OSError) else None
+  if text is None or error.filename is not None:
+    text = str(error)
+  return " ".join(text.split())
 
 
 def _log_warning(message, *_args, **_kwargs) -> None:
   logging.warning("%s", message)
 
 
-def _fail(message: str) -> None:
+def _fail(message: str) -> NoReturn:
   sys.stderr.write(f"sample.py: {message}\n")
   sys.exit(1)
 

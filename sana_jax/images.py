@@ -1,5 +1,6 @@
 """Pictures: arrays to PNG files that know how they were made, and grids."""
 
+import io
 import math
 from collections.abc import Mapping, Sequence
 
@@ -51,15 +52,24 @@ def grid(
   )
 
 
+def encode_png(
+  image: Float[np.ndarray, "h w 3"],
+  metadata: Mapping[str, str] | None = None,
+) -> bytes:
+  """Makes a PNG of an image in [0, 1], with text chunks as metadata."""
+  info = PIL.PngImagePlugin.PngInfo()
+  for key, value in (metadata or {}).items():
+    info.add_itxt(key, value)
+  buffer = io.BytesIO()
+  PIL.Image.fromarray(to_uint8(image)).save(buffer, "PNG", pnginfo=info)
+  return buffer.getvalue()
+
+
 def write_png(
   path: epath.PathLike,
   image: Float[np.ndarray, "h w 3"],
   *,
   metadata: Mapping[str, str] | None = None,
 ) -> None:
-  """Writes an image in [0, 1], with text chunks that survive copying."""
-  info = PIL.PngImagePlugin.PngInfo()
-  for key, value in (metadata or {}).items():
-    info.add_itxt(key, value)
-  with epath.Path(path).open("wb") as file:
-    PIL.Image.fromarray(to_uint8(image)).save(file, "PNG", pnginfo=info)
+  """Writes a PNG file; see `encode_png`."""
+  epath.Path(path).write_bytes(encode_png(image, metadata))

@@ -5,13 +5,17 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import PIL.Image
+import PIL.PngImagePlugin
 import pytest
 from absl import flags
 from absl.testing import flagsaver
 
 import sample
+from sana_jax.bulk import loading
 from sana_jax.pipeline import files as pipeline_files
+from sana_jax.weights import components, lora
 from tests import tiny
 
 
@@ -31,14 +35,14 @@ def run(checkpoint, tmp_path, monkeypatch):
     flags.FLAGS(["sample.py"])
   monkeypatch.setattr(sample.warnings, "showwarning", None)
 
-  def call(**values):
+  def call(code=0, **values):
     defaults = {
       "checkpoint": str(checkpoint),
       "output_dir": str(tmp_path / "out"),
       "num_inference_steps": 1,
     }
     with flagsaver.flagsaver(**defaults | values):
-      sample.main(["sample.py"])
+      assert sample.main(["sample.py"]) == code
     return tmp_path / "out"
 
   return call
@@ -115,10 +119,14 @@ def test_an_image_tells_how_to_make_it_again(run, checkpoint, tmp_path):
 def test_files_are_not_overwritten_unless_asked(run, capsys):
   out = run(prompt=["a cat"])
   before = (out / "0000-a-cat.png").read_bytes()
-  assert "exists; use another" in failure(run, capsys, prompt=["a cat"], seed=1)
+  message = failure(run, capsys, prompt=["a cat"], seed=1)
+  assert "holds another run" in message
+  assert "seed was 0, is 1" in message
   assert (out / "0000-a-cat.png").read_bytes() == before
   run(prompt=["a cat"], seed=1, overwrite=True)
   assert (out / "0000-a-cat.png").read_bytes() != before
+  (out / "run.json").unlink()
+  assert "exists; use another" in failure(run, capsys, prompt=["a cat"])
 
 
 @pytest.mark.parametrize(
@@ -127,7 +135,36 @@ def test_files_are_not_overwritten_unless_asked(run, capsys):
     ({}, "There is no prompt"),
     ({"prompt": ["a"], "prompt_file": "nowhere.txt"}, "nowhere.txt does not"),
     ({"prompt": ["a"], "num_images_per_prompt": 0}, "must be at least 1"),
-    ({"prompt": [" "]}, "prompt 0 is empty"),
+    ({"prompt": [" "]}, "--prompt=' ': the prompt is empty"),
+    ({"prompt": ["a"], "num_hosts": 2}, "--num_hosts and --host_index go"),
+    ({"prompt": ["a"], "num_hosts": 2, "host_index": 2}, "got 2 of 2"),
+    ({"prompt": ["a"], "guidance_interval": "1"}, "expected 2 numbers"),
+    ({"prompt": ["a"], "pag_scale": 1.0, "pag_applied_layers": "9"}, "blocks"),
+    ({"prompt": ["a"], "strength": 0.5}, "strength has no effect"),
+    ({"prompt": ["a"], "image": "nowhere.png"}, "cannot read nowhere.png"),
+    ({"prompt": ["a"], "batch_size": 0}, "must be at least 1"),
+    ({"prompt": ["a"], "seed": -1}, "seed must be in"),
+    ({"prompt": ["a"], "grid": True, "output_format": "webdataset"}, "--grid"),
+    ({"prompt": ["a"], "reproduce": "a.png"}, "takes its prompt from the"),
+    ({"reproduce": "nowhere.png"}, "nowhere.png"),
+    ({"prompt": ["a"], "fuse_lora": True}, "fuse_lora has no effect"),
+    ({"prompt": ["a"], "lora_scale": [1.0]}, "lora_scale has no effect"),
+    ({"prompt": ["a"], "controlnet_wiring": "original"}, "without controlnet"),
+    ({"prompt": ["a"], "controlnet": "nowhere"}, "nowhere"),
+    ({"prompt": ["a"], "lora": ["nowhere"]}, "nowhere"),
+    (
+      {"prompt": ["a"], "lora": ["a"], "lora_scale": [1.0] * 2},
+      "there are 2 lora_scale for 1 lora",
+    ),
+    (
+      {"prompt": ["a"], "controlnet_conditioning_scale": 0.5},
+      "there is no control_image",
+    ),
+    ({"prompt": ["a"], "best_of": 2}, "--best_of and --scorer go together"),
+    ({"prompt": ["a"], "best_of": 0, "scorer": "math:hypot"}, "n must be at"),
+    ({"prompt": ["a"], "best_of": 2, "scorer": "math"}, '"module:function"'),
+    ({"prompt": ["a"], "best_of": 2, "scorer": "no_such:f"}, "no_such"),
+    ({"prompt": ["a"], "best_of": 2, "scorer": "math:pi"}, "is no function"),
     ({"prompt": ["a"], "checkpoint": "nowhere"}, "nowhere is not a directory"),
     ({"prompt": ["a"], "height": 33}, "multiples of 4"),
     ({"prompt": ["a"], "num_inference_steps": 0}, "num_inference_steps must"),
@@ -147,10 +184,264 @@ def test_without_a_bundled_model_a_checkpoint_is_asked_for(
   assert "no bundled model" in message
 
 
-def test_slugs_are_file_names():
-  assert sample.slug("A  Cat, on/../the table_!") == "a-cat-on-the-table"
-  assert sample.slug("🍰") == "image"
-  assert len(sample.slug("word " * 50)) <= 60
+def test_the_same_command_makes_what_is_missing(run, caplog, capsys):
+  values = {"prompt": ["a", "b", "c"], "batch_size": 1, "grid": True}
+  out = run(**values)
+  before = {path.name: path.read_bytes() for path in out.iterdir()}
+  (out / "0001-b.png").unlink()
+  capsys.readouterr()
+  with caplog.at_level("INFO", "absl"):
+    run(**values)
+  assert "2 of 3 images are there already" in caplog.text
+  assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+  assert capsys.readouterr().out.split() == [
+    str(out / "0001-b.png"),
+    str(out / "grid.png"),
+  ]
+
+
+def test_lines_change_settings_and_bad_lines_are_left_out(
+  run, tmp_path, caplog
+):
+  file = tmp_path / "a.jsonl"
+  lines = [
+    {"prompt": "a", "height": 16, "seed": 7, "num_images_per_prompt": 2},
+    {"prompt": "b", "height": 17},
+    {"prompt": "c", "sed": 1},
+    {"prompt": "d"},
+  ]
+  file.write_text("\n".join(map(json.dumps, lines)))
+  with caplog.at_level("ERROR", "absl"):
+    out = run(code=3, prompt_file=str(file), num_images_per_prompt=1)
+  assert f"left out: {file}:2: height 17 and width 32 must be" in caplog.text
+  assert f"left out: {file}:3: unknown fields ['sed']" in caplog.text
+  assert "requests left out: 2" in caplog.text
+  names = ["0000-a.png", "0001-a.png", "0002-d.png"]
+  assert sorted(p.name for p in out.glob("*.png")) == names
+  assert picture(out / names[1]).size == (32, 16)
+  first, second, third = (
+    json.loads(picture(out / name).text["sana_jax"]) for name in names
+  )
+  assert [d["seed"] for d in (first, second, third)] == [7, 7, 0]
+  assert [d["image_index"] for d in (first, second, third)] == [0, 1, 2]
+
+
+def test_batches_that_fail_are_named_and_the_rest_goes_on(
+  run, tmp_path, caplog
+):
+  file = tmp_path / "a.jsonl"
+  lines = [{"prompt": "a", "guidance_scale": 1e38}, {"prompt": "b"}]
+  file.write_text("\n".join(map(json.dumps, lines)))
+  with caplog.at_level("ERROR", "absl"):
+    out = run(code=3, prompt_file=str(file), grid=True)
+  assert "images [0] failed: The decoder's result is not finite" in caplog.text
+  assert "1 images failed: [0]" in caplog.text
+  lines = (out / "manifest.jsonl").read_text().splitlines()
+  assert "not finite" in json.loads(lines[0])["error"]
+  assert sorted(p.name for p in out.glob("*.png")) == ["0001-b.png", "grid.png"]
+  # What failed is remembered, and white.
+  run(code=3, prompt_file=str(file), grid=True)
+  assert np.asarray(picture(out / "grid.png"))[:32, :32].min() == 255
+
+
+def test_an_image_is_made_again_from_itself(run, tmp_path, caplog):
+  out = run(
+    prompt=["a cat", "a dog"],
+    negative_prompt="blurry",
+    seed=5,
+    guidance_scale=3.0,
+    guidance_interval="0.1,0.9",
+    vae_tile=32,
+    batch_size=1,
+  )
+  path = out / "0001-a-dog.png"
+  with caplog.at_level("WARNING", "absl"):
+    run(
+      reproduce=str(path),
+      output_dir=str(tmp_path / "again"),
+      num_inference_steps=None,
+    )
+  assert "differently" not in caplog.text
+  copy = picture(tmp_path / "again" / "0000-a-dog.png")
+  assert copy.tobytes() == picture(path).tobytes()
+  assert copy.text == picture(path).text
+
+
+def test_an_image_of_a_larger_batch_is_made_again_within_one_level(
+  run, tmp_path
+):
+  out = run(prompt=["a cat", "a dog", "a cow"], num_inference_steps=3)
+  run(reproduce=str(out / "0002-a-cow.png"), output_dir=str(tmp_path / "again"))
+  ours, theirs = (
+    np.asarray(picture(path), np.int64)
+    for path in (out / "0002-a-cow.png", tmp_path / "again/0000-a-cow.png")
+  )
+  assert np.abs(ours - theirs).max() <= 1
+
+
+def test_an_image_made_again_otherwise_warns(run, tmp_path, caplog):
+  out = run(prompt=["a cat"], batch_size=1)
+  original = picture(out / "0000-a-cat.png")
+  info = PIL.PngImagePlugin.PngInfo()
+  described = json.loads(original.text["sana_jax"]) | {"jax": "0.0.1"}
+  info.add_itxt("sana_jax", json.dumps(described))
+  original.save(tmp_path / "older.png", pnginfo=info)
+  with caplog.at_level("WARNING", "absl"):
+    run(reproduce=str(tmp_path / "older.png"), output_dir=str(tmp_path / "b"))
+  assert "differently: this is another version of JAX: jax was 0.0.1" in (
+    caplog.text
+  )
+
+
+def test_given_flags_win_over_those_an_image_was_made_with(run):
+  described = {"dtype": "bfloat16", "vae_tile": 64, "prompt": "a"}
+  assert sample.loading_options(described).dtype == "bfloat16"
+  flags.FLAGS["dtype"].parse("float32")
+  flags.FLAGS["dtype"].present = 1
+  try:
+    found = sample.loading_options(described)
+    assert found == loading.Loading(dtype="float32", vae_tile=64)
+  finally:
+    flags.FLAGS["dtype"].unparse()
+
+
+def test_images_begin_with_an_image_of_a_flag_or_a_line(run, tmp_path):
+  rng = np.random.default_rng(0)
+  for name, size in (("a.png", (40, 20)), ("b.png", (32, 32))):
+    pixels = rng.integers(0, 256, (*size[::-1], 3), np.uint8)
+    PIL.Image.fromarray(pixels).save(tmp_path / name)
+  mask = np.zeros((20, 40), np.uint8)
+  mask[:, 20:] = 255
+  PIL.Image.fromarray(mask).save(tmp_path / "mask.png")
+  file = tmp_path / "a.jsonl"
+  lines = [
+    {"prompt": "left"},
+    {"prompt": "right", "mask_image": str(tmp_path / "mask.png")},
+    {"prompt": "other", "image": str(tmp_path / "b.png")},
+    {"prompt": "bad", "image": str(tmp_path / "b.png")}
+    | {"mask_image": str(tmp_path / "mask.png")},
+  ]
+  file.write_text("\n".join(map(json.dumps, lines)))
+  out = run(
+    code=3,
+    prompt_file=str(file),
+    image=str(tmp_path / "a.png"),
+    num_inference_steps=2,
+  )
+  left, right = picture(out / "0000-left.png"), picture(out / "0001-right.png")
+  assert left.size == right.size
+  assert left.size[0] > left.size[1]
+  assert picture(out / "0002-other.png").size == (32, 32)
+  assert not (out / "0003-bad.png").exists()
+  described = json.loads(right.text["sana_jax"])
+  digest = hashlib.sha256((tmp_path / "mask.png").read_bytes()).hexdigest()
+  assert described["mask_image_sha256"] == digest
+  run(
+    reproduce=str(out / "0001-right.png"),
+    output_dir=str(tmp_path / "again"),
+    num_inference_steps=None,
+  )
+  copy = picture(tmp_path / "again" / "0000-right.png")
+  assert copy.tobytes() == right.tobytes()
+
+
+def test_adapters_and_a_controlnet_steer_and_are_remembered(
+  run, tmp_path, checkpoint
+):
+  steered = tiny.make_pipeline(checkpoint / "tokenizer", controlnet=True)
+  components.save_controlnet(
+    tmp_path / "controlnet", steered.controlnet, steered.controlnet_config
+  )
+  rng = np.random.default_rng(0)
+  for file in ("a", "b"):
+    pair = lora.Pair(
+      rng.normal(size=(2, 16)).astype(np.float32),
+      rng.normal(size=(16, 2)).astype(np.float32),
+      2.0,
+    )
+    adapter = lora.Lora({"transformer_blocks.0.attn1.to_q": pair})
+    lora.save(tmp_path / f"{file}.safetensors", adapter)
+  pixels = rng.integers(0, 256, (32, 32, 3), np.uint8)
+  PIL.Image.fromarray(pixels).save(tmp_path / "edges.png")
+  values = {
+    "prompt": ["a cat"],
+    "batch_size": 1,
+    "lora": [str(tmp_path / f"{file}.safetensors") for file in "ab"],
+    "lora_scale": [0.5, 0.25],
+    "controlnet": str(tmp_path / "controlnet"),
+    "control_image": str(tmp_path / "edges.png"),
+    "controlnet_conditioning_scale": 0.5,
+  }
+  made = picture(run(**values) / "0000-a-cat.png")
+  run(
+    reproduce=str(tmp_path / "out" / "0000-a-cat.png"),
+    output_dir=str(tmp_path / "again"),
+  )
+  copy = picture(tmp_path / "again" / "0000-a-cat.png")
+  assert made.tobytes() == copy.tobytes()
+  assert made.text == copy.text
+  no_control = {
+    "controlnet": None,
+    "control_image": None,
+    "controlnet_conditioning_scale": None,
+  }
+  for i, change in enumerate(({"lora_scale": [2.0]}, no_control)):
+    run(**values | change | {"output_dir": str(tmp_path / str(i))})
+    changed = picture(tmp_path / str(i) / "0000-a-cat.png")
+    assert changed.tobytes() != made.tobytes()
+
+
+def brightness(images, prompts):
+  assert len(images) == len(prompts)
+  return images.mean(axis=(1, 2, 3))
+
+
+def test_the_best_of_several_is_kept_and_made_again(run, tmp_path):
+  out = run(
+    prompt=["a cat", "a dog"], best_of=3, scorer="tests.test_sample:brightness"
+  )
+  run(
+    prompt=["a cat", "a dog"],
+    num_images_per_prompt=3,
+    batch_size=3,
+    output_dir=str(tmp_path / "all"),
+  )
+  scores = [
+    np.asarray(picture(path)).mean()
+    for path in sorted((tmp_path / "all").glob("*.png"))
+  ]
+  winner = 3 + int(np.argmax(scores[3:]))
+  best = picture(out / "0001-a-dog.png")
+  described = json.loads(best.text["sana_jax"])
+  assert described["image_index"] == winner
+  assert described["best_of"] == 3
+  assert described["score"] * 255 == pytest.approx(scores[winner], abs=0.5)
+  kept = picture(tmp_path / "all" / f"{winner:04d}-a-dog.png")
+  assert best.tobytes() == kept.tobytes()
+  run(reproduce=str(out / "0001-a-dog.png"), output_dir=str(tmp_path / "again"))
+  copy = picture(tmp_path / "again" / "0000-a-dog.png")
+  assert copy.tobytes() == best.tobytes()
+
+
+@pytest.mark.parametrize("output_format", ["webdataset", "arrayrecord"])
+def test_shards_hold_so_many_images(run, output_format, capsys):
+  out = run(
+    prompt=["a", "b", "c"],
+    num_images_per_prompt=2,
+    batch_size=2,
+    output_format=output_format,
+    images_per_shard=4,
+  )
+  names = sorted(path.name for path in out.glob("images-*"))
+  assert [name.split(".")[0] for name in names] == [
+    "images-00000-of-00002",
+    "images-00001-of-00002",
+  ]
+  lines = (out / "manifest.jsonl").read_text().splitlines()
+  lines = [json.loads(line) for line in lines]
+  assert [line["file"] for line in lines] == [names[0]] * 4 + [names[1]] * 2
+  assert [line["key"] for line in lines] == [f"{i:08d}" for i in range(6)]
+  assert capsys.readouterr().out.split() == [str(out / name) for name in names]
 
 
 @pytest.mark.slow

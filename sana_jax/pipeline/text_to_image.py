@@ -146,6 +146,10 @@ class SanaPipeline:
     """
     files.save(path, self)
 
+  def forget_prompts(self) -> None:
+    """Forgets the states of prompts, which are kept for calls to come."""
+    self._encodings = encodings.EncodingCache()
+
   @property
   def used_devices(self) -> list[jax.Device]:
     return self._executor.devices

@@ -1,0 +1,172 @@
+"""What an image says about itself: written into its PNG, and read back."""
+
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import PIL.Image
+from etils import epath
+
+from sana_jax import pipeline as pipeline_lib
+from sana_jax.bulk import fields, plan, requests
+
+_HASH_CHUNK = 1 << 24
+# Another one of these may make another image.
+_COMPARED = {
+  "checkpoint_sha256": "--checkpoint gives another model",
+  "solver": "the checkpoint has another sampler",
+  "dtype": "--dtype is another",
+  "sana_jax": "this is another version of sana_jax",
+  "jax": "this is another version of JAX",
+  "device": "this is another device",
+}
+
+
+def describe_run(
+  pipe: pipeline_lib.SanaPipeline,
+  checkpoint: epath.Path,
+  digest: str,
+  options: Mapping[str, Any],
+) -> dict[str, Any]:
+  """Collects what, besides its request, determines an image.
+
+  Args:
+    digest: of the checkpoint; see `checkpoint_hash`.
+    options: how the pipeline was loaded, "dtype" among them.
+  """
+  return {
+    "solver": type(pipe.solver).__name__,
+    **options,
+    "checkpoint": checkpoint.absolute().name,
+    "checkpoint_sha256": digest,
+    "device": jax.devices()[0].device_kind,
+    "jax": jax.__version__,
+    "sana_jax": importlib.metadata.version("sana_jax"),
+  }
+
+
+def describe_image(
+  pipe: pipeline_lib.SanaPipeline,
+  image: plan.Image,
+  details: Mapping[str, Any],
+) -> dict[str, Any]:
+  """Collects everything that an image is made from, as JSON values.
+
+  Args:
+    details: those of `describe_run`, and the batch_size that the image was
+      made in, which may change the last bit.
+  """
+  return {
+    "prompt": image.prompt,
+    "image_index": image.image_index,
+    "negative_prompt": image.negative_prompt,
+    "seed": image.seed,
+    **pipe.generation_config.replace(image.settings).to_dict(),
+    **image.pictures,
+    **details,
+  }
+
+
+def png_chunks(
+  description: Mapping[str, Any], shape: tuple[int, ...]
+) -> dict[str, str]:
+  """Makes text chunks: JSON, and the line format of other image tools."""
+  negative = description["negative_prompt"]
+  parameters = [
+    description["prompt"],
+    *([f"Negative prompt: {negative}"] if negative else []),
+    f"Steps: {description['num_inference_steps']}, "
+    f"Sampler: {description['solver']}, "
+    f"CFG scale: {description['guidance_scale']}, "
+    f"Seed: {description['seed']}, Size: {shape[1]}x{shape[0]}, "
+    f"Model hash: {description['checkpoint_sha256'][:10]}, "
+    f"Model: {description['checkpoint']}, "
+    f"Version: sana_jax {description['sana_jax']}",
+  ]
+  return {
+    "parameters": "\n".join(parameters),
+    "prompt": description["prompt"],
+    "seed": str(description["seed"]),
+    "sana_jax": json.dumps(description, ensure_ascii=False),
+  }
+
+
+def read_png(path: epath.PathLike) -> dict[str, Any]:
+  """Returns the description that an image carries.
+
+  Raises:
+    OSError: there is no such image.
+    ValueError: it carries none, or that of several images.
+  """
+  with epath.Path(path).open("rb") as file, PIL.Image.open(file) as image:
+    # Chunks may come after the pixels.
+    image.load()
+    chunk = image.info.get("sana_jax")
+  try:
+    description = json.loads(chunk or "")
+  except ValueError as error:
+    raise ValueError(
+      f"{path} does not say how it was made: it is not a PNG of sample.py, or "
+      "was saved again by another program."
+    ) from error
+  expected = {"prompt", "seed", "image_index", "batch_size"}
+  if missing := sorted(expected - set(description)):
+    raise ValueError(
+      f"{path} does not say its {', '.join(missing)}; it cannot be made again."
+    )
+  return description
+
+
+def request_again(
+  pipe: pipeline_lib.SanaPipeline, path: str, description: Mapping[str, Any]
+) -> requests.Request:
+  """Returns the request of an image that was described.
+
+  Raises:
+    ValueError: the description says what cannot be.
+  """
+  own = pipe.generation_config.to_dict()
+  # Only what differs: a sampler refuses some settings, at any value.
+  settings = {
+    name: fields.convert(description[name], kind)
+    for name, kind in fields.SETTING_TYPES.items()
+    if name in description and not _same(description[name], own[name])
+  }
+  record = {
+    name: fields.convert(description[name], kind)
+    for name, kind in fields.REQUEST_TYPES.items()
+    if name in description
+  }
+  return requests.Reader().make(path, 1, record | settings)
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+  """Says what may keep an image from coming out the same.
+
+  Args:
+    there: the image's description.
+    here: of the run that makes it again; see `describe_run`.
+  """
+  return [
+    f"{reason}: {name} was {there.get(name)}, is {here[name]}"
+    for name, reason in _COMPARED.items()
+    if there.get(name) != here[name]
+  ]
+
+
+def checkpoint_hash(checkpoint: epath.Path) -> str:
+  """Returns the SHA-256 of all weight files, in the order of their names."""
+  digest = hashlib.sha256()
+  for path in sorted(checkpoint.glob("*/*.safetensors")):
+    with path.open("rb") as file:
+      while chunk := file.read(_HASH_CHUNK):
+        digest.update(chunk)
+  return digest.hexdigest()
+
+
+def _same(a: Any, b: Any) -> bool:
+  # JSON has lists only.
+  return json.dumps(a) == json.dumps(b)
