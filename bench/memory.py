@@ -7,6 +7,7 @@ Compiles the stages ahead of time for one chip of a TPU that need not be there;
 of full size is made. A decoder may take minutes to compile.
 """
 
+import argparse
 import functools
 import json
 import sys
@@ -16,7 +17,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags
 from etils import epath
 from flax import nnx
 
@@ -38,27 +38,6 @@ _CONFIGS = {
     config_lib.sana15_4800m,
   )
 }
-_CONFIG = flags.DEFINE_enum(
-  "config", "sana_1600m_4k", list(_CONFIGS), "Of the transformer."
-)
-_HEIGHT = flags.DEFINE_integer("height", None, "Pixels; None: as trained.")
-_WIDTH = flags.DEFINE_integer("width", None, "Pixels; None: as trained.")
-_BATCH = flags.DEFINE_integer("batch_size", 1, "Images.", lower_bound=1)
-_STEPS = flags.DEFINE_integer("steps", 20, "Of the sampler.", lower_bound=1)
-_GUIDED = flags.DEFINE_boolean("guidance", True, "Classifier-free guidance.")
-_TOKENS = flags.DEFINE_integer(
-  "token_length", 510, "Tokens of prompt and instruction.", lower_bound=300
-)
-_DTYPE = flags.DEFINE_enum(
-  "dtype", "bfloat16", ["float32", "bfloat16"], "Of weights and computation."
-)
-_TILE = flags.DEFINE_integer("vae_tile", None, "None: as planned.")
-_TOPOLOGY = flags.DEFINE_string("topology", "v5e:2x2", "One chip is used.")
-_STAGES = flags.DEFINE_multi_enum(
-  "stage", memory.STAGES, memory.STAGES, "Which to compile; repeatable."
-)
-_OUTPUT = flags.DEFINE_string("output", None, "JSON file of the figures.")
-
 _TEXT_LENGTH = 300
 _GIB = 2**30
 
@@ -86,45 +65,63 @@ class Program(NamedTuple):
   beside: int = 0
 
 
-def main(argv: list[str]) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f"Unexpected arguments: {argv[1:]}.")
-  mesh = topology_lib.one_chip(_TOPOLOGY.value)
-  available = topology_lib.HBM_BYTES[_TOPOLOGY.value.partition(":")[0]]
+def main(argv: list[str]) -> int:
+  args = _parse(argv)
+  mesh = topology_lib.one_chip(args.topology)
+  available = topology_lib.HBM_BYTES[args.topology.partition(":")[0]]
   configs = (
     config_lib.Gemma2Config(),
-    _CONFIGS[_CONFIG.value](),
+    _CONFIGS[args.config](),
     config_lib.DCAEConfig(),
   )
-  models = abstract_models(configs, jnp.dtype(_DTYPE.value))
+  models = abstract_models(configs, jnp.dtype(args.dtype))
   parts = map(footprint.make_part, configs, models)
   sizes = footprint.Models(*parts, platform="tpu")
   work = make_work(
     configs[1],
     configs[2],
-    height=_HEIGHT.value,
-    width=_WIDTH.value,
-    batch=_BATCH.value,
-    guided=_GUIDED.value,
-    token_length=_TOKENS.value,
+    height=args.height,
+    width=args.width,
+    batch=args.batch_size,
+    guided=args.guidance,
+    token_length=args.token_length,
   )
   plan = memory.plan(
     sizes,
     work,
     policy=memory.Policy(),
-    tiling=tiling_lib.square(_TILE.value) if _TILE.value else None,
+    tiling=tiling_lib.square(args.vae_tile) if args.vae_tile else None,
     available=available,
   )
-  _print(f"{_CONFIG.value}, {_DTYPE.value}, {_TOPOLOGY.value}: {plan.reason}")
+  _print(f"{args.config}, {args.dtype}, {args.topology}: {plan.reason}")
   records = []
-  for program in programs(configs, models, work, plan.decoding, _STEPS.value):
-    if program.stage in _STAGES.value:
+  for program in programs(configs, models, work, plan.decoding, args.steps):
+    if program.stage in (args.stage or memory.STAGES):
       records.append(measure(program, mesh, plan, available))
       _print(describe(records[-1]))
-  if _OUTPUT.value:
-    epath.Path(_OUTPUT.value).write_text(
+  if args.output:
+    epath.Path(args.output).write_text(
       json.dumps({"plan": plan.reason, "programs": records}, indent=1)
     )
+  return 0
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+  parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+  add = parser.add_argument
+  add("--config", default="sana_1600m_4k", choices=list(_CONFIGS))
+  add("--height", type=int, help="pixels; default: as trained")
+  add("--width", type=int, help="pixels; default: as trained")
+  add("--batch_size", type=int, default=1, help="images")
+  add("--steps", type=int, default=20, help="of the sampler")
+  add("--guidance", action=argparse.BooleanOptionalAction, default=True)
+  add("--token_length", type=int, default=510, help="of prompt, instruction")
+  add("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
+  add("--vae_tile", type=int, help="default: as planned")
+  add("--topology", default="v5e:2x2", help="one chip of it is used")
+  add("--stage", action="append", choices=memory.STAGES, help="default: all")
+  add("--output", help="JSON file of the figures")
+  return parser.parse_args(argv)
 
 
 def abstract_models(configs, dtype) -> Models:
@@ -352,4 +349,4 @@ def _print(line: str) -> None:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  sys.exit(main(sys.argv[1:]))
