@@ -21,6 +21,8 @@ from sana_jax.config.models import (
   sana_1600m,
   sana_1600m_2k,
   sana_1600m_4k,
+  sana_controlnet_600m,
+  sana_controlnet_1600m,
   sana_sprint_600m,
   sana_sprint_1600m,
 )
@@ -54,6 +56,8 @@ __all__ = [
   "sana_1600m_2k",
   "sana_1600m_4k",
   "sana_600m",
+  "sana_controlnet_600m",
+  "sana_controlnet_1600m",
   "sana_sprint_1600m",
   "sana_sprint_600m",
 ]

@@ -81,6 +81,21 @@ class SanaControlNetConfig(SanaBlocksConfig):
   num_layers: int = 7
 
 
+def sana_controlnet_600m() -> SanaControlNetConfig:
+  """The control branch of SANA 0.6B."""
+  return SanaControlNetConfig(
+    num_attention_heads=36,
+    num_cross_attention_heads=16,
+    cross_attention_head_dim=72,
+    cross_attention_dim=1152,
+  )
+
+
+def sana_controlnet_1600m() -> SanaControlNetConfig:
+  """The control branch of SANA 1.6B."""
+  return SanaControlNetConfig()
+
+
 def sana_600m() -> SanaConfig:
   """SANA 0.6B (1024 px; sample_size 16 for 512 px)."""
   return SanaConfig(

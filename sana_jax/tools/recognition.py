@@ -12,7 +12,7 @@ from etils import epath
 
 from sana_jax import config as config_lib
 from sana_jax.diffusion import scheduler_config
-from sana_jax.weights import files, opening, orbax_files, torch_zip
+from sana_jax.weights import files, opening, orbax_files, torch_zip, zoo
 
 PRESETS: dict[str, Callable[[], config_lib.Config]] = {
   "sana_600m": config_lib.sana_600m,
@@ -23,15 +23,19 @@ PRESETS: dict[str, Callable[[], config_lib.Config]] = {
   "sana15_4800m": config_lib.sana15_4800m,
   "sana_sprint_600m": config_lib.sana_sprint_600m,
   "sana_sprint_1600m": config_lib.sana_sprint_1600m,
+  "sana_controlnet_600m": config_lib.sana_controlnet_600m,
+  "sana_controlnet_1600m": config_lib.sana_controlnet_1600m,
   "dc_ae_f32c32": config_lib.DCAEConfig,
   "dc_ae_lite": config_lib.dc_ae_lite,
   "gemma_2_2b": config_lib.Gemma2Config,
 }
+_BLOCKS = ("num_layers", "width", "in_channels", "patch_size")
 _KEY_NUMBERS = {
   config_lib.SanaConfig: (
-    *("num_layers", "width", "in_channels", "patch_size", "caption_channels"),
-    *("qk_norm", "guidance_embeds", "interpolation_scale"),
+    *(*_BLOCKS, "caption_channels", "qk_norm", "guidance_embeds"),
+    *("interpolation_scale", "sample_size"),
   ),
+  config_lib.SanaControlNetConfig: (*_BLOCKS, "caption_channels"),
   config_lib.DCAEConfig: (
     *("spatial_compression", "latent_channels", "encoder_block_out_channels"),
     *("decoder_block_out_channels", "encoder_layers_per_block"),
@@ -75,7 +79,22 @@ def describe(
   else:
     component = opening.open_any(path, config_file=config_file, variant=variant)
     report = _component(component) | _beside(path)
-  return {"path": str(path), **report, **_card(path)}
+  return {"path": str(path), **report, **_published(path), **_card(path)}
+
+
+def _published(path: epath.Path) -> Report:
+  """What the table of published checkpoints says of one with this name."""
+  names = (str(path), str(path.parent))
+  entry = next(filter(None, map(zoo.lookup, names)), None)
+  if entry is None:
+    return {}
+  return {
+    "published_as": entry.name,
+    "trained_in": entry.precision,
+    "resolution": entry.resolution,
+    "licence": entry.licence,
+    "text_encoder_licence": zoo.TEXT_ENCODER_LICENCE,
+  }
 
 
 def problems(report: Mapping[str, Any]) -> list[str]:
@@ -97,6 +116,8 @@ def architecture(config: config_lib.Config) -> str | None:
     free = {"timestep_scale": 1.0}
     if config.interpolation_scale is None:
       free["sample_size"] = config_lib.SanaConfig.sample_size
+  elif isinstance(config, config_lib.SanaControlNetConfig):
+    free = {"sample_size": config_lib.SanaControlNetConfig.sample_size}
   elif isinstance(config, config_lib.DCAEConfig):
     free = {"scaling_factor": config_lib.DCAEConfig.scaling_factor}
   elif config.layer_types == _ALTERNATING * (config.num_hidden_layers // 2):
@@ -109,7 +130,7 @@ def architecture(config: config_lib.Config) -> str | None:
 def _component(component: opening.Component) -> Report:
   pattern = "|".join(f"(?:{regex})" for regex in component.ignored) or r"(?!)"
   ignored = [n for n in component.tensors if re.fullmatch(pattern, n)]
-  report = {
+  return {
     "kind": component.kind,
     "layout": component.layout,
     "architecture": architecture(component.config),
@@ -121,9 +142,6 @@ def _component(component: opening.Component) -> Report:
     "ignored": ignored,
     "problems": component.problems(),
   }
-  if isinstance(component.config, config_lib.SanaConfig):
-    report["config"]["sample_size"] = component.config.sample_size
-  return report
 
 
 def _contents(tensors: files.Tensors, ignored=()) -> Report:
