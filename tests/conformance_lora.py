@@ -11,12 +11,11 @@ import pathlib
 import re
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from sana_jax.diffusion import scheduler_config
 from sana_jax.models import sana
-from sana_jax.pipeline import stages
+from sana_jax.pipeline import denoising
 from sana_jax.weights import components, lora
 
 Arrays = dict[str, np.ndarray]
@@ -94,16 +93,16 @@ def _latents(
   )
   mask = inputs["in.pipe.mask"] != 0
   condition, null = (
-    stages.Condition(inputs[f"in.pipe.{name}"], mask)
+    denoising.Condition(inputs[f"in.pipe.{name}"], mask)
     for name in ("prompt_embeds", "negative_prompt_embeds")
   )
   denoise = jax.jit(
-    functools.partial(stages.denoise, timestep_scale=timestep_scale)
+    functools.partial(denoising.denoise, timestep_scale=timestep_scale)
   )
   return denoise(
     transformer=model,
     schedule=solver.schedule(steps),
-    guidance_scale=jnp.float32(guidance_scale),
+    scales=denoising.Scales(guidance_scale, 0.0, 0.0, 0.0),
     latents=np.moveaxis(inputs["in.pipe.latents"], 1, -1),
     condition=condition,
     null_condition=null,

@@ -5,7 +5,8 @@ from sana_jax.pipeline.denoising import Condition
 from sana_jax.pipeline.execution import Progress
 from sana_jax.pipeline.files import bundled_checkpoint
 from sana_jax.pipeline.options import GenerationConfig
-from sana_jax.pipeline.text_to_image import SanaOutput, SanaPipeline
+from sana_jax.pipeline.output import SanaOutput
+from sana_jax.pipeline.text_to_image import SanaPipeline
 
 __all__ = [
   "Best",

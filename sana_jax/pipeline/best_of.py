@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
+from sana_jax.pipeline import output as output_lib
 from sana_jax.pipeline import text_to_image
 
 # (images in [0, 1], the prompt of each) -> one score an image, more is better.
@@ -24,7 +25,7 @@ class Best(NamedTuple):
     scores: of all candidates.
   """
 
-  output: text_to_image.SanaOutput
+  output: output_lib.SanaOutput
   image_index: Int[np.ndarray, " prompts"]
   scores: Float[np.ndarray, "prompts n"]
 
@@ -67,7 +68,7 @@ def best_of(
     all_scores.append(scores)
   columns = (np.stack(column) for column in zip(*chosen, strict=True))
   return Best(
-    text_to_image.SanaOutput(*columns), np.array(numbers), np.stack(all_scores)
+    output_lib.SanaOutput(*columns), np.array(numbers), np.stack(all_scores)
   )
 
 

@@ -20,6 +20,10 @@ class EncodingCache:
     self._encoder: Any = None
     self._rows: OrderedDict[Hashable, tuple[np.ndarray, ...]] = OrderedDict()
 
+  def encoder_moved(self, encoder: Any) -> None:
+    """Says that the encoder in use is this one now, with the same weights."""
+    self._encoder = encoder
+
   def look_up(
     self,
     prompts: Sequence[str],

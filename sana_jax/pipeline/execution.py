@@ -42,6 +42,10 @@ class Executor:
     self._mesh = sharding.make_mesh({"data": len(devices)}, devices)
     self._compiled: dict[Any, Callable[..., Any]] = {}
 
+  @property
+  def devices(self) -> list[jax.Device]:
+    return list(self._mesh.devices.flat)
+
   def place(self, tree: Any) -> Any:
     """Puts a copy on every device; costs nothing when it is there."""
     return jax.device_put(tree, sharding.replicated(self._mesh))
@@ -67,15 +71,7 @@ class Executor:
     """
     size = jax.tree.leaves(batched)[0].shape[0]
     args = self.place(dict(shared)), self._split(dict(batched), size)
-    key = (function, tuple(sorted(static.items())), _signature(args))
-    if key not in self._compiled:
-      with _timed(stage, "compile", progress):
-        self._compiled[key] = self._compile(function, static, args)
-    with _timed(stage, "run", progress):
-      result = jax.block_until_ready(self._compiled[key](*args))
-    return jax.tree.map(lambda leaf: leaf[:size], result)
 
-  def _compile(self, function, static, args) -> Callable[..., Any]:
     def local(shared, batched):
       return function(**shared, **batched, **static)
 
@@ -87,7 +83,44 @@ class Executor:
       out_specs=data,
       check_vma=False,
     )
-    return jax.jit(mapped).lower(*args).compile()
+    key = ("all devices", function, tuple(sorted(static.items())))
+    result = self._run_compiled(stage, key, mapped, args, progress)
+    return jax.tree.map(lambda leaf: leaf[:size], result)
+
+  def run_on_first(
+    self,
+    stage: str,
+    function: Callable[..., Any],
+    *,
+    arguments: Mapping[str, Any],
+    static: Mapping[str, Any],
+    progress: ProgressFn | None = None,
+  ) -> Any:
+    """Returns function(**arguments, **static), from the first device.
+
+    For work that is too small to be shared out.
+
+    Args:
+      stage: its name in progress events.
+      static: hashable settings.
+    """
+
+    def local(arguments):
+      return function(**arguments, **static)
+
+    first = self._mesh.devices.flat[0]
+    args = (jax.device_put(dict(arguments), first),)
+    key = ("first device", function, tuple(sorted(static.items())))
+    return self._run_compiled(stage, key, local, args, progress)
+
+  def _run_compiled(self, stage, key, function, args, progress) -> Any:
+    """Compiles `function` unless `key` and shapes are known, and runs it."""
+    key = (key, _signature(args))
+    if key not in self._compiled:
+      with _timed(stage, "compile", progress):
+        self._compiled[key] = jax.jit(function).lower(*args).compile()
+    with _timed(stage, "run", progress):
+      return jax.block_until_ready(self._compiled[key](*args))
 
   def _split(self, batched: Any, size: int) -> Any:
     missing = -size % self._mesh.size

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
   from sana_jax.pipeline.text_to_image import SanaPipeline
 
 _FLOW_CLASS, _SPRINT_CLASS = "SanaPipeline", "SanaSprintPipeline"
+_CONTROLNET_CLASS = "SanaControlNetPipeline"
 _CLASSES = {
   "transformer": ["diffusers", "SanaTransformer2DModel"],
   "vae": ["diffusers", "AutoencoderDC"],
@@ -97,14 +98,28 @@ def _load_directory(
     fp16_clamp=fp16_clamp,
     **placed,
   )
-  return _load_rest(path, variant, placed) | {
-    "transformer": transformer,
-    "transformer_config": transformer_config,
-    "solver": _read_solver(path),
-    "generation_config": _generation_config(
-      path, source.entry, source.is_sprint
-    ),
-  }
+  parts = {}
+  if (path / "controlnet").is_dir():
+    parts["controlnet"], parts["controlnet_config"] = (
+      components_lib.load_controlnet(
+        path / "controlnet",
+        variant=_variant_of(path / "controlnet", variant),
+        fp16_clamp=transformer.fp16_clamp,
+        **placed,
+      )
+    )
+  return (
+    parts
+    | _load_rest(path, variant, placed)
+    | {
+      "transformer": transformer,
+      "transformer_config": transformer_config,
+      "solver": _read_solver(path),
+      "generation_config": _generation_config(
+        path, source.entry, source.is_sprint
+      ),
+    }
+  )
 
 
 def _load_transformer_with(
@@ -171,8 +186,17 @@ def save(path: epath.PathLike, pipeline: "SanaPipeline") -> None:
   """Writes a directory that `load` and diffusers read.
 
   Raises:
-    ValueError: the pipeline does not know its tokenizer's files.
+    ValueError: the pipeline does not know its tokenizer's files, or its
+      ControlNet is wired otherwise than diffusers does.
   """
+  if pipeline.controlnet is not None and (
+    pipeline.controlnet_wiring != "diffusers"
+  ):
+    raise ValueError(
+      f"The ControlNet is wired {pipeline.controlnet_wiring!r}, which this "
+      "layout cannot say: it would be read as wired for diffusers. Save its "
+      "weights with components.save_controlnet."
+    )
   if pipeline.tokenizer_directory is None:
     raise ValueError(
       "The pipeline has no tokenizer_directory, so that its tokenizer cannot "
@@ -189,6 +213,15 @@ def save(path: epath.PathLike, pipeline: "SanaPipeline") -> None:
   components_lib.save_autoencoder(
     path / "vae", pipeline.autoencoder, pipeline.autoencoder_config
   )
+  classes, name = _CLASSES, _FLOW_CLASS
+  if pipeline.is_sprint:
+    name = _SPRINT_CLASS
+  if pipeline.controlnet is not None:
+    name = _CONTROLNET_CLASS
+    classes = classes | {"controlnet": ["diffusers", "SanaControlNetModel"]}
+    components_lib.save_controlnet(
+      path / "controlnet", pipeline.controlnet, pipeline.controlnet_config
+    )
   (path / "tokenizer").mkdir(exist_ok=True)
   for file in epath.Path(pipeline.tokenizer_directory).iterdir():
     target = path / "tokenizer" / file.name
@@ -203,9 +236,9 @@ def save(path: epath.PathLike, pipeline: "SanaPipeline") -> None:
   weight_files.write_json(
     path / _INDEX,
     {
-      "_class_name": _SPRINT_CLASS if pipeline.is_sprint else _FLOW_CLASS,
+      "_class_name": name,
       "scheduler": ["diffusers", scheduler["_class_name"]],
-      **_CLASSES,
+      **classes,
     },
   )
 
@@ -248,9 +281,11 @@ def _generation_config(
   """Takes the checkpoint's own, or what is published, or its kind's."""
   file = path / _GENERATION_CONFIG
   if entry is not None and not file.is_file():
+    layers = None if entry.pag_block is None else (entry.pag_block,)
     return GenerationConfig(
       num_inference_steps=entry.num_inference_steps,
       guidance_scale=entry.guidance_scale,
+      pag_applied_layers=layers,
     )
   if not file.is_file():
     return GenerationConfig.sprint() if is_sprint else GenerationConfig()

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int, Key
 
-from sana_jax import resolution, text
+from sana_jax import text
 from sana_jax.diffusion import schedules
 from sana_jax.models import tiling as tiling_lib
 from sana_jax.pipeline import checks
@@ -101,25 +101,6 @@ def encode_images(
   else:
     latents = tiling_lib.encode(autoencoder, images, tiling)
   return latents.astype(jnp.float32) * scaling_factor
-
-
-def decode(
-  *,
-  autoencoder: Any,
-  latents: Float[Array, "b h w c"],
-  scaling_factor: float,
-  tiling: tiling_lib.Tiling | None,
-  height: int,
-  width: int,
-) -> Float[Array, "b height width 3"]:
-  """Decodes latents, fits the images to a size, and maps them to [0, 1]."""
-  images = decode_raw(
-    autoencoder=autoencoder,
-    latents=latents,
-    scaling_factor=scaling_factor,
-    tiling=tiling,
-  )
-  return to_unit(resolution.cover_and_crop(images, height, width))
 
 
 def decode_raw(

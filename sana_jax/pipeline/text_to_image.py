@@ -2,18 +2,16 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import PIL.Image
 from etils import epath
 from jaxtyping import Array, ArrayLike, Float
 
 from sana_jax import config as config_lib
-from sana_jax import images as images_lib
 from sana_jax import sharding, text
 from sana_jax.diffusion import samplers, scheduler_config, schedules
 from sana_jax.models import controlnet as controlnet_lib
@@ -21,33 +19,21 @@ from sana_jax.models import dc_ae, gemma2, sana
 from sana_jax.models import tiling as tiling_lib
 from sana_jax.pipeline import (
   checks,
+  decoding,
   denoising,
   encodings,
   execution,
   files,
   jobs,
   options,
+  output,
   pictures,
+  sampling,
   sizes,
   stages,
   times,
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class SanaOutput:
-  """What a call returns, on the host.
-
-  Attributes:
-    images: in [0, 1].
-    latents: in the transformer's scale.
-  """
-
-  images: Float[np.ndarray, "n height width 3"]
-  latents: Float[np.ndarray, "n h w c"]
-
-  def pil(self) -> list[PIL.Image.Image]:
-    return images_lib.to_pil(self.images)
+from sana_jax.pipeline import memory as memory_lib
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -65,7 +51,9 @@ class SanaPipeline:
     controlnet: steers the transformer by a `control_image`.
     controlnet_wiring: how it is connected, which its weights were trained for:
       "diffusers" or "original"; see `controlnet.control_residuals`.
-    tiling: decodes large images in overlapping tiles; None: whole.
+    tiling: decodes images in overlapping tiles; None: as `memory` has it,
+      whole if that fits.
+    memory: what may be done to fit into the memory of the devices.
     devices: None: all devices of this process.
   """
 
@@ -83,6 +71,7 @@ class SanaPipeline:
   controlnet_wiring: str = "diffusers"
   tokenizer_directory: epath.PathLike | None = None
   tiling: tiling_lib.Tiling | None = None
+  memory: memory_lib.Policy = memory_lib.Policy()
   devices: Sequence[jax.Device] | None = None
 
   def __post_init__(self):
@@ -162,6 +151,10 @@ class SanaPipeline:
     self._encodings = encodings.EncodingCache()
 
   @property
+  def used_devices(self) -> list[jax.Device]:
+    return self._executor.devices
+
+  @property
   def is_sprint(self) -> bool:
     return isinstance(self.solver, schedules.SCM)
 
@@ -182,7 +175,7 @@ class SanaPipeline:
     timesteps: Sequence[float] | None = None,
     progress: execution.ProgressFn | None = None,
     **changes: Unpack[options.Options],
-  ) -> SanaOutput:
+  ) -> output.SanaOutput:
     """Makes images, those of the first prompt first.
 
     Args:
@@ -220,17 +213,12 @@ class SanaPipeline:
       times=(sigmas, timesteps),
       random=(latents, noise),
     )
+    counts = (len(job.prompts), len(job.latents))
+    plan = self.plan_memory(*counts, job.settings, size=job.size)
     conditions = self._conditions(job, num_images_per_prompt, progress)
-    latents, known = job.latents, None
-    if job.start.image is not None:
-      clean = self.encode_image(job.start.image, progress=progress)
-      known = job.start.known(clean, latents)
-      latents = denoising.add_noise(
-        clean, latents, job.schedule, on_circle=self.is_sprint
-      )
-    control = None
-    if job.control is not None:
-      control = self.encode_image(job.control, progress=progress)
+    if plan.offload_text_encoder:
+      self._offload_text_encoder()
+    latents, known, control = self._start(job, plan.decoding.tiling, progress)
     latents = self.denoise(
       latents,
       job.schedule,
@@ -241,10 +229,10 @@ class SanaPipeline:
       control=control,
       progress=progress,
     )
-    images = self.decode(latents, size=job.size, progress=progress)
+    images = self._decode(latents, plan.decoding, job.size, progress)
     if job.settings.composite_pixels:
       images = job.start.composite(images)
-    return SanaOutput(np.asarray(images), np.asarray(latents))
+    return output.SanaOutput(np.asarray(images), np.asarray(latents))
 
   def encode_prompt(
     self,
@@ -284,9 +272,13 @@ class SanaPipeline:
     self,
     images: Float[ArrayLike, "b height width 3"],
     *,
+    tiling: tiling_lib.Tiling | None = None,
     progress: execution.ProgressFn | None = None,
   ) -> Float[Array, "b h w c"]:
     """Encodes images in [0, 1] to latents in the transformer's scale.
+
+    Args:
+      tiling: encodes in overlapping tiles; None: whole.
 
     Raises:
       FloatingPointError: the latents are not finite.
@@ -298,7 +290,7 @@ class SanaPipeline:
       batched={"images": jnp.asarray(images, jnp.float32)},
       static={
         "scaling_factor": self.autoencoder_config.scaling_factor,
-        "tiling": self.tiling,
+        "tiling": tiling,
       },
       progress=progress,
     )
@@ -364,56 +356,18 @@ class SanaPipeline:
     Raises:
       FloatingPointError: the latents are not finite.
     """
-    settings = settings or self.generation_config
-    shared = {
-      "transformer": self.transformer,
-      "schedule": schedule,
-      "scales": denoising.Scales(
-        *map(
-          np.float32,
-          (
-            settings.guidance_scale,
-            settings.pag_scale,
-            settings.pag_adaptive_scale,
-            settings.controlnet_conditioning_scale,
-          ),
-        )
-      ),
-    }
-    batched = {"latents": latents, "condition": condition}
-    if known is not None:
-      batched["known"] = known
     checks.check_control(self.controlnet, control)
-    if control is not None:
-      shared["controlnet"] = self.controlnet
-      batched["control"] = control
-    if noise is not None:
-      batched["noise"] = jnp.swapaxes(noise, 0, 1)
-    if null_condition is not None:
-      batched["null_condition"] = null_condition
-    function, static = self._denoiser(settings)
-    run = functools.partial(
-      self._executor.run,
-      "transformer",
-      function,
-      shared=shared,
-      batched=batched,
+    return sampling.sample(
+      self._executor,
+      self,
+      sampling.Inputs(
+        latents, condition, null_condition, noise, known, control
+      ),
+      schedule,
+      settings or self.generation_config,
+      trajectory=trajectory,
       progress=progress,
     )
-
-    def run_trajectory() -> samplers.Trajectory:
-      steps = run(static=static | {"trajectory": True})
-      steps = samplers.Trajectory(*(part.swapaxes(0, 1) for part in steps))
-      checks.check_steps_finite(steps.samples, schedule)
-      return steps
-
-    if trajectory:
-      return run_trajectory()
-    result = run(static=static)
-    if not bool(jnp.isfinite(result).all()):
-      run_trajectory()  # to say which step broke
-      checks.check_finite("transformer", result)
-    return result
 
   def decode(
     self,
@@ -422,26 +376,64 @@ class SanaPipeline:
     size: sizes.ImageSize | None = None,
     progress: execution.ProgressFn | None = None,
   ) -> Float[Array, "b height width 3"]:
-    """Decodes latents to images in [0, 1].
+    """Decodes latents to images in [0, 1], in tiles if they have to be.
 
     Args:
       size: to scale and crop to; None: as decoded.
 
     Raises:
+      ValueError: it does not fit into memory, or a `tiling` without effect.
       FloatingPointError: the images are not finite.
     """
-    compression = self.autoencoder_config.spatial_compression
-    images = self._executor.run(
-      "decoder",
-      stages.decode,
-      shared={"autoencoder": self.autoencoder},
-      batched={"latents": latents},
-      static={
-        "scaling_factor": self.autoencoder_config.scaling_factor,
-        "tiling": self.tiling,
-        "height": size.height if size else latents.shape[1] * compression,
-        "width": size.width if size else latents.shape[2] * compression,
-      },
+    grid = (latents.shape[1], latents.shape[2])
+    factor = self.autoencoder_config.spatial_compression
+    if size is None:
+      size = sizes.ImageSize(*(factor * n for n in grid), *grid, factor)
+    plan = memory_lib.plan_decoding(self, latents.shape[0], size)
+    if plan.offload_text_encoder:
+      self._offload_text_encoder()
+    return self._decode(latents, plan.decoding, size, progress)
+
+  def plan_memory(
+    self,
+    num_prompts: int = 1,
+    num_images: int | None = None,
+    settings: options.GenerationConfig | None = None,
+    *,
+    size: sizes.ImageSize | None = None,
+  ) -> memory_lib.Plan:
+    """Says how a call would run, and what it needs, without running it.
+
+    Args:
+      num_images: of all prompts; None: one of each.
+      size: None: what the settings say.
+
+    Raises:
+      ValueError: it does not fit into memory, or a `tiling` without effect.
+    """
+    settings = settings or self.generation_config
+    return memory_lib.plan_call(
+      self,
+      num_prompts=num_prompts,
+      num_images=num_images or num_prompts,
+      settings=settings,
+      size=size or self.image_size(settings),
+    )
+
+  def _offload_text_encoder(self) -> None:
+    """Moves the text encoder to the host, from where `run` fetches it."""
+    self.text_encoder = jax.device_get(self.text_encoder)
+    self._encodings.encoder_moved(self.text_encoder)
+
+  def _decode(self, latents, how, size, progress):
+    images = decoding.decode(
+      self._executor,
+      self.autoencoder,
+      latents,
+      how=how,
+      scaling_factor=self.autoencoder_config.scaling_factor,
+      height=size.height,
+      width=size.width,
       progress=progress,
     )
     checks.check_finite("decoder", images)
@@ -460,20 +452,19 @@ class SanaPipeline:
       (condition, null_condition),
     )
 
-  def _denoiser(self, settings) -> tuple[Callable, dict[str, Any]]:
-    if self.is_sprint:
-      return denoising.denoise_sprint, {
-        "sigma_data": self.solver.sigma_data,
-        "guidance_embeds_scale": self.transformer_config.guidance_embeds_scale,
-      }
-    return denoising.denoise, {
-      "timestep_scale": self.transformer_config.timestep_scale,
-      "guidance_interval": settings.guidance_interval,
-      "controlnet_wiring": self.controlnet_wiring,
-      "pag_layers": options.pag_layers(
-        settings, self.transformer_config.num_layers
-      ),
-    }
+  def _start(self, job: jobs.Job, tiling, progress):
+    """Returns the first latents, what of the image stays, and the control."""
+    encode = functools.partial(
+      self.encode_image, tiling=tiling, progress=progress
+    )
+    latents, known = job.latents, None
+    if job.start.image is not None:
+      clean = encode(job.start.image)
+      known = job.start.known(clean, latents)
+      latents = denoising.add_noise(
+        clean, latents, job.schedule, on_circle=self.is_sprint
+      )
+    return latents, known, None if job.control is None else encode(job.control)
 
   def _encode(self, prompts, instruction, settings, progress):
     def encode(input_ids, attention_mask) -> denoising.Condition:

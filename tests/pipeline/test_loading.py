@@ -109,7 +109,8 @@ def test_published_settings_hold_where_a_directory_has_none(saved, tmp_path):
   assert from_pretrained(path).generation_config.num_inference_steps == 3
   (path / "generation_config.json").unlink()
   pipe = from_pretrained(path)
-  assert pipe.generation_config == pipeline_lib.GenerationConfig()
+  expected = pipeline_lib.GenerationConfig(pag_applied_layers=(8,))
+  assert pipe.generation_config == expected
   assert pipe.transformer.fp16_clamp
 
 

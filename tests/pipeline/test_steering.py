@@ -230,6 +230,20 @@ def test_controlnets_and_control_images_come_together(flow, steered, picture):
     dataclasses.replace(steered, controlnet_config=wide)
 
 
+def test_a_saved_controlnet_comes_back(steered, picture, tmp_path):
+  steered.save_pretrained(tmp_path)
+  again = pipeline_lib.SanaPipeline.from_pretrained(
+    tmp_path, devices=jax.devices()[:1]
+  )
+  np.testing.assert_array_equal(
+    again("a cat", control_image=picture).images,
+    steered("a cat", control_image=picture).images,
+  )
+  original = dataclasses.replace(steered, controlnet_wiring="original")
+  with pytest.raises(ValueError, match="wired 'original', which this layout"):
+    original.save_pretrained(tmp_path / "other")
+
+
 def test_sprint_has_no_controlnet(sprint, steered):
   with pytest.raises(ValueError, match="cannot steer SANA-Sprint"):
     dataclasses.replace(

@@ -1,0 +1,1 @@
+"""Measurements of sana_jax; each module is a program with --help."""

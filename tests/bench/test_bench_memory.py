@@ -1,0 +1,72 @@
+"""The memory benchmark, on models and chips of true size."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from bench import memory as bench_memory
+from bench import topology
+from sana_jax import config as config_lib
+from sana_jax.models import tiling
+from sana_jax.pipeline import footprint, memory
+
+CONFIGS = (
+  config_lib.Gemma2Config(),
+  config_lib.sana_1600m(),
+  config_lib.DCAEConfig(),
+)
+
+
+def test_unknown_chips_are_refused():
+  with pytest.raises(ValueError, match="'v9:2x2' is not one of"):
+    topology.one_chip("v9:2x2")
+
+
+def test_sizes_must_be_whole_latents():
+  with pytest.raises(ValueError, match="height 1000 and width 1024"):
+    bench_memory.make_work(*CONFIGS[1:], height=1000)
+
+
+def test_abstract_models_have_the_published_sizes():
+  models = bench_memory.abstract_models(CONFIGS, jnp.bfloat16)
+  count = [
+    sum(leaf.size for leaf in jax.tree.leaves(model)) for model in models
+  ]
+  assert count == [2_614_341_888, 1_604_462_752, 312_250_275]
+  assert footprint.nbytes(models) == 2 * sum(count)
+
+
+@functools.cache
+def records(side: int, stage: str):
+  pytest.importorskip("libtpu")
+  mesh = topology.one_chip("v5e:2x2")
+  models = bench_memory.abstract_models(CONFIGS, jnp.bfloat16)
+  parts = map(footprint.make_part, CONFIGS, models)
+  work = bench_memory.make_work(*CONFIGS[1:], height=side, width=side)
+  plan = memory.plan(
+    footprint.Models(*parts, platform="tpu"),
+    work,
+    policy=memory.Policy(),
+    tiling=tiling.square(512),
+    available=topology.HBM_BYTES["v5e"],
+  )
+  programs = bench_memory.programs(CONFIGS, models, work, plan.decoding, 20)
+  return [
+    bench_memory.measure(program, mesh, plan, topology.HBM_BYTES["v5e"])
+    for program in programs
+    if program.stage == stage
+  ]
+
+
+@pytest.mark.tpu_aot
+@pytest.mark.parametrize("stage", memory.STAGES)
+def test_predictions_for_a_tpu_are_neither_too_small_nor_half_too_large(stage):
+  measured = records(1024, stage)
+  working = max(record["working"] for record in measured)
+  predicted = measured[0]["predicted"]
+  weights = measured[0]["weights"]
+  assert working <= predicted
+  assert weights + predicted <= 1.5 * (weights + working)
+  assert all(record["fits"] for record in measured)
