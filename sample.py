@@ -116,6 +116,9 @@ _LOADING = {
   "fuse_lora": flags.DEFINE_boolean(
     "fuse_lora", False, "Add adapters to the weights: faster."
   ),
+  "offload_text_encoder": flags.DEFINE_boolean(
+    "offload_text_encoder", None, "Keep it on the host; None: if needed."
+  ),
 }
 # Arguments of the pipeline's call.
 _PICTURES = {

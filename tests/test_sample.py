@@ -253,7 +253,9 @@ def test_an_image_is_made_again_from_itself(run, tmp_path, caplog):
     seed=5,
     guidance_scale=3.0,
     guidance_interval="0.1,0.9",
+    height=64,
     vae_tile=32,
+    offload_text_encoder=True,
     batch_size=1,
   )
   path = out / "0001-a-dog.png"

@@ -8,7 +8,7 @@ from etils import epath
 
 from sana_jax import pipeline as pipeline_lib
 from sana_jax.models import tiling
-from sana_jax.pipeline import sources
+from sana_jax.pipeline import memory, sources
 from sana_jax.weights import components, lora
 
 _HASH_CHUNK = 1 << 24
@@ -25,6 +25,7 @@ class Loading:
     controlnet_wiring: see `SanaPipeline`; None: that of diffusers.
     lora: directories or files of adapters.
     lora_scale: one for all, or one for each; none: 1.
+    offload_text_encoder: see `memory.Policy`.
     fuse_lora: add them to the weights, instead of computing them beside.
   """
 
@@ -39,6 +40,7 @@ class Loading:
   lora: tuple[str, ...] = ()
   lora_scale: tuple[float, ...] = ()
   fuse_lora: bool = False
+  offload_text_encoder: bool | None = None
 
   def __post_init__(self):
     problems = []
@@ -86,6 +88,10 @@ def load(
   changes: dict[str, Any] = {}
   if loading.vae_tile is not None:
     changes["tiling"] = square_tiles(loading.vae_tile)
+  if loading.offload_text_encoder is not None:
+    changes["memory"] = memory.Policy(
+      offload_text_encoder=loading.offload_text_encoder
+    )
   if loading.controlnet is not None:
     model, config = components.load_controlnet(
       loading.controlnet, dtype=loading.dtype
