@@ -40,6 +40,7 @@ from sana_jax.bulk import (
   runner,
   sinks,
 )
+from sana_jax.pipeline import sources
 
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "What to draw; repeatable.")
 _PROMPT_FILE = flags.DEFINE_string(
@@ -49,7 +50,7 @@ _NEGATIVE = flags.DEFINE_string(
   "negative_prompt", "", "What to stay away from."
 )
 _CHECKPOINT = flags.DEFINE_string(
-  "checkpoint", None, "Directory in the layout of diffusers."
+  "checkpoint", None, "Directory, file, training run, or name on the hub."
 )
 _SEED = flags.DEFINE_integer("seed", 0, "Same seed, same images.")
 _COUNT = flags.DEFINE_integer("num_images_per_prompt", 1, "Images a prompt.")
@@ -90,6 +91,15 @@ _LOADING = {
     "dtype", "float32", ["float32", "bfloat16"], "Of weights and computation."
   ),
   "variant": flags.DEFINE_string("variant", None, "Of weights, e.g. fp16."),
+  "components": flags.DEFINE_string(
+    "components", None, "Checkpoint that has what --checkpoint does not have."
+  ),
+  "step": flags.DEFINE_integer(
+    "step", None, "Of a training run; None: the newest."
+  ),
+  "fp16_clamp": flags.DEFINE_boolean(
+    "fp16_clamp", None, "Limit activations as float16 does; None: if needed."
+  ),
   "vae_tile": flags.DEFINE_integer(
     "vae_tile", None, "Decode in tiles of so many pixels, for 4K images."
   ),
@@ -105,6 +115,9 @@ _LOADING = {
   ),
   "fuse_lora": flags.DEFINE_boolean(
     "fuse_lora", False, "Add adapters to the weights: faster."
+  ),
+  "offload_text_encoder": flags.DEFINE_boolean(
+    "offload_text_encoder", None, "Keep it on the host; None: if needed."
   ),
 }
 # Arguments of the pipeline's call.
@@ -163,7 +176,7 @@ def main(argv: list[str]) -> int:
   compilation_cache.enable(_CACHE.value, os.environ)
   try:
     return run(started)
-  except (ValueError, OSError, FloatingPointError) as error:
+  except (ValueError, OSError, ImportError, FloatingPointError) as error:
     _fail(_text(error))
   except KeyboardInterrupt:
     _fail("Interrupted; the same command goes on from here.")
@@ -184,9 +197,10 @@ def run(started: float) -> int:
   chosen = selection()
   checkpoint = checkpoint_path()
   how = loading_options(again or {})
+  source = sources.resolve(checkpoint, variant=how.variant)
   with futures.ThreadPoolExecutor(1) as background:
     # Reading the files twice costs little while loading computes.
-    digest = background.submit(metadata.checkpoint_hash, checkpoint)
+    digest = background.submit(loading.checkpoint_hash, source, how)
     pipe = loading.load(checkpoint, how)
   made_with = how.describe()
   if chosen is not None:
@@ -239,7 +253,7 @@ def read_requests() -> tuple[list[requests.Request], list[requests.Problem]]:
   reader = requests.Reader(
     negative_prompt=_NEGATIVE.value,
     count=_COUNT.value,
-    settings=settings(),
+    settings=fields.from_flags({n: f.value for n, f in _SETTINGS.items()}),
     pictures={n: f.value for n, f in _PICTURES.items() if f.value is not None},
   )
   good, problems = [], []
@@ -258,21 +272,6 @@ def read_requests() -> tuple[list[requests.Request], list[requests.Problem]]:
   elif not good:
     raise ValueError("There is no prompt; give --prompt or --prompt_file.")
   return good, problems
-
-
-def settings() -> dict[str, Any]:
-  """Returns the fields of GenerationConfig that flags change."""
-  changes = {}
-  for name, flag in _SETTINGS.items():
-    value = flag.value
-    if isinstance(value, str):
-      try:
-        value = fields.parse(value, fields.SETTING_TYPES[name])
-      except ValueError as error:
-        raise ValueError(f"--{name}: {error}.") from error
-    if value is not None:
-      changes[name] = value
-  return changes
 
 
 def loading_options(described: Mapping[str, Any]) -> loading.Loading:

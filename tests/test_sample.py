@@ -152,6 +152,8 @@ def test_files_are_not_overwritten_unless_asked(run, capsys):
     ({"prompt": ["a"], "controlnet_wiring": "original"}, "without controlnet"),
     ({"prompt": ["a"], "controlnet": "nowhere"}, "nowhere"),
     ({"prompt": ["a"], "lora": ["nowhere"]}, "nowhere"),
+    ({"prompt": ["a"], "step": 5}, "step= is for work directories"),
+    ({"prompt": ["a"], "components": "x"}, "components= is for a"),
     (
       {"prompt": ["a"], "lora": ["a"], "lora_scale": [1.0] * 2},
       "there are 2 lora_scale for 1 lora",
@@ -165,7 +167,7 @@ def test_files_are_not_overwritten_unless_asked(run, capsys):
     ({"prompt": ["a"], "best_of": 2, "scorer": "math"}, '"module:function"'),
     ({"prompt": ["a"], "best_of": 2, "scorer": "no_such:f"}, "no_such"),
     ({"prompt": ["a"], "best_of": 2, "scorer": "math:pi"}, "is no function"),
-    ({"prompt": ["a"], "checkpoint": "nowhere"}, "nowhere is not a directory"),
+    ({"prompt": ["a"], "checkpoint": "nowhere"}, "nowhere does not exist"),
     ({"prompt": ["a"], "height": 33}, "multiples of 4"),
     ({"prompt": ["a"], "num_inference_steps": 0}, "num_inference_steps must"),
     ({"prompt": ["a"], "variant": "fp16"}, "variant 'fp16'"),
@@ -251,7 +253,9 @@ def test_an_image_is_made_again_from_itself(run, tmp_path, caplog):
     seed=5,
     guidance_scale=3.0,
     guidance_interval="0.1,0.9",
+    height=64,
     vae_tile=32,
+    offload_text_encoder=True,
     batch_size=1,
   )
   path = out / "0001-a-dog.png"

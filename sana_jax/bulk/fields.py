@@ -82,6 +82,27 @@ def parse(text: str, kind: Any) -> Any:
   return convert(value, kind)
 
 
+def from_flags(values: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the fields of GenerationConfig that flags change.
+
+  Args:
+    values: by name; None: not given; texts are parsed.
+
+  Raises:
+    ValueError: names the flag that cannot be read.
+  """
+  changes = {}
+  for name, value in values.items():
+    if isinstance(value, str):
+      try:
+        value = parse(value, SETTING_TYPES[name])
+      except ValueError as error:
+        raise ValueError(f"--{name}: {error}.") from error
+    if value is not None:
+      changes[name] = value
+  return changes
+
+
 def is_optional(kind: Any) -> bool:
   """Says whether None is among what the annotation allows."""
   return type(None) in typing.get_args(kind)

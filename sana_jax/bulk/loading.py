@@ -1,13 +1,17 @@
 """Loads a pipeline as flags say, or as an image says that it was."""
 
 import dataclasses
+import hashlib
 from typing import Any
 
 from etils import epath
 
 from sana_jax import pipeline as pipeline_lib
 from sana_jax.models import tiling
+from sana_jax.pipeline import memory, sources
 from sana_jax.weights import components, lora
+
+_HASH_CHUNK = 1 << 24
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -15,22 +19,28 @@ class Loading:
   """How a checkpoint becomes a pipeline.
 
   Attributes:
+    components: see `SanaPipeline.from_pretrained`, as `step` and `fp16_clamp`.
     vae_tile: decode in square tiles of so many pixels; None: whole.
     controlnet: directory or file of one; None: no ControlNet.
     controlnet_wiring: see `SanaPipeline`; None: that of diffusers.
     lora: directories or files of adapters.
     lora_scale: one for all, or one for each; none: 1.
+    offload_text_encoder: see `memory.Policy`.
     fuse_lora: add them to the weights, instead of computing them beside.
   """
 
   dtype: str = "float32"
   variant: str | None = None
+  components: str | None = None
+  step: int | None = None
+  fp16_clamp: bool | None = None
   vae_tile: int | None = None
   controlnet: str | None = None
   controlnet_wiring: str | None = None
   lora: tuple[str, ...] = ()
   lora_scale: tuple[float, ...] = ()
   fuse_lora: bool = False
+  offload_text_encoder: bool | None = None
 
   def __post_init__(self):
     problems = []
@@ -68,11 +78,20 @@ def load(
     ValueError: something is unreadable, or does not fit.
   """
   pipe = pipeline_lib.SanaPipeline.from_pretrained(
-    checkpoint, dtype=loading.dtype, variant=loading.variant
+    checkpoint,
+    dtype=loading.dtype,
+    variant=loading.variant,
+    components=loading.components,
+    step=loading.step,
+    fp16_clamp=loading.fp16_clamp,
   )
   changes: dict[str, Any] = {}
   if loading.vae_tile is not None:
     changes["tiling"] = square_tiles(loading.vae_tile)
+  if loading.offload_text_encoder is not None:
+    changes["memory"] = memory.Policy(
+      offload_text_encoder=loading.offload_text_encoder
+    )
   if loading.controlnet is not None:
     model, config = components.load_controlnet(
       loading.controlnet, dtype=loading.dtype
@@ -90,6 +109,49 @@ def load(
       pipe.transformer, list(zip(adapters, scales, strict=True))
     )
   return dataclasses.replace(pipe, **changes) if changes else pipe
+
+
+def checkpoint_hash(source: sources.Source, loading: Loading) -> str:
+  """Returns the SHA-256 of all weight files, in the order of their names.
+
+  Those of `components` follow; of a training run, the files of the step count.
+  """
+  digest = hashlib.sha256()
+  for path in _weight_files(source, loading):
+    with path.open("rb") as file:
+      while chunk := file.read(_HASH_CHUNK):
+        digest.update(chunk)
+  return digest.hexdigest()
+
+
+def _weight_files(source: sources.Source, loading: Loading) -> list[epath.Path]:
+  path = source.path
+  if isinstance(source, sources.TrainingRun):
+    step = loading.step
+    if step is None:
+      step = max(
+        int(entry.name)
+        for entry in (path / "checkpoints").iterdir()
+        if entry.name.isdigit()
+      )
+    files = _all_files(path / "checkpoints" / str(step))
+  elif path.is_file():
+    files = [path]
+  else:
+    is_whole = isinstance(source, sources.Directory)
+    pattern = "*/*.safetensors" if is_whole else "*.safetensors"
+    files = sorted(path.glob(pattern))
+  if loading.components is not None:
+    others = epath.Path(loading.components)
+    files += sorted(others.glob("*/*.safetensors"))
+  return files
+
+
+def _all_files(directory: epath.Path) -> list[epath.Path]:
+  files: list[epath.Path] = []
+  for entry in sorted(directory.iterdir()):
+    files += _all_files(entry) if entry.is_dir() else [entry]
+  return files
 
 
 def square_tiles(side: int) -> tiling.Tiling:

@@ -1,6 +1,5 @@
 """What an image says about itself: written into its PNG, and read back."""
 
-import hashlib
 import importlib.metadata
 import json
 from collections.abc import Mapping
@@ -13,7 +12,6 @@ from etils import epath
 from sana_jax import pipeline as pipeline_lib
 from sana_jax.bulk import fields, plan, requests
 
-_HASH_CHUNK = 1 << 24
 # Another one of these may make another image.
 _COMPARED = {
   "checkpoint_sha256": "--checkpoint gives another model",
@@ -34,7 +32,7 @@ def describe_run(
   """Collects what, besides its request, determines an image.
 
   Args:
-    digest: of the checkpoint; see `checkpoint_hash`.
+    digest: of the checkpoint; see `loading.checkpoint_hash`.
     options: how the pipeline was loaded, "dtype" among them.
   """
   return {
@@ -155,16 +153,6 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     for name, reason in _COMPARED.items()
     if there.get(name) != here[name]
   ]
-
-
-def checkpoint_hash(checkpoint: epath.Path) -> str:
-  """Returns the SHA-256 of all weight files, in the order of their names."""
-  digest = hashlib.sha256()
-  for path in sorted(checkpoint.glob("*/*.safetensors")):
-    with path.open("rb") as file:
-      while chunk := file.read(_HASH_CHUNK):
-        digest.update(chunk)
-  return digest.hexdigest()
 
 
 def _same(a: Any, b: Any) -> bool:

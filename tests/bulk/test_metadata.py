@@ -1,6 +1,5 @@
 """Images know how they were made, and requests can be made of that."""
 
-import hashlib
 import io
 import json
 
@@ -104,15 +103,3 @@ def test_text_chunks_are_those_of_other_tools(pipe):
   with PIL.Image.open(io.BytesIO(content)) as image:
     image.load()
     assert image.text == chunks
-
-
-def test_a_checkpoint_is_known_by_its_weights(tmp_path, rng):
-  contents = {"b/x.safetensors": rng.bytes(9), "a/y.safetensors": rng.bytes(5)}
-  for name, content in contents.items():
-    (tmp_path / name).parent.mkdir()
-    (tmp_path / name).write_bytes(content)
-  (tmp_path / "a/config.json").write_text("{}")
-  expected = hashlib.sha256(
-    contents["a/y.safetensors"] + contents["b/x.safetensors"]
-  ).hexdigest()
-  assert metadata.checkpoint_hash(epath.Path(tmp_path)) == expected
