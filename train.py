@@ -5,14 +5,15 @@ checkpoint is saved first.
 """
 
 import logging as std_logging
+import os
 import sys
 
 import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from sana_jax import compilation_cache, sharding
 from sana_jax import config as config_lib
-from sana_jax import sharding
 from sana_jax.training import autoencoder, loop, text_to_image
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -22,7 +23,9 @@ _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Directory for checkpoints, metrics, samples and the export."
 )
 _CACHE = flags.DEFINE_string(
-  "compilation_cache", None, "Directory that keeps compiled programs."
+  "compilation_cache_dir",
+  None,
+  "Keeps compiled programs; None: in the user's cache directory, empty: off.",
 )
 _DISTRIBUTED = flags.DEFINE_bool(
   "distributed",
@@ -76,8 +79,7 @@ def _make_recipe(config: config_lib.Config) -> loop.Recipe:
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"Unexpected arguments: {argv[1:]}.")
-  if _CACHE.value:
-    jax.config.update("jax_compilation_cache_dir", _CACHE.value)
+  compilation_cache.enable(_CACHE.value, os.environ)
   if _DISTRIBUTED.value:
     jax.distributed.initialize()
   _quiet_orbax()

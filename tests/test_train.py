@@ -73,7 +73,7 @@ def get_config(directory):
 def start(config, workdir, *flags, **environment) -> subprocess.Popen:
   command = [
     *(sys.executable, str(ROOT / "train.py"), f"--config={config}"),
-    *(f"--workdir={workdir}", f"--compilation_cache={CACHE}", *flags),
+    *(f"--workdir={workdir}", f"--compilation_cache_dir={CACHE}", *flags),
   ]
   return subprocess.Popen(
     command,

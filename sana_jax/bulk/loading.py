@@ -4,12 +4,13 @@ import dataclasses
 import hashlib
 from typing import Any
 
+from absl import logging
 from etils import epath
 
 from sana_jax import pipeline as pipeline_lib
 from sana_jax.models import tiling
 from sana_jax.pipeline import memory, sources
-from sana_jax.weights import components, lora
+from sana_jax.weights import components, lora, opening
 
 _HASH_CHUNK = 1 << 24
 
@@ -22,7 +23,7 @@ class Loading:
     components: see `SanaPipeline.from_pretrained`, as `step` and `fp16_clamp`.
     vae_tile: decode in square tiles of so many pixels; None: whole.
     controlnet: directory or file of one; None: no ControlNet.
-    controlnet_wiring: see `SanaPipeline`; None: that of diffusers.
+    controlnet_wiring: see `SanaPipeline`; None: that of the file's layout.
     lora: directories or files of adapters.
     lora_scale: one for all, or one for each; none: 1.
     offload_text_encoder: see `memory.Policy`.
@@ -87,18 +88,13 @@ def load(
   )
   changes: dict[str, Any] = {}
   if loading.vae_tile is not None:
-    changes["tiling"] = square_tiles(loading.vae_tile)
+    changes["tiling"] = tiling.square(loading.vae_tile)
   if loading.offload_text_encoder is not None:
     changes["memory"] = memory.Policy(
       offload_text_encoder=loading.offload_text_encoder
     )
   if loading.controlnet is not None:
-    model, config = components.load_controlnet(
-      loading.controlnet, dtype=loading.dtype
-    )
-    changes |= {"controlnet": model, "controlnet_config": config}
-  if loading.controlnet_wiring is not None:
-    changes["controlnet_wiring"] = loading.controlnet_wiring
+    changes |= _load_controlnet(loading, pipe)
   if loading.lora:
     scales = loading.lora_scale or (1.0,)
     if len(scales) == 1:
@@ -109,6 +105,27 @@ def load(
       pipe.transformer, list(zip(adapters, scales, strict=True))
     )
   return dataclasses.replace(pipe, **changes) if changes else pipe
+
+
+def _load_controlnet(
+  loading: Loading, pipe: pipeline_lib.SanaPipeline
+) -> dict[str, Any]:
+  wiring = loading.controlnet_wiring
+  if wiring is None:
+    # Weights in the original layout were trained in the original wiring.
+    layout = opening.open_controlnet(loading.controlnet).layout
+    wiring = "original" if layout == "original" else "diffusers"
+    logging.info("ControlNet: %s wiring, as its files are", wiring)
+  model, config = components.load_controlnet(
+    loading.controlnet,
+    dtype=loading.dtype,
+    fp16_clamp=pipe.transformer.fp16_clamp,
+  )
+  return {
+    "controlnet": model,
+    "controlnet_config": config,
+    "controlnet_wiring": wiring,
+  }
 
 
 def checkpoint_hash(source: sources.Source, loading: Loading) -> str:
@@ -152,14 +169,3 @@ def _all_files(directory: epath.Path) -> list[epath.Path]:
   for entry in sorted(directory.iterdir()):
     files += _all_files(entry) if entry.is_dir() else [entry]
   return files
-
-
-def square_tiles(side: int) -> tiling.Tiling:
-  """Returns tiles that overlap by an eighth, as published pipelines do."""
-  stride = side * 7 // 8
-  return tiling.Tiling(
-    tile_height=side,
-    tile_width=side,
-    stride_height=stride,
-    stride_width=stride,
-  )

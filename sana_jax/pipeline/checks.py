@@ -6,7 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, ArrayLike, Float
 
 from sana_jax import config
 from sana_jax.diffusion import scheduler_config, schedules
@@ -263,7 +263,7 @@ def check_shape(name: str, array: Any, shape: tuple[int, ...]) -> None:
     )
 
 
-def check_finite(stage: str, array: Float[Array, "..."]) -> None:
+def check_finite(stage: str, array: Float[ArrayLike, "..."]) -> None:
   """Raises FloatingPointError naming the stage."""
   if not bool(jnp.isfinite(array).all()):
     raise FloatingPointError(
