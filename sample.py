@@ -14,6 +14,7 @@ some lines or images are impossible (each is named), the others are made.
 """
 
 import functools
+import logging as std_logging
 import os
 import pathlib
 import sys
@@ -172,6 +173,8 @@ def main(argv: list[str]) -> int:
   if len(argv) > 1:
     raise app.UsageError(f"Unexpected arguments: {argv[1:]}.")
   logging.set_verbosity(logging.INFO)
+  # Backends that are not there are no news.
+  std_logging.getLogger("jax").setLevel(std_logging.WARNING)
   warnings.showwarning = _log_warning
   compilation_cache.enable(_CACHE.value, os.environ)
   try:

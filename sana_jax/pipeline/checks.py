@@ -190,8 +190,8 @@ def check_control(controlnet: Any, control_image: Any) -> None:
     )
   if controlnet is None and control_image is not None:
     raise ValueError(
-      "control_image cannot be used: the pipeline has no ControlNet; load one "
-      "with components.load_controlnet."
+      "control_image cannot be used: the pipeline has no ControlNet; give it "
+      "one (--controlnet, or components.load_controlnet)."
     )
 
 

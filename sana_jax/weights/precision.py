@@ -84,7 +84,7 @@ def choose_clamp(decision: Decision, requested: bool | None) -> bool:
 def _known(fp16: bool, why: str) -> Decision:
   if fp16:
     return Decision(True, True, f"fp16-trained checkpoint{why}: {_CLAMPS}")
-  return Decision(False, True, f"bf16-trained checkpoint{why}: no clamping")
+  return Decision(False, True, f"not trained in fp16{why}: no clamping")
 
 
 def _bf16_mark(config: config_lib.SanaConfig) -> str | None:
