@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import http.server
 import json
+import re
 import socket
 import threading
 
@@ -36,7 +37,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
       ]
       self.reply(json.dumps(tree).encode())
     else:
-      name = path.removeprefix(f"/{repo}/resolve/{COMMIT}/")
+      revisions = rf"/{re.escape(repo)}/resolve/(?:main|{COMMIT})/"
+      name = re.sub(revisions, "", path)
       self.reply(self.server.files[name])
 
   def reply(self, content: bytes):

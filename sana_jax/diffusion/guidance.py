@@ -98,7 +98,8 @@ def within(
 ) -> VelocityFn:
   """Guides only where low < sigma < high; elsewhere one pass a step.
 
-  Mind that (0, 1) leaves out sigma = 1, with which flow-Euler begins.
+  A high of 1 includes sigma = 1, with which flow-Euler begins: (0, 1) is
+  always.
 
   Raises:
     ValueError: an empty interval.
@@ -115,7 +116,7 @@ def within(
   def limited(x, sigma, timestep):
     # All samples of a sampler's step have the same sigma.
     return jax.lax.cond(
-      (low < sigma[0]) & (sigma[0] < high),
+      (low < sigma[0]) & ((sigma[0] < high) | (high >= 1)),
       lambda *args: _full_precision(guided(*args)),
       lambda *args: _full_precision(unguided(*args)),
       *(x, sigma, timestep),

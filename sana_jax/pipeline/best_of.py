@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
+from sana_jax.pipeline import checks, text_to_image
 from sana_jax.pipeline import output as output_lib
-from sana_jax.pipeline import text_to_image
 
 # (images in [0, 1], the prompt of each) -> one score an image, more is better.
 Scorer = Callable[
@@ -32,11 +32,12 @@ class Best(NamedTuple):
 
 def best_of(
   pipe: text_to_image.SanaPipeline,
-  prompts: Sequence[str],
+  prompts: str | Sequence[str],
   *,
   n: int,
   scorer: Scorer,
   image_index: int = 0,
+  negative_prompt: str | Sequence[str] = "",
   **call: Any,
 ) -> Best:
   """Makes n images of each prompt and keeps the one with the highest score.
@@ -47,20 +48,35 @@ def best_of(
     scorer: such as a CLIP score or an aesthetic model.
     image_index: number of the first prompt's first candidate; candidate j of
       prompt i has number image_index + i n + j.
-    call: further arguments of `SanaPipeline.__call__`; a negative prompt for
-      all.
+    negative_prompt: one for all, or one for each prompt.
+    call: further arguments of `SanaPipeline.__call__`.
 
   Raises:
+    TypeError: `num_images_per_prompt`, which n is here.
     ValueError: n below 1, or scores that are not one finite number an image.
 
   Source: inference-time scaling, SANA-1.5, arXiv:2501.18427, section 2.4.
   """
   if n < 1:
     raise ValueError(f"n must be at least 1, got {n}.")
+  if "num_images_per_prompt" in call:
+    raise TypeError(
+      "num_images_per_prompt cannot go with best_of, which keeps one of n."
+    )
+  prompts = checks.prompt_list(prompts)
+  negatives = checks.negative_prompt_list(
+    negative_prompt, len(prompts), is_sprint=pipe.is_sprint
+  )
   chosen, numbers, all_scores = [], [], []
   for i, prompt in enumerate(prompts):
     first = image_index + i * n
-    output = pipe(prompt, num_images_per_prompt=n, image_index=first, **call)
+    output = pipe(
+      prompt,
+      negative_prompt=negatives[i % len(negatives)],
+      num_images_per_prompt=n,
+      image_index=first,
+      **call,
+    )
     scores = _scores(scorer, output.images, [prompt] * n)
     best = int(np.argmax(scores))
     chosen.append((output.images[best], output.latents[best]))

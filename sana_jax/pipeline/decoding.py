@@ -1,4 +1,4 @@
-"""Decodes latents to images: whole or in tiles, on one device or many."""
+"""Pictures to latents and back: whole or in tiles, on one device or many."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ _STAGE = "decoder"
 
 
 class Decoding(NamedTuple):
-  """How a batch of latents is decoded.
+  """How a batch of latents is decoded, and one of images encoded.
 
   Attributes:
     tiling: None: whole images. Tiles are decoded one at a time by each device.
@@ -24,6 +24,28 @@ class Decoding(NamedTuple):
 
   tiling: tiling_lib.Tiling | None = None
   one_at_a_time: bool = False
+
+
+def encode(
+  *,
+  autoencoder: Any,
+  images: Float[Array, "b height width 3"],
+  scaling_factor: float,
+  how: Decoding,
+) -> Float[Array, "b h w c"]:
+  """Encodes images in [0, 1] to latents in the transformer's scale."""
+
+  def encode_batch(batch):
+    batch = 2 * batch - 1
+    if how.tiling is None:
+      latents = autoencoder.encode(batch)
+    else:
+      latents = tiling_lib.encode(autoencoder, batch, how.tiling)
+    return latents.astype(jnp.float32) * scaling_factor
+
+  if how.tiling is None and not how.one_at_a_time:
+    return encode_batch(images)
+  return jax.lax.map(lambda image: encode_batch(image[None])[0], images)
 
 
 def decode(

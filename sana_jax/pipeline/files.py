@@ -7,7 +7,7 @@ import jax
 from etils import epath
 
 from sana_jax import config as config_lib
-from sana_jax import sharding, text
+from sana_jax import sharding, text, tree
 from sana_jax.diffusion import scheduler_config
 from sana_jax.pipeline import sources, training_run
 from sana_jax.pipeline.options import GenerationConfig
@@ -186,8 +186,8 @@ def save(path: epath.PathLike, pipeline: "SanaPipeline") -> None:
   """Writes a directory that `load` and diffusers read.
 
   Raises:
-    ValueError: the pipeline does not know its tokenizer's files, or its
-      ControlNet is wired otherwise than diffusers does.
+    ValueError: the pipeline does not know its tokenizer's files, has adapters
+      attached, or its ControlNet is wired otherwise than diffusers does.
   """
   if pipeline.controlnet is not None and (
     pipeline.controlnet_wiring != "diffusers"
@@ -196,6 +196,12 @@ def save(path: epath.PathLike, pipeline: "SanaPipeline") -> None:
       f"The ControlNet is wired {pipeline.controlnet_wiring!r}, which this "
       "layout cannot say: it would be read as wired for diffusers. Save its "
       "weights with components.save_controlnet."
+    )
+  names = tree.leaf_names(pipeline.transformer)
+  if any(name.endswith("/down") for name in names):
+    raise ValueError(
+      "The transformer has LoRA adapters attached, which this layout cannot "
+      "hold: use lora.fuse, or save the adapters with lora.save."
     )
   if pipeline.tokenizer_directory is None:
     raise ValueError(

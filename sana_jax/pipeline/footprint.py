@@ -52,6 +52,7 @@ class Work(NamedTuple):
       included; `text_length` of it reach the transformer.
     latent_size: height and width of what the transformer makes.
     height: of the finished images, as `width`.
+    encoded: pictures that are given, and encoded in one go.
   """
 
   prompts: int
@@ -63,6 +64,7 @@ class Work(NamedTuple):
   latent_size: tuple[int, int]
   height: int
   width: int
+  encoded: int = 0
 
   @property
   def prompts_per_device(self) -> int:
@@ -221,6 +223,36 @@ def decoder(models: Models, work: Work, how: decoding.Decoding) -> int:
   return max(program, join) + tiles
 
 
+def encoder(models: Models, work: Work, how: decoding.Decoding) -> int:
+  """Predicts the bytes beside weights that encoding given pictures takes."""
+  part, factors = models.autoencoder, _FACTORS[models.platform]
+  config = part.config
+  factor = config.spatial_compression
+  height, width = (factor * side for side in work.latent_size)
+  images = -(-work.encoded // work.devices)
+  one = how.tiling is not None or how.one_at_a_time
+  sides = (height, width)
+  if how.tiling is not None:
+    sides = (
+      min(how.tiling.tile_height, height),
+      min(how.tiling.tile_width, width),
+    )
+  live = encoder_live(
+    config,
+    batch=1 if one else images,
+    height=sides[0],
+    width=sides[1],
+    dtype=part.dtype,
+  )
+  return (
+    int(factors.decoder[part.dtype.itemsize] * live)
+    + _recast(part, factors)
+    + factors.program
+    # The pictures, and a copy in the autoencoder's range.
+    + 2 * images * config.in_channels * height * width * _FLOAT32
+  )
+
+
 def _recast(part: Part, factors: Factors) -> int:
   return int(factors.recast[part.dtype.itemsize] * part.weights)
 
@@ -286,14 +318,7 @@ def decoder_live(
     if not stage.depth:
       continue
     c = stage.width
-    if stage.block == "ResBlock":
-      live = c * (3 * e + _FLOAT32)
-    else:
-      inner = 3 * c * (1 + len(stage.scales))
-      attention = inner * (e + _FLOAT32)
-      ffn = 32 * c * e
-      live = c * 2 * e + max(attention, ffn)
-    moments.append(area * live)
+    moments.append(area * _block_live(stage, e))
     if level + 1 < len(stages):
       below = stages[level + 1].width
       interpolated = config.upsample_block_type == "interpolate"
@@ -304,3 +329,44 @@ def decoder_live(
     c = stages[1].width
     moments.append(0.25 * e * (2 * c + 4 * config.in_channels))
   return int(batch * height * width * max(moments))
+
+
+def encoder_live(
+  config: config_lib.DCAEConfig,
+  *,
+  batch: int,
+  height: int,
+  width: int,
+  dtype: Any,
+) -> int:
+  """Bytes of the largest live set while images or tiles are encoded.
+
+  Args:
+    height: of what is encoded at a time, in pixels, as `width`.
+  """
+  e = np.dtype(dtype).itemsize
+  stages = dc_ae.encoder_stages(config)
+  first = next(i for i, stage in enumerate(stages) if stage.depth)
+  moments = [
+    4.0**-first * e * 2 * stages[first].width + 2 * e * config.in_channels
+  ]
+  for level, stage in enumerate(stages):
+    if not stage.depth:
+      continue
+    moments.append(4.0**-level * _block_live(stage, e))
+    if level + 1 < len(stages):
+      # The stage's output, its shortcut, and what becomes of both.
+      below = stages[level + 1].width
+      moments.append(4.0**-level * e * (2 * stage.width + below / 2))
+  return int(batch * height * width * max(moments))
+
+
+def _block_live(stage: dc_ae.StageSpec, e: int) -> float:
+  """Bytes a pixel of the largest live set of one block; e an element."""
+  c = stage.width
+  if stage.block == "ResBlock":
+    return c * (3 * e + _FLOAT32)
+  inner = 3 * c * (1 + len(stage.scales))
+  attention = inner * (e + _FLOAT32)
+  ffn = 32 * c * e
+  return c * 2 * e + max(attention, ffn)

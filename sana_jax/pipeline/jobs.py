@@ -26,6 +26,12 @@ class Job(NamedTuple):
   latents: Float[ArrayLike, "n h w c"]
   noise: Float[ArrayLike, "steps n h w c"] | None
 
+  @property
+  def num_encoded(self) -> int:
+    """How many pictures are encoded at a time, at most."""
+    given = (self.start.image, self.control)
+    return max(0 if array is None else len(array) for array in given)
+
 
 def resolve(
   pipe: "SanaPipeline",
@@ -68,7 +74,7 @@ def resolve(
     settings,
     sigmas=times[0],
     timesteps=times[1],
-    strength=start.strength(settings),
+    strength=start.strength(settings, is_sprint=pipe.is_sprint),
   )
   latents, noise = stages.random_inputs(
     stages.image_keys(*checks.image_numbers(seed, image_index, count)),
@@ -83,7 +89,7 @@ def resolve(
     negatives,
     size,
     start,
-    starts.read_control(control_image, size, count),
+    starts.read_picture(control_image, size, count, name="control_image"),
     schedule,
     latents,
     noise,

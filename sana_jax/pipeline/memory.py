@@ -23,6 +23,8 @@ if typing.TYPE_CHECKING:
   from sana_jax.pipeline.text_to_image import SanaPipeline
 
 STAGES = ("text encoder", "transformer", "decoder")
+# Of calls that are given pictures.
+_WITH_ENCODER = ("text encoder", "encoder", "transformer", "decoder")
 _GIB = 2**30
 
 
@@ -146,11 +148,13 @@ def plan_call(
   num_images: int,
   settings: options.GenerationConfig,
   size: sizes.ImageSize,
+  num_encoded: int = 0,
 ) -> Plan:
   """Plans a call of a pipeline; warns of tiles, which change the images.
 
   Args:
     num_images: of all prompts.
+    num_encoded: pictures that are given.
 
   Raises:
     ValueError: as `plan` does.
@@ -173,8 +177,10 @@ def plan_call(
     latent_size=size.grid,
     height=size.height,
     width=size.width,
+    encoded=num_encoded,
   )
-  return _plan_pipeline(pipeline, work, STAGES)
+  stages = _WITH_ENCODER if num_encoded else STAGES
+  return _plan_pipeline(pipeline, work, stages)
 
 
 def plan_decoding(
@@ -313,15 +319,17 @@ def _needs(models, work, way: _Way) -> dict[str, Need]:
     "text encoder": models.text_encoder.weights,
     "transformer": models.transformer.weights,
     "decoder": models.autoencoder.weights,
+    "encoder": 0,  # the same model
     "controlnet": models.controlnet.weights if models.controlnet else 0,
   }
   working = {
     "text encoder": footprint.text_encoder(models, work),
+    "encoder": footprint.encoder(models, work, way.decoding),
     "transformer": footprint.transformer(models, work),
     "decoder": footprint.decoder(models, work, way.decoding),
   }
   needs = {}
-  for stage in STAGES:
+  for stage in _WITH_ENCODER:
     present = sum(
       size
       for name, size in weights.items()

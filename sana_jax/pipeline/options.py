@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
@@ -50,14 +51,15 @@ class GenerationConfig(config.Config):
     lowercase: whether prompts are lower-cased, as diffusers does.
     null_mask: which mask goes with the negative prompt: "own", as in diffusers,
       or the prompt's ("caption"), as in the original release.
-    guidance_interval: guide only where low < sigma < high; None: always.
+    guidance_interval: (low, high) in [0, 1]: guide only where low < sigma <
+      high; None, like (0, 1): always.
     pag_scale: of perturbed-attention guidance; 0 turns it off.
     pag_adaptive_scale: how much `pag_scale` falls with each of the 1000
       timesteps.
     pag_applied_layers: blocks whose attention is perturbed; None: what the
       published checkpoints of this depth use.
     strength: of image-to-image, in (0, 1]: the share of the steps that is run;
-      None: 0.6, or 1 with a mask.
+      None: 0.6, 0.5 for Sprint, or 1 with a mask.
     composite_pixels: with a mask, put the given image's pixels back where the
       mask is black.
     controlnet_conditioning_scale: multiplies what a ControlNet adds.
@@ -125,10 +127,17 @@ class GenerationConfig(config.Config):
 
   def validate(self) -> None:
     for name in ("num_inference_steps", "max_sequence_length"):
-      if getattr(self, name) < 1:
+      value = getattr(self, name)
+      if not isinstance(value, numbers.Integral) or value < 1:
         raise ValueError(
-          f"{name} must be at least 1, got {getattr(self, name)}."
+          f"{name} must be a whole number of at least 1, got {value!r}."
         )
+    for name in ("height", "width"):
+      value = getattr(self, name)
+      if value is not None and not isinstance(value, numbers.Integral):
+        raise ValueError(f"{name} must be a whole number, got {value!r}.")
+    if self.guidance_interval is not None:
+      _check_interval(self.guidance_interval)
     for name in (
       *("guidance_scale", "pag_scale", "pag_adaptive_scale"),
       "controlnet_conditioning_scale",
@@ -153,6 +162,18 @@ class GenerationConfig(config.Config):
       raise ValueError(
         f"null_mask must be 'own' or 'caption', got {self.null_mask!r}."
       )
+
+
+def _check_interval(interval: Any) -> None:
+  ends = tuple(interval) if isinstance(interval, list | tuple) else ()
+  if len(ends) != 2 or not all(isinstance(e, numbers.Real) for e in ends):
+    raise ValueError(
+      f"guidance_interval must be two numbers (low, high), got {interval!r}."
+    )
+  if not 0 <= ends[0] < ends[1] <= 1:
+    raise ValueError(
+      f"guidance_interval must have 0 <= low < high <= 1, got {interval}."
+    )
 
 
 def pag_layers(settings: GenerationConfig, num_layers: int) -> tuple[int, ...]:

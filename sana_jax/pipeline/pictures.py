@@ -34,7 +34,7 @@ def read_image(
     ValueError: an array of another size, or with values outside [0, 1].
   """
   if isinstance(picture, PIL.Image.Image):
-    upright = PIL.ImageOps.exif_transpose(picture)
+    upright = _eight_bit(PIL.ImageOps.exif_transpose(picture))
     return _fit(_over_white(upright), height, width)[None]
   return _read_array(picture, (height, width, 3), name)
 
@@ -54,7 +54,7 @@ def read_mask(
       "must have the same size."
     )
   if isinstance(mask, PIL.Image.Image):
-    upright = PIL.ImageOps.exif_transpose(mask).convert("L")
+    upright = _eight_bit(PIL.ImageOps.exif_transpose(mask)).convert("L")
     return _fit(upright, height, width)[None, ..., None]
   mask = np.asarray(mask)
   if mask.ndim == 2 or mask.shape[-1] != 1:
@@ -62,20 +62,15 @@ def read_mask(
   return _read_array(mask, (height, width, 1), "mask_image")
 
 
-def repeat(
+def check_count(
   pictures: Float[np.ndarray, "n height width c"], count: int, *, name: str
-) -> Float[np.ndarray, "count height width c"]:
-  """Repeats one picture for `count` images.
-
-  Raises:
-    ValueError: neither one picture nor one for each image.
-  """
+) -> None:
+  """Raises ValueError unless there is one picture, or one for each image."""
   if pictures.shape[0] not in (1, count):
     raise ValueError(
       f"{name} holds {pictures.shape[0]} pictures for {count} images; give "
       "one, or one for each."
     )
-  return np.broadcast_to(pictures, (count, *pictures.shape[1:]))
 
 
 def latent_mask(
@@ -111,6 +106,14 @@ def _size(picture: Picture) -> tuple[int, int]:
 def _described(picture: Picture) -> str:
   height, width = _size(picture)
   return f"{width}x{height} pixels"
+
+
+def _eight_bit(picture: PIL.Image.Image) -> PIL.Image.Image:
+  """Rounds 16 bits to 8, which Pillow's own conversion cuts off at 255."""
+  if not picture.mode.startswith("I"):
+    return picture
+  levels = np.asarray(picture, np.float64) / 65535
+  return PIL.Image.fromarray(np.rint(levels.clip(0, 1) * 255).astype(np.uint8))
 
 
 def _over_white(picture: PIL.Image.Image) -> PIL.Image.Image:

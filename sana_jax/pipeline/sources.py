@@ -107,6 +107,35 @@ def resolve(
   return _directory(downloaded, entry)
 
 
+def resolve_controlnet(
+  path: epath.PathLike,
+  *,
+  cache_dir: epath.PathLike | None = None,
+  endpoint: str | None = None,
+) -> epath.Path:
+  """Returns the directory or file of a ControlNet, downloaded if need be.
+
+  Args:
+    path: a local path, or the name of a published ControlNet.
+
+  Raises:
+    FileNotFoundError: it is neither.
+  """
+  local = epath.Path(path)
+  if local.exists():
+    return local
+  published = zoo.lookup_controlnet(str(path))
+  if published is None:
+    raise FileNotFoundError(
+      f"{path} does not exist; expected a directory in the layout of "
+      "diffusers, an original .pth or .safetensors file, or one of "
+      f"{', '.join(c.repo.partition('/')[2] for c in zoo.CONTROLNETS)}."
+    )
+  return hub.download_file(
+    published.repo, published.file, cache_dir=cache_dir, endpoint=endpoint
+  )
+
+
 def _repository(name: str, entry: zoo.Entry | None) -> str | zoo.Entry:
   """Returns what to download: of the authors' own names, the diffusers one."""
   if entry is None or ("/" in name and name not in entry.names):

@@ -87,22 +87,6 @@ def encode_text(
   )
 
 
-def encode_images(
-  *,
-  autoencoder: Any,
-  images: Float[Array, "b height width 3"],
-  scaling_factor: float,
-  tiling: tiling_lib.Tiling | None,
-) -> Float[Array, "b h w c"]:
-  """Encodes images in [0, 1] to latents in the transformer's scale."""
-  images = 2 * images - 1
-  if tiling is None:
-    latents = autoencoder.encode(images)
-  else:
-    latents = tiling_lib.encode(autoencoder, images, tiling)
-  return latents.astype(jnp.float32) * scaling_factor
-
-
 def decode_raw(
   *,
   autoencoder: Any,

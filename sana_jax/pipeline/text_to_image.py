@@ -1,7 +1,6 @@
 """SanaPipeline: one object for SANA, SANA-1.5 and SANA-Sprint."""
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Any, Unpack
 
@@ -214,11 +213,13 @@ class SanaPipeline:
       random=(latents, noise),
     )
     counts = (len(job.prompts), len(job.latents))
-    plan = self.plan_memory(*counts, job.settings, size=job.size)
+    plan = self.plan_memory(
+      *counts, job.settings, size=job.size, num_encoded=job.num_encoded
+    )
     conditions = self._conditions(job, num_images_per_prompt, progress)
     if plan.offload_text_encoder:
       self._offload_text_encoder()
-    latents, known, control = self._start(job, plan.decoding.tiling, progress)
+    latents, known, control = self._start(job, plan.decoding, progress)
     latents = self.denoise(
       latents,
       job.schedule,
@@ -272,25 +273,25 @@ class SanaPipeline:
     self,
     images: Float[ArrayLike, "b height width 3"],
     *,
-    tiling: tiling_lib.Tiling | None = None,
+    how: decoding.Decoding | None = None,
     progress: execution.ProgressFn | None = None,
   ) -> Float[Array, "b h w c"]:
     """Encodes images in [0, 1] to latents in the transformer's scale.
 
     Args:
-      tiling: encodes in overlapping tiles; None: whole.
+      how: whole or in tiles, like decoding; None: whole.
 
     Raises:
       FloatingPointError: the latents are not finite.
     """
     latents = self._executor.run(
       "encoder",
-      stages.encode_images,
+      decoding.encode,
       shared={"autoencoder": self.autoencoder},
       batched={"images": jnp.asarray(images, jnp.float32)},
       static={
         "scaling_factor": self.autoencoder_config.scaling_factor,
-        "tiling": tiling,
+        "how": how or decoding.Decoding(),
       },
       progress=progress,
     )
@@ -401,12 +402,14 @@ class SanaPipeline:
     settings: options.GenerationConfig | None = None,
     *,
     size: sizes.ImageSize | None = None,
+    num_encoded: int = 0,
   ) -> memory_lib.Plan:
     """Says how a call would run, and what it needs, without running it.
 
     Args:
       num_images: of all prompts; None: one of each.
       size: None: what the settings say.
+      num_encoded: pictures given, to begin with or to control.
 
     Raises:
       ValueError: it does not fit into memory, or a `tiling` without effect.
@@ -418,6 +421,7 @@ class SanaPipeline:
       num_images=num_images or num_prompts,
       settings=settings,
       size=size or self.image_size(settings),
+      num_encoded=num_encoded,
     )
 
   def _offload_text_encoder(self) -> None:
@@ -452,11 +456,15 @@ class SanaPipeline:
       (condition, null_condition),
     )
 
-  def _start(self, job: jobs.Job, tiling, progress):
+  def _start(self, job: jobs.Job, how: decoding.Decoding, progress):
     """Returns the first latents, what of the image stays, and the control."""
-    encode = functools.partial(
-      self.encode_image, tiling=tiling, progress=progress
-    )
+
+    def encode(images):
+      # One picture for all images is encoded once.
+      encoded = self.encode_image(images, how=how, progress=progress)
+      shape = (len(job.latents), *encoded.shape[1:])
+      return jnp.broadcast_to(encoded, shape)
+
     latents, known = job.latents, None
     if job.start.image is not None:
       clean = encode(job.start.image)

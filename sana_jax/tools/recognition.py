@@ -1,7 +1,6 @@
 """What a path holds, from headers alone: dictionaries fit for JSON."""
 
 import dataclasses
-import json
 import math
 import re
 from collections import Counter, defaultdict
@@ -12,7 +11,14 @@ from etils import epath
 
 from sana_jax import config as config_lib
 from sana_jax.diffusion import scheduler_config
-from sana_jax.weights import files, opening, orbax_files, torch_zip, zoo
+from sana_jax.weights import (
+  files,
+  lora_files,
+  opening,
+  orbax_files,
+  torch_zip,
+  zoo,
+)
 
 PRESETS: dict[str, Callable[[], config_lib.Config]] = {
   "sana_600m": config_lib.sana_600m,
@@ -273,48 +279,34 @@ def _under(tensors: files.Tensors, prefix: str) -> dict[str, files.Tensor]:
 
 
 def _lora_file(path: epath.Path) -> epath.Path | None:
-  file = path / "pytorch_lora_weights.safetensors" if path.is_dir() else path
+  file = path
+  if path.is_dir():
+    found = [path / name for name in lora_files.FILES if (path / name).exists()]
+    file = found[0] if found else path
   if file.suffix != ".safetensors" or not file.is_file():
     return None
-  is_lora = any(".lora_" in name for name in files.open_safetensors(file))
+  names = files.open_safetensors(file)
+  is_lora = any(".lora_" in name or ".lora." in name for name in names)
   return file if is_lora else None
 
 
 def _lora(path: epath.Path) -> Report:
-  tensors = files.open_safetensors(path)
-  adapter = json.loads(
-    files.safetensors_metadata(path).get("lora_adapter_metadata", "{}")
-  )
-  pairs: dict[str, dict[str, files.Tensor]] = defaultdict(dict)
-  found = []
-  for name, tensor in tensors.items():
-    match = re.fullmatch(r"(.+)\.lora_([AB])\.weight", name)
-    if match is None or len(tensor.shape) != 2:
-      found.append(f"unexpected tensor {name} {tensor.shape}")
-    else:
-      pairs[match[1]][match[2]] = tensor
-  ranks = set()
-  for module, pair in pairs.items():
-    found += [
-      f"missing tensor {module}.lora_{side}.weight"
-      for side in "AB"
-      if side not in pair
-    ]
-    if len(pair) == 2:
-      ranks.add(pair["A"].shape[0])
-      if pair["A"].shape[0] != pair["B"].shape[1]:
-        found.append(f"{module}: lora_A and lora_B have different ranks")
+  contents = _contents(files.open_safetensors(path))
+  try:
+    pairs = lora_files.load(path).pairs
+  except ValueError as error:
+    return {"kind": "lora", **contents, "problems": [str(error)]}
   blocks = [re.search(r"\.(\d+)\.", module) for module in pairs]
   targets = {re.sub(r".*\.\d+\.", "", module, count=1) for module in pairs}
   return {
     "kind": "lora",
-    "ranks": sorted(ranks),
-    "alpha": adapter.get("transformer.lora_alpha", "the rank"),
+    "ranks": sorted({pair.rank for pair in pairs.values()}),
+    "alphas": sorted({pair.alpha for pair in pairs.values()}),
     "targets": sorted(targets),
     "blocks": len({match[1] for match in blocks if match}),
-    "widths": sorted({p["A"].shape[1] for p in pairs.values() if "A" in p}),
-    **_contents(tensors),
-    "problems": found,
+    "widths": sorted({pair.down.shape[1] for pair in pairs.values()}),
+    **contents,
+    "problems": [],
   }
 
 

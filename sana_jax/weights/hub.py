@@ -12,12 +12,14 @@ from etils import epath
 from sana_jax.weights import files, zoo
 
 _COMPONENTS = ("transformer", "vae", "text_encoder")
+# Only in repositories of pipelines that have one.
+_OPTIONAL = ("controlnet",)
 _SMALL = (
   "model_index.json",
   "generation_config.json",
   "scheduler/*.json",
   "tokenizer/*",
-  *(f"{name}/config.json" for name in _COMPONENTS),
+  *(f"{name}/config.json" for name in _COMPONENTS + _OPTIONAL),
 )
 
 
@@ -65,7 +67,9 @@ def download(
     try:
       listed = hub.snapshot_download(
         **options,
-        allow_patterns=[f"{name}/*.safetensors*" for name in _COMPONENTS],
+        allow_patterns=[
+          f"{name}/*.safetensors*" for name in _COMPONENTS + _OPTIONAL
+        ],
         dry_run=True,
       )
     except errors.DryRunError:
@@ -74,6 +78,31 @@ def download(
   names = _weights([file.filename for file in listed], repo_id, variant)
   with _explained(errors, repo_id, revision):
     return epath.Path(hub.snapshot_download(**options, allow_patterns=names))
+
+
+def download_file(
+  repo_id: str,
+  file: str,
+  *,
+  cache_dir: epath.PathLike | None = None,
+  endpoint: str | None = None,
+  token: str | None = None,
+) -> epath.Path:
+  """Returns one file of a repository, such as original weights.
+
+  Arguments and errors are those of `download`.
+  """
+  hub, errors = _library()
+  with _explained(errors, repo_id, None):
+    return epath.Path(
+      hub.hf_hub_download(
+        repo_id,
+        file,
+        cache_dir=None if cache_dir is None else str(cache_dir),
+        endpoint=endpoint,
+        token=token,
+      )
+    )
 
 
 @contextlib.contextmanager
@@ -96,15 +125,23 @@ def _explained(errors: Any, repo_id: str, revision: str | None):
       f"{repo_id} has no revision {revision!r}; leave revision=None for the "
       "newest, or look at its branches and tags."
     ) from error
-  except errors.LocalEntryNotFoundError as error:
-    if isinstance(error.__cause__, errors.HfHubHTTPError):
-      raise _failed(repo_id, error.__cause__) from error
+  except errors.EntryNotFoundError as error:
+    if isinstance(error, errors.LocalEntryNotFoundError):
+      raise _unreachable(repo_id, errors, error) from error
     raise FileNotFoundError(
-      f"{repo_id} is not in the local cache and the hub cannot be reached; "
-      f"download it elsewhere (`hf download {repo_id}`) and pass its directory."
+      f"{repo_id} has no such file ({' '.join(str(error).split())})."
     ) from error
   except OSError as error:
     raise _failed(repo_id, error) from error
+
+
+def _unreachable(repo_id: str, errors: Any, error: Any) -> OSError:
+  if isinstance(error.__cause__, errors.HfHubHTTPError):
+    return _failed(repo_id, error.__cause__)
+  return FileNotFoundError(
+    f"{repo_id} is not in the local cache and the hub cannot be reached; "
+    f"download it elsewhere (`hf download {repo_id}`) and pass its directory."
+  )
 
 
 def _library() -> tuple[types.ModuleType, types.ModuleType]:
@@ -138,11 +175,13 @@ def _weights(
 ) -> list[str]:
   """Chooses the files to download: those that loading will read."""
   chosen, found = [], set()
-  for component in _COMPONENTS:
+  for component in _COMPONENTS + _OPTIONAL:
     prefix = f"{component}/"
     inside = [n.removeprefix(prefix) for n in names if n.startswith(prefix)]
     by_variant = files.group_by_variant(inside)
     found |= set(by_variant)
+    if not by_variant and component in _OPTIONAL:
+      continue
     if not by_variant:
       raise FileNotFoundError(
         f"{repo_id} has no safetensors weights in {component}/; expected a "

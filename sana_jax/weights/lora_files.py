@@ -17,6 +17,7 @@ from sana_jax.weights import files
 _DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 _PEFT_FILE = "adapter_model.safetensors"
 _PEFT_CONFIG = "adapter_config.json"
+FILES = (_DIFFUSERS_FILE, _PEFT_FILE)
 _METADATA = "lora_adapter_metadata"
 # diffusers names the component before the module, peft its wrappers, and
 # `load_lora_adapter(prefix=None)` nothing.

@@ -272,6 +272,13 @@ def lookup(name: str) -> Entry | None:
   return _BY_NAME.get(stem.lower())
 
 
+def lookup_controlnet(name: str) -> ControlNet | None:
+  """Finds a published ControlNet by its repository, with or without owner."""
+  last = re.split(r"[/\\]", name.strip())[-1].lower()
+  found = [c for c in CONTROLNETS if c.repo.lower().endswith(f"/{last}")]
+  return found[0] if last and found else None
+
+
 def suggestion(name: str) -> str:
   """Returns a sentence that lists the names most like `name`."""
   last = re.split(r"[/\\]", name.strip())[-1].lower()

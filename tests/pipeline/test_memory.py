@@ -210,6 +210,41 @@ def test_the_decoders_memory_is_predicted(
   check_bound(predicted, real, part.weights)
 
 
+@pytest.mark.parametrize(
+  ("widths", "kinds", "depths", "dtype", "batch"),
+  [
+    ((16, 32, 64), (RES, RES, VIT), (1, 1, 1), "float32", 1),
+    ((16, 32, 64), (RES, RES, VIT), (2, 2, 1), "bfloat16", 1),
+    ((16, 32, 64), (RES, RES, VIT), (1, 1, 1), "float32", 3),
+    ((32, 64, 64), (RES, RES, RES), (2, 2, 2), "float32", 1),
+    ((32, 32, 32), (RES, RES, RES), (2, 1, 1), "float32", 1),
+  ],
+)
+def test_the_encoders_memory_is_predicted(widths, kinds, depths, dtype, batch):
+  config = autoencoder_config(widths, kinds=kinds)
+  config.encoder_layers_per_block = depths
+  model = abstract(dc_ae.DCAE, config, jnp.dtype(dtype))
+  part = footprint.make_part(config, model)
+
+  def encode(model, images):
+    return decoding.encode(
+      autoencoder=model,
+      images=images,
+      scaling_factor=1.0,
+      how=decoding.Decoding(),
+    )
+
+  real = working_bytes(encode, model, array((batch, 128, 192, 3)))
+  work = work_of(
+    images=batch, latent_size=(32, 48), height=128, width=192, encoded=batch
+  )
+  predicted = footprint.encoder(
+    models_of(autoencoder=part), work, decoding.Decoding()
+  )
+  # XLA keeps two to four copies of a residual block, depending on its width.
+  assert real <= predicted <= 2.5 * real + MIB
+
+
 def test_tiles_and_their_blending_are_predicted():
   config = autoencoder_config((16, 32, 64))
   model = abstract(dc_ae.DCAE, config, jnp.float32)

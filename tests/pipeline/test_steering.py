@@ -12,6 +12,7 @@ from sana_jax import pipeline as pipeline_lib
 from sana_jax import resolution
 from sana_jax.diffusion import schedules
 from sana_jax.pipeline import denoising, options, sizes, stages
+from sana_jax.weights import lora
 from tests import tiny
 
 # float32 sums in another order, through a few steps and the decoder.
@@ -379,6 +380,88 @@ def test_wrong_scores_are_named(flow, changes, message):
     pipeline_lib.best_of(flow, ["a cat"], **arguments | changes)
 
 
+def test_best_of_takes_one_prompt_and_a_negative_prompt_for_each(flow):
+  with pytest.raises(TypeError, match="num_images_per_prompt cannot go"):
+    pipeline_lib.best_of(
+      flow, "a", n=1, scorer=lambda i, _: [0.0], num_images_per_prompt=2
+    )
+  scorer = lambda images, _: images.mean(axis=(1, 2, 3))  # noqa: E731
+  one = pipeline_lib.best_of(flow, "a cat", n=2, scorer=scorer)
+  assert one.output.images.shape == (1, 32, 32, 3)
+  two = pipeline_lib.best_of(
+    flow,
+    ["a cat", "a table"],
+    n=2,
+    scorer=scorer,
+    negative_prompt=["", "blurry"],
+  )
+  np.testing.assert_array_equal(two.scores[0], one.scores[0])
+  other = pipeline_lib.best_of(flow, ["a cat", "a table"], n=2, scorer=scorer)
+  assert np.abs(two.scores[1] - other.scores[1]).max() > 1e-5
+
+
+@pytest.mark.parametrize("name", ["flow", "sprint"])
+def test_an_image_matters_at_the_default_strength(name, request, picture):
+  pipe = request.getfixturevalue(name)
+  steps = {} if name == "sprint" else {"num_inference_steps": 5}
+  plain = pipe("a cat", **steps).latents
+  started = pipe("a cat", image=picture, **steps).latents
+  assert np.abs(plain - started).max() > 1e-2
+
+
+def test_a_strength_that_forgets_the_image_warns(sprint, picture):
+  with pytest.warns(UserWarning, match="strength 0.6 of 2 steps skips none"):
+    sprint("a cat", image=picture, strength=0.6)
+
+
+def test_one_picture_is_encoded_once_for_all_images(flow, picture):
+  shapes = []
+  events = []
+  fresh = dataclasses.replace(flow)
+  run = fresh._executor.run
+
+  def watched(stage, function, **arguments):
+    if stage == "encoder":
+      shapes.append(arguments["batched"]["images"].shape[0])
+    return run(stage, function, **arguments)
+
+  fresh._executor.run = watched
+  both = fresh(["a cat", "a table"], image=picture, progress=events.append)
+  assert shapes == [1]
+  several = fresh(["a cat", "a table"], image=np.stack([picture] * 2))
+  assert shapes == [1, 2]
+  np.testing.assert_allclose(both.images, several.images, **TOLERANCE)
+
+
+def test_sixteen_bits_are_rounded_to_eight(flow, rng):
+  levels = rng.integers(0, 256, size=(32, 32), dtype=np.uint16)
+  deep = PIL.Image.fromarray(levels * 257)
+  assert deep.mode == "I;16"
+  shallow = PIL.Image.fromarray(levels.astype(np.uint8))
+  np.testing.assert_array_equal(
+    flow("a cat", image=deep).latents, flow("a cat", image=shallow).latents
+  )
+
+
+def test_an_interval_up_to_one_is_always(tokenizer):
+  pipe = tiny.make_pipeline(tokenizer, solver=schedules.FlowEuler())
+  always = pipe("a cat", guidance_interval=(0.0, 1.0)).latents
+  np.testing.assert_allclose(always, pipe("a cat").latents, **TOLERANCE)
+
+
+def test_attached_adapters_are_not_saved_by_halves(flow, rng, tmp_path):
+  down = rng.normal(size=(2, 16)).astype(np.float32)
+  up = rng.normal(size=(16, 2)).astype(np.float32)
+  adapter = lora.Lora(
+    {"transformer_blocks.0.attn1.to_q": lora.Pair(down, up, 2.0)}, "test"
+  )
+  pipe = dataclasses.replace(flow)
+  pipe.transformer = lora.attach(pipe.transformer, [(adapter, 1.0)])
+  with pytest.raises(ValueError, match=r"use lora\.fuse"):
+    pipe.save_pretrained(tmp_path / "new")
+  assert not (tmp_path / "new").exists()
+
+
 IMAGE = np.full((32, 32, 3), 0.5, np.float32)
 
 
@@ -396,6 +479,10 @@ IMAGE = np.full((32, 32, 3), 0.5, np.float32)
     (
       {"image": IMAGE, "mask_image": np.ones((16, 32), np.float32)},
       "mask_image is 32x16 pixels, image is 32x32 pixels",
+    ),
+    (
+      {"image": IMAGE, "mask_image": np.zeros((32, 32), np.float32)},
+      "mask_image 0 has nothing to make anew",
     ),
     ({"image": IMAGE[:, :, 0]}, r"image is an array of shape \(32, 32\)"),
     ({"image": IMAGE[:16], "height": 32}, "Pass a PIL image to have it"),

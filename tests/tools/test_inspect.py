@@ -229,12 +229,14 @@ def test_a_lora_file_is_described(tmp_path, rng):
   write_lora(
     path,
     tensors,
-    lora_adapter_metadata=json.dumps({"transformer.lora_alpha": 8}),
+    lora_adapter_metadata=json.dumps(
+      {"transformer.r": 4, "transformer.lora_alpha": 8}
+    ),
   )
   report = recognition.describe(tmp_path)
   assert report["kind"] == "lora"
   assert report["ranks"] == [4]
-  assert report["alpha"] == 8
+  assert report["alphas"] == [8]
   assert report["targets"] == ["attn1.to_out.0"]
   assert report["blocks"] == 2
   assert report["problems"] == []
@@ -243,14 +245,9 @@ def test_a_lora_file_is_described(tmp_path, rng):
   tensors["transformer.bias"] = np.ones(3, np.float32)
   write_lora(path, tensors)
   report = recognition.describe(path)
-  assert report["alpha"] == "the rank"
-  assert sorted(report["problems"]) == [
-    "missing tensor transformer.transformer_blocks.1.attn1.to_out.0.lora_A."
-    "weight",
-    "transformer.transformer_blocks.0.attn1.to_out.0: lora_A and lora_B have "
-    "different ranks",
-    "unexpected tensor transformer.bias (3,)",
-  ]
+  (problem,) = report["problems"]
+  for part in ("transformer_blocks.1.attn1.to_out.0", "transformer.bias"):
+    assert part in problem
 
 
 def test_gigabytes_take_a_moment(tmp_path):

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from sana_jax.pipeline import sources
 from sana_jax.weights import hub, zoo
 from tests import local_hub
 
@@ -158,3 +159,37 @@ def test_without_the_library_the_command_to_install_it_is_given(monkeypatch):
   monkeypatch.setitem(sys.modules, "huggingface_hub", None)
   with pytest.raises(ImportError, match=r"pip install 'sana_jax\[hub\]'"):
     hub.download(REPO)
+
+
+def test_a_controlnet_comes_with_its_pipeline(tmp_path):
+  control = {
+    "controlnet/config.json": b"{}",
+    f"controlnet/{STEM}.safetensors": b"control",
+  }
+  with local_hub.serve(REPO, FILES | control) as server:
+    path = hub.download(REPO, endpoint=server.endpoint, cache_dir=tmp_path)
+  assert contents(path).items() >= control.items()
+
+
+def test_one_file_of_a_repository_is_downloaded(tmp_path):
+  published = zoo.lookup_controlnet("Sana_600M_1024px_ControlNet_HED")
+  with local_hub.serve(published.repo, {published.file: b"weights"}) as server:
+    where = {"endpoint": server.endpoint, "cache_dir": tmp_path}
+    path = sources.resolve_controlnet(published.repo, **where)
+    assert path.read_bytes() == b"weights"
+    again = sources.resolve_controlnet(
+      published.repo.partition("/")[2], **where
+    )
+    assert again == path
+    assert sources.resolve_controlnet(path, **where) == path
+  offline = {"endpoint": local_hub.unreachable(), "cache_dir": tmp_path / "no"}
+  with pytest.raises(FileNotFoundError, match="hub cannot be reached"):
+    sources.resolve_controlnet(published.repo, **offline)
+  with pytest.raises(FileNotFoundError, match="or one of Sana_1600M_1024px_BF"):
+    sources.resolve_controlnet("nowhere/else")
+
+
+def test_a_file_that_is_not_there_is_named(server, options):
+  server.refused = (404, "EntryNotFound", "/resolve/")
+  with pytest.raises(FileNotFoundError, match="no such file"):
+    hub.download_file(REPO, "missing.pth", **options)
