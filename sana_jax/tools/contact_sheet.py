@@ -1,4 +1,4 @@
-"""Thumbnails and captions of a data set on one HTML page without other files."""
+"""Thumbnails and captions of a data set on one page without other files."""
 
 import base64
 import html

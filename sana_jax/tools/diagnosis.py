@@ -35,7 +35,7 @@ MEANINGS = {
   "rotated": ("info", "pictures are turned by EXIF data"),
 }
 _MOST_BITS = 4  # Of 128 that differ between pictures that are called alike.
-_MOST_COLOR = 6.0  # Of 255.
+_MOST_COLOR = 3.0  # Of 255.
 _ASPECT_EDGES = (0.25, 0.5, 0.67, 0.8, 0.95, 1.05, 1.25, 1.5, 2.0, 4.0)
 _SIDE_EDGES = (256, 512, 768, 1024, 1536, 2048, 4096)
 

@@ -84,8 +84,8 @@ def main(argv: Sequence[str]) -> int:
   parser = make_parser()
   args = parser.parse_args(argv)
   for name in ("batch_size", "max_tokens", "threads"):
-    if getattr(args, name) < 1:
-      parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
+    if vars(args)[name] < 1:
+      parser.error(f"--{name} must be at least 1, got {vars(args)[name]}")
   try:
     source = sources.open_source(args.path, kind=args.kind, split=args.split)
     settings = diagnosis.Settings.load(
