@@ -31,7 +31,7 @@ def files(rng):
   """A folder's files by name: unicode, depth, scores, several captions."""
   return {
     "b/näh 猫.jpg": encode(picture(rng)),
-    "b/näh 猫.txt": " first line\n\nsecond line \n".encode(),
+    "b/näh 猫.txt": b" first line\n\nsecond line \n",
     "a.v2.png": encode(picture(rng, 40, 20), "PNG"),
     "a.v2.json": json.dumps(
       {"width": 20, "prompt": "short", "long_caption": "a long one"}
