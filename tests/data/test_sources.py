@@ -1,15 +1,19 @@
 """Every format yields the same records, and says what is wrong with it."""
 
+import io
 import json
 import pickle
 import uuid
 from concurrent import futures
 
 import fsspec
+import msgpack
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tensorflow_datasets as tfds
+from array_record.python import array_record_module
 
 from sana_jax.data import records, sources
 from sana_jax.data.sources import array_record
@@ -273,3 +277,116 @@ def test_broken_descriptions_are_named_when_their_record_is_read(folder):
   (folder / "a.v2_clip_score.json").write_text('{"prompt": "good"}')
   with pytest.raises(ValueError, match="the score 'good': expected a finite"):
     sources.open_source(folder)[0]
+
+
+def test_what_needs_a_disk_says_so():
+  root = f"memory://{uuid.uuid4().hex}"
+  for name in (
+    "tfds/dataset_info.json",
+    "tfds/features.json",
+    "x.array_record",
+  ):
+    with fsspec.open(f"{root}/{name}", "wb") as file:
+      file.write(b"{}")
+  with pytest.raises(ValueError, match="TFDS data sets have random access"):
+    sources.open_source(f"{root}/tfds")
+  with pytest.raises(ValueError, match="ArrayRecord files have random access"):
+    sources.open_source(f"{root}/x.array_record")
+
+
+def test_array_records_of_others_are_refused(tmp_path):
+  path = tmp_path / "x.array_record"
+  writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
+  writer.write(b"\xc1 something else")
+  writer.close()
+  with pytest.raises(
+    ValueError, match="does not end with an index of sana_jax"
+  ):
+    sources.open_source(path)
+  writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
+  index = {"format": array_record.FORMAT, "version": 2, "keys": []}
+  writer.write(msgpack.packb(index))
+  writer.close()
+  with pytest.raises(ValueError, match="has version 2"):
+    sources.open_source(path)
+
+
+class CaptionedBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+  """Two pictures with nested captions, and a text that is none."""
+
+  VERSION = tfds.core.Version("1.0.0")
+
+  def __init__(self, images, data_dir):
+    self._images = images
+    super().__init__(data_dir=data_dir, file_format="array_record")
+
+  def _info(self):
+    text = tfds.features.Text()
+    return tfds.core.DatasetInfo(
+      builder=self,
+      features=tfds.features.FeaturesDict(
+        {
+          "picture": tfds.features.Image(),
+          "captions": tfds.features.Sequence({"text": text}),
+          "file_name": text,
+        }
+      ),
+    )
+
+  def _split_generators(self, dl_manager):
+    return {"whole": self._generate_examples()}
+
+  def _generate_examples(self):
+    for i, image in enumerate(self._images):
+      texts = [{"text": f"{i} one"}, {"text": f"{i} two"}]
+      yield (
+        i,
+        {
+          "picture": io.BytesIO(image),
+          "captions": texts,
+          "file_name": f"{i}.png",
+        },
+      )
+
+
+def test_a_tfds_data_set_has_the_captions_that_its_features_name(tmp_path, rng):
+  images = [pictures.encode(pictures.picture(rng), "PNG") for _ in range(2)]
+  builder = CaptionedBuilder(images, str(tmp_path))
+  builder.download_and_prepare()
+  source = sources.open_source(builder.data_dir)
+  assert {record.image for record in source} == set(images)
+  assert source.keys() == ["whole/0", "whole/1"]
+  i = images.index(source[0].image)
+  assert [(c.name, c.text) for c in source[0].captions] == [
+    ("captions.text_0", f"{i} one"),
+    ("captions.text_1", f"{i} two"),
+  ]
+  with pytest.raises(ValueError, match="hold.* TFDS data sets further down"):
+    sources.open_source(tmp_path)
+  with pytest.raises(FileNotFoundError, match=r"No dataset_info\.json in"):
+    sources.open_source(tmp_path, kind="tfds")
+
+
+def test_a_table_may_name_files(tmp_path, contents):
+  (tmp_path / "d.jpg").write_bytes(contents["d.jpg"])
+  path = tmp_path / "x.parquet"
+  pq.write_table(
+    pa.table({"image_path": ["d.jpg", None], "caption": [["a", "b"], []]}), path
+  )
+  source = sources.open_source(path)
+  assert source.keys() == ["x/0", "x/1"]
+  assert source[0].image == contents["d.jpg"]
+  assert [c.text for c in source[0].captions] == ["a", "b"]
+  assert source.file_name(0) == "d.jpg"
+  with pytest.raises(ValueError, match="Row 1 of .* neither bytes nor a path"):
+    source[1]
+
+
+def test_tables_that_differ_are_refused(tmp_path):
+  for name, column in (("a", "text"), ("b", "other")):
+    table = pa.table({"image": [b"x"], column: ["y"]})
+    pq.write_table(table, tmp_path / f"{name}.parquet")
+  with pytest.raises(
+    ValueError, match=r"no columns \['text'\], as .*a.parquet"
+  ):
+    sources.open_source(tmp_path)

@@ -1,13 +1,12 @@
 """Parquet tables of pictures, as Hugging Face's data sets have them.
 
-The column `image` (or `jpg`, `png`, `webp`) holds {bytes, path} or bytes, or
+Column `image` (or `jpg`, `png`, `webp`) holds {bytes, path} or bytes, or
 `image_path` names a file relative to the table's. Columns whose names say so
 (see `caption_files.is_caption_name`) hold captions, strings or lists of them.
 The keys are those of a column `key` or `__key__`, else the table's name and
 the number of the row.
 
-A picture is read with the whole row group it is in; tables of large row groups
-are slow in random order.
+A picture is read with its whole row group: large ones make random order slow.
 """
 
 import collections
@@ -42,8 +41,7 @@ class ParquetSource(access.FileSource):
   def __init__(self, files: Sequence[storage.Location], name: str):
     self.name = name
     self._files = tuple(files)
-    # The row group's file, its number there, and the source's row it starts at.
-    self._groups: list[tuple[int, int]] = []
+    self._groups: list[tuple[int, int]] = []  # File, number in the file.
     starts, self._file_starts = [0], [0]
     for number, file in enumerate(self._files):
       metadata, schema = _metadata(file)
@@ -62,27 +60,21 @@ class ParquetSource(access.FileSource):
 
   def keys(self) -> list[str]:
     if self._key is None:
-      return [self._row_key(index) for index in range(len(self))]
-    keys = [
-      str(key)
-      for file in self._files
-      for key in _read(file, None, [self._key])[self._key].to_pylist()
-    ]
+      keys = [self._row_key(index) for index in range(len(self))]
+    else:
+      columns = (_read(file, None, [self._key]) for file in self._files)
+      keys = [str(k) for c in columns for k in c[self._key].to_pylist()]
     access.require_unique(keys, self.name)
     return keys
 
   def file_name(self, index: int) -> str | None:
-    group = int(np.searchsorted(self._starts, index, "right")) - 1
-    table = self._table(group)
-    value = table[self._image][index - int(self._starts[group])].as_py()
+    value = self._row(index)[self._image]
     if isinstance(value, Mapping):
       return value.get("path")
     return value if isinstance(value, str) else None
 
   def _read(self, index: int) -> records.Record:
-    group = int(np.searchsorted(self._starts, index, "right")) - 1
-    row = index - int(self._starts[group])
-    fields = self._table(group).slice(row, 1).to_pylist()[0]
+    fields = self._row(index)
     texts = {name: fields[name] for name in self._captions}
     return records.Record(
       key=self._row_key(index) if self._key is None else str(fields[self._key]),
@@ -97,20 +89,19 @@ class ParquetSource(access.FileSource):
     return [found[i] for i in range(len(indices))]
 
   def _bytes(self, value: Any, index: int) -> bytes:
-    if isinstance(value, bytes):
-      return value
-    path = value
     if isinstance(value, Mapping):
-      if value.get("bytes") is not None:
-        return value["bytes"]
-      path = value.get("path")
-    file = self._files[self._file_of(index)]
+      content, path = value.get("bytes"), value.get("path")
+    else:
+      content, path = value, None
+    if isinstance(content, bytes):
+      return content
+    path = path or content
     if not path:
       raise ValueError(
         f"Row {index} of {self.name} has neither bytes nor a path in its "
         f"column {self._image!r}."
       )
-    return (file.parent() / path).read()
+    return (self._files[self._file_of(index)].parent() / path).read()
 
   def _file_of(self, index: int) -> int:
     return int(np.searchsorted(self._file_starts, index, "right")) - 1
@@ -119,6 +110,11 @@ class ParquetSource(access.FileSource):
     number = self._file_of(index)
     stem = grouping.split_suffix(self._files[number].name)[0]
     return f"{stem}/{index - self._file_starts[number]}"
+
+  def _row(self, index: int) -> dict[str, Any]:
+    group = int(np.searchsorted(self._starts, index, "right")) - 1
+    row = index - int(self._starts[group])
+    return self._table(group).slice(row, 1).to_pylist()[0]
 
   def _table(self, group: int) -> pa.Table:
     with self._lock:
@@ -147,8 +143,7 @@ class ParquetSource(access.FileSource):
 
   def _open(self) -> None:
     self._lock = threading.Lock()
-    self._cached: collections.OrderedDict[int, pa.Table]
-    self._cached = collections.OrderedDict()
+    self._cached = collections.OrderedDict[int, pa.Table]()
 
   def __getstate__(self):
     state = self.__dict__.copy()

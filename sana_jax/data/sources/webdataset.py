@@ -1,8 +1,8 @@
 """WebDataset: pictures and their descriptions in tar files.
 
 The members `a.jpg`, `a.txt`, `a.json` are one record, as files of a folder
-are. Tar files have no table of contents, so their headers are read once, when
-the source is opened; after that, every record can be read by itself.
+are. Tar files have no table of contents, so all headers are read when the
+source is opened.
 """
 
 import dataclasses
@@ -96,9 +96,8 @@ class TarSource(access.FileSource):
 
   def image_head(self, index: int, size: int) -> bytes:
     entry = self._entries[self._checked(index)]
-    start = entry.image.start
-    stop = start + min(size, entry.image.size)
-    return self._shards[entry.shard].read(start, stop)
+    size = min(size, entry.image.size)
+    return self._bytes(entry, _Span(entry.image.start, size))
 
   def _key(self, entry: _Entry) -> str:
     if not self._prefixed:
@@ -109,20 +108,19 @@ class TarSource(access.FileSource):
   def _read(self, index: int) -> records.Record:
     entry = self._entries[index]
     stem = posixpath.basename(grouping.split_suffix(entry.member)[0])
-    texts: dict[str, str] = {}
-    scores: dict[str, float] = {}
+    texts, scores = {}, {}
     for suffix, span in entry.captions:
-      value = self._json(entry, span)
-      texts |= caption_files.from_json(value, stem, suffix)
+      texts |= caption_files.from_json(self._json(entry, span), stem, suffix)
     for span in entry.scores:
-      where = self._where(entry)
-      value = self._json(entry, span)
-      scores |= caption_files.scores_from_json(value, stem, where)
+      scores |= caption_files.scores_from_json(
+        self._json(entry, span), stem, self._where(entry)
+      )
     more_texts, more_scores = self._tables.find(entry.shard, entry.key, stem)
     text = None
     if entry.text is not None:
-      content = self._bytes(entry, entry.text)
-      text = caption_files.from_text(content, self._where(entry))
+      text = caption_files.from_text(
+        self._bytes(entry, entry.text), self._where(entry)
+      )
     return records.Record(
       key=self._key(entry),
       image=self._bytes(entry, entry.image),
@@ -137,18 +135,19 @@ class TarSource(access.FileSource):
   def _bytes(self, entry: _Entry, span: _Span) -> bytes:
     if not span.size:
       return b""
-    shard = self._shards[entry.shard]
-    return shard.read(span.start, span.start + span.size)
+    stop = span.start + span.size
+    return self._shards[entry.shard].read(span.start, stop)
 
   def _json(self, entry: _Entry, span: _Span) -> Mapping[str, Any]:
-    content = self._bytes(entry, span)
-    return caption_files.parse_json(content, self._where(entry))
+    return caption_files.parse_json(
+      self._bytes(entry, span), self._where(entry)
+    )
 
 
 def _scan(
   number: int, shard: storage.Location
 ) -> tuple[list[_Entry], list[str]]:
-  """Reads a tar file's headers; returns its records and orphans."""
+  """Returns a tar file's records and orphans."""
   spans = _members(shard)
   groups, orphans = grouping.group(list(spans))
   entries = [
@@ -170,13 +169,11 @@ def _members(shard: storage.Location) -> dict[str, _Span]:
   """Returns where the regular files of a tar file are, by name."""
   if not shard.is_file():
     raise FileNotFoundError(f"There is no tar file {shard}.")
-  size = shard.size()
-  spans = {}
+  size, spans = shard.size(), {}
   try:
     with (
       shard.open() as file,
-      # Explicitly uncompressed: nothing else has random access.
-      tarfile.open(fileobj=file, mode="r:") as tar,
+      tarfile.open(fileobj=file, mode="r:") as tar,  # "r:": uncompressed.
     ):
       for member in tar:
         tar.members = []  # Or tarfile keeps every header.
@@ -195,8 +192,7 @@ def _members(shard: storage.Location) -> dict[str, _Span]:
 
 
 def _trouble(shard: storage.Location, error: tarfile.TarError) -> str:
-  head = shard.read(0, 8)
-  if head.startswith((_GZIP, _ZSTD, _XZ, _BZ2)):
+  if shard.read(0, 8).startswith((_GZIP, _ZSTD, _XZ, _BZ2)):
     return (
       "is compressed: expected a plain tar file, of which any record can be "
       "read without the ones before it. Decompress it."
