@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from sana_jax.bulk import storage
+from sana_jax import storage
 
 
 def test_a_written_file_is_whole_and_leaves_nothing_else(tmp_path, rng):
@@ -61,7 +61,7 @@ def test_other_errors_stay_as_they_are(tmp_path):
 
 LIMITED = """
 import pathlib, resource, sys
-from sana_jax.bulk import storage
+from sana_jax import storage
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 directory = storage.Directory(pathlib.Path(sys.argv[1]))
 directory.write("small", b"x" * 900)
