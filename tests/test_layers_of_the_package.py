@@ -10,10 +10,10 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "sana_jax"
 # A module may import from lower layers and from its own package.
 LAYERS = (
   {"config", "typing", "tree", "compilation_cache", "storage", "termination"},
-  {"sharding", "ops"},
+  {"sharding", "ops", "resolution"},
   {"nn"},
   {"models", "diffusion"},
-  {"data", "text", "checkpoint", "weights", "images", "resolution"},
+  {"data", "text", "checkpoint", "weights", "images"},
   {"pipeline"},
   {"training", "bulk", "precompute"},
   {"evaluation"},

@@ -29,6 +29,7 @@ from sana_jax.config.training import (
   DataConfig,
   FlowConfig,
   OptimConfig,
+  SourceConfig,
   TextToImageConfig,
   TrainConfig,
 )
@@ -44,6 +45,7 @@ __all__ = [
   "SanaBlocksConfig",
   "SanaConfig",
   "SanaControlNetConfig",
+  "SourceConfig",
   "TextToImageConfig",
   "TrainConfig",
   "dc_ae_lite",
