@@ -25,7 +25,7 @@ from absl import app, flags, logging
 
 from sana_jax import compilation_cache, storage
 from sana_jax.data import cache
-from sana_jax.precompute import job, report, task
+from sana_jax.precompute import finalise, job, report, task
 
 _OUTPUT = flags.DEFINE_string("output", None, "Of the cache.", required=True)
 _NUM_HOSTS = flags.DEFINE_integer(
@@ -88,27 +88,30 @@ def run(started: float) -> int:
     host_index=host_index,
     started=started,
   )
-  if outcome.manifest is not None:
-    _report(prepared, outcome, storage.Directory(output, host_index))
+  if outcome.completed is not None:
+    directory = storage.Directory(output, host_index)
+    _report(prepared, outcome.completed, directory)
   return 3 if outcome.skipped else 0
 
 
 def _report(
-  prepared: job.Prepared, outcome: job.Outcome, directory: storage.Directory
+  prepared: job.Prepared,
+  completed: finalise.Completed,
+  directory: storage.Directory,
 ) -> None:
   compared = []
-  if _CHECK.value and outcome.manifest.records:
+  if _CHECK.value and completed.manifest.records:
     compared = report.compare(
       prepared.maker,
       cache.CachedSource(directory.path),
-      outcome.finished,
+      completed.finished,
       _CHECK.value,
     )
     for each in sorted(compared, key=lambda each: each.psnr)[:3]:
       logging.info("among the worst: %s, %.1f dB", each.key, each.psnr)
   # What an earlier --check measured stays.
   if compared or not (directory.path / report.REPORT).exists():
-    report.write(directory, outcome.manifest, compared)
+    report.write(directory, completed.manifest, compared)
 
 
 def _text(error: Exception) -> str:

@@ -10,6 +10,7 @@ import json
 import pathlib
 import sys
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -95,9 +96,16 @@ def read_run(path: pathlib.Path) -> Run:
     raise ValueError(f"{file} does not describe a cache: {error}.") from error
 
 
+class Completed(NamedTuple):
+  """A cache that is ready, and its shards in order."""
+
+  manifest: cache_manifest.Manifest
+  finished: tuple[shards.Finished, ...]
+
+
 def finalise(
   directory: storage.Directory,
-) -> tuple[cache_manifest.Manifest, list[shards.Finished]]:
+) -> Completed:
   """Writes the manifest and the buckets of a complete cache.
 
   Raises:
@@ -140,7 +148,7 @@ def finalise(
   directory.write(cache.BUCKETS, buffer.getvalue())
   directory.write(cache_manifest.MANIFEST, manifest.to_json().encode())
   directory.sync()
-  return manifest, found
+  return Completed(manifest, tuple(found))
 
 
 def describe(manifest: cache_manifest.Manifest) -> str:
@@ -173,7 +181,7 @@ def main(argv: Sequence[str]) -> int:
   logging.set_verbosity(logging.INFO)
   path = pathlib.Path(flags.FLAGS.output)
   try:
-    manifest, _ = finalise(storage.Directory(path, "finalise"))
+    manifest = finalise(storage.Directory(path, "finalise")).manifest
   except (OSError, ValueError) as error:
     sys.stderr.write(f"precompute: {error}\n")
     return 1

@@ -7,9 +7,10 @@ from typing import NamedTuple
 from absl import logging
 
 from sana_jax import storage, termination
-from sana_jax.data import buckets, cache_manifest
+from sana_jax.data import buckets, cache_manifest, records
 from sana_jax.data import scan as scan_lib
 from sana_jax.pipeline import meter as meter_lib
+from sana_jax.precompute import encoders as encoders_lib
 from sana_jax.precompute import finalise as finalise_lib
 from sana_jax.precompute import plan as plan_lib
 from sana_jax.precompute import shards
@@ -30,14 +31,12 @@ class Outcome(NamedTuple):
   """How a run ended.
 
   Attributes:
-    manifest: None: other hosts are not finished, or `stopped`.
-    finished: all shards, if there is a manifest.
+    completed: None: other hosts are not finished, or `stopped`.
     skipped: how many pictures of this host's shards were.
     stopped: SIGTERM came before all was made.
   """
 
-  manifest: cache_manifest.Manifest | None
-  finished: list[shards.Finished]
+  completed: finalise_lib.Completed | None
   skipped: int
   stopped: bool
 
@@ -52,13 +51,30 @@ def prepare(task: task_lib.Task) -> Prepared:
   source = task.open_source()
   logging.info("reading the sizes of %d pictures", len(source))
   scan = scan_lib.scan(source, num_threads=task.num_threads)
-  encoders = task.load_encoders()
-  config = encoders.autoencoder_config
+  sizes = buckets.Sizes(source.name, scan.height, scan.width, scan.problem)
+  return assemble(task, source, sizes, scan.fingerprint, task.load_encoders())
+
+
+def assemble(
+  task: task_lib.Task,
+  source: records.Source,
+  sizes: buckets.Sizes,
+  fingerprint: str,
+  encoders: encoders_lib.Encoders,
+) -> Prepared:
+  """Makes the plan for a source whose sizes are known.
+
+  Args:
+    fingerprint: of the source's pictures and captions.
+
+  Raises:
+    ValueError: something cannot be, or no picture can be used.
+  """
   plan = plan_lib.make_plan(
-    buckets.Sizes(source.name, scan.height, scan.width, scan.problem),
+    sizes,
     kind=task.buckets,
     image_size=task.image_size,
-    multiple=config.spatial_compression,
+    multiple=encoders.autoencoder_config.spatial_compression,
     max_buckets=task.max_buckets,
     records_per_shard=task.records_per_shard,
     batch_size=task.batch_size,
@@ -69,7 +85,7 @@ def prepare(task: task_lib.Task) -> Prepared:
     crop=_CROP,
     resample=task.filter,
     records_per_shard=task.records_per_shard,
-    source_fingerprint=scan.fingerprint,
+    source_fingerprint=fingerprint,
     **encoders.identity,
   )
   run = finalise_lib.Run(
@@ -114,14 +130,14 @@ def run(
     skipped = _make_missing(maker, numbers, directory, started, stop.is_set)
   if skipped is None:
     logging.info("stopped by SIGTERM; the same command goes on from here")
-    return Outcome(None, [], 0, stopped=True)
+    return Outcome(None, 0, stopped=True)
   try:
-    manifest, finished = finalise_lib.finalise(directory)
+    completed = finalise_lib.finalise(directory)
   except finalise_lib.UnfinishedError as error:
     logging.info("this host is done; %s", error)
-    return Outcome(None, [], skipped, stopped=False)
-  logging.info("%s", finalise_lib.describe(manifest))
-  return Outcome(manifest, finished, skipped, stopped=False)
+    return Outcome(None, skipped, stopped=False)
+  logging.info("%s", finalise_lib.describe(completed.manifest))
+  return Outcome(completed, skipped, stopped=False)
 
 
 def _make_missing(
