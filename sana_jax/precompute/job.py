@@ -94,7 +94,7 @@ def assemble(
     source=source.name,
     checkpoint=encoders.checkpoint,
   )
-  return Prepared(shards.Maker(source, plan, encoders, task.filter), run)
+  return Prepared(shards.Maker(source, plan, encoders, settings), run)
 
 
 def run(
@@ -149,12 +149,7 @@ def _make_missing(
 ) -> int | None:
   """Returns how many pictures were skipped; None: told to stop before all."""
   plan = maker.plan
-  there = {
-    number: shards.find(
-      directory.path, shards.shard_name(number, plan.num_shards)
-    )
-    for number in numbers
-  }
+  there = {number: maker.find(number, directory.path) for number in numbers}
   missing = [number for number, found in there.items() if found is None]
   skipped = [found.shard.skipped for found in there.values() if found]
   if skipped:
