@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from sana_jax import config as config_lib
+from sana_jax.data import loader
 from sana_jax.nn import layers
 from sana_jax.training import loop
 
@@ -39,7 +40,7 @@ def make_recipe(exports=None):
     param_axes={"line": AXES},
     frozen={"slope": np.float32(3.0)},
     loss_fn=loss_fn,
-    dataset=dataset,
+    batches=loader.example_batches(dataset, 8),
     sample=lambda params, frozen: np.full((4, 6, 3), 200, np.uint8),
     export=lambda params, frozen, path: (
       exports.append(path) if exports is not None else None
