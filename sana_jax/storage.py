@@ -6,7 +6,7 @@ import fcntl
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, BinaryIO
 
 from array_record.python import array_record_module
@@ -162,7 +162,12 @@ def open_alone(path: pathlib.Path, advice: str) -> BinaryIO:
 
 
 def check_same(
-  path: pathlib.Path, identity: Mapping[str, Any], *, program: str, advice: str
+  path: pathlib.Path,
+  identity: Mapping[str, Any],
+  *,
+  program: str,
+  advice: str,
+  free: Collection[str] = (),
 ) -> None:
   """Compares a run's description with the one that is on disk.
 
@@ -171,6 +176,7 @@ def check_same(
     identity: JSON values that a run and its continuation have in common.
     program: that writes such files.
     advice: what to do if they differ.
+    free: names of values that may differ.
 
   Raises:
     FileExistsError: they do; says in what.
@@ -179,17 +185,17 @@ def check_same(
     there = json.loads(path.read_text(encoding="utf-8"))
   except ValueError:
     there = None
-  if there == identity:
-    return
   if not isinstance(there, dict):
     raise FileExistsError(
       f"{path} is not from {program}; use another directory."
     )
   differences = [
     f"{name} was {_short(there.get(name))}, is {_short(identity.get(name))}"
-    for name in sorted(identity.keys() | there.keys())
+    for name in sorted((identity.keys() | there.keys()) - set(free))
     if there.get(name) != identity.get(name)
   ]
+  if not differences:
+    return
   raise FileExistsError(
     f"{path.parent} holds another run ({'; '.join(differences)}); {advice}."
   )

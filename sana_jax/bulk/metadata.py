@@ -1,6 +1,5 @@
 """What an image says about itself: written into its PNG, and read back."""
 
-import hashlib
 import importlib.metadata
 import json
 from collections.abc import Mapping
@@ -12,8 +11,8 @@ from etils import epath
 
 from sana_jax import pipeline as pipeline_lib
 from sana_jax.bulk import fields, plan, requests
+from sana_jax.weights import files
 
-_HASH_CHUNK = 1 << 24
 # Another one of these may make another image.
 _COMPARED = {
   "checkpoint_sha256": "--checkpoint gives another model",
@@ -159,12 +158,7 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
 
 def checkpoint_hash(checkpoint: epath.Path) -> str:
   """Returns the SHA-256 of all weight files, in the order of their names."""
-  digest = hashlib.sha256()
-  for path in sorted(checkpoint.glob("*/*.safetensors")):
-    with path.open("rb") as file:
-      while chunk := file.read(_HASH_CHUNK):
-        digest.update(chunk)
-  return digest.hexdigest()
+  return files.sha256(sorted(checkpoint.glob("*/*.safetensors")))
 
 
 def _same(a: Any, b: Any) -> bool:

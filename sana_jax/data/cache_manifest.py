@@ -101,20 +101,23 @@ class Manifest:
   """What a cache was made from and with, and what is in it.
 
   Attributes:
-    models: names of the checkpoint's components, for people.
-    source: its name, for people.
+    checkpoint: name of that of the models, for people, as `source`.
     versions: of the software that completed it.
   """
 
   settings: Settings
-  models: Mapping[str, str]
+  checkpoint: str
   source: str
   shards: tuple[Shard, ...]
   versions: Mapping[str, str]
 
   @property
   def records(self) -> int:
-    return sum(shard.records for shard in self.shards)
+    return self.total("records")
+
+  def total(self, name: str) -> int:
+    """Sums a field of all shards, such as "captions" or "text_bytes"."""
+    return sum(getattr(shard, name) for shard in self.shards)
 
   @property
   def skipped(self) -> dict[str, str]:
@@ -156,7 +159,7 @@ class Manifest:
       "records": self.records,
       "skipped": len(self.skipped),
       "source": self.source,
-      "models": dict(self.models),
+      "checkpoint": self.checkpoint,
       "settings": self.settings.to_json(),
       "versions": dict(self.versions),
       "shards": [dataclasses.asdict(shard) for shard in self.shards],
@@ -183,7 +186,7 @@ class Manifest:
         raise ValueError(f"format {values['format']}, expected {FORMAT}")
       return cls(
         settings=Settings.from_json(values["settings"]),
-        models=values["models"],
+        checkpoint=values["checkpoint"],
         source=values["source"],
         shards=tuple(Shard(**shard) for shard in values["shards"]),
         versions=values["versions"],

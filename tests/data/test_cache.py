@@ -98,7 +98,7 @@ def write_cache(path, records, **changes):
   np.save(path / cache.BUCKETS, np.asarray(numbers, np.uint16))
   manifest = cache_manifest.Manifest(
     settings=dataclasses.replace(SETTINGS, **changes),
-    models={"autoencoder": "tiny"},
+    checkpoint="tiny",
     source="pictures",
     shards=tuple(shards),
     versions={"sana_jax": "0"},
