@@ -6,7 +6,6 @@ way says how batches are read, and what the step makes of one.
 """
 
 import functools
-import hashlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -32,9 +31,10 @@ from sana_jax.data import (
 from sana_jax.data import cache as cache_lib
 from sana_jax.models import dc_ae
 from sana_jax.pipeline import options
+from sana_jax.weights import files
 
-# From this size on pictures are scaled as the reference scales them.
-_LANCZOS_FROM = 2048
+# The reference's filter for pictures of these sides; bicubic for all others.
+_LANCZOS_SIZES = (2048, 2880)
 
 
 class Conditions(NamedTuple):
@@ -138,7 +138,7 @@ def from_pictures(
     tokenize,
     crop=data.crop,
     flip=data.random_flip,
-    resample="lanczos" if data.image_size >= _LANCZOS_FROM else "bicubic",
+    resample="lanczos" if data.image_size in _LANCZOS_SIZES else "bicubic",
   )
   return Inputs(
     _planned(config, bucketing, reader),
@@ -164,7 +164,6 @@ def from_cache(
     ValueError: it was made otherwise than this run needs it.
   """
   source = cache_lib.CachedSource(config.data.cache)
-  instruction = generation.complex_human_instruction
   source.manifest.check(
     image_size=config.data.image_size,
     scaling_factor=autoencoder_config.scaling_factor,
@@ -172,11 +171,14 @@ def from_cache(
     latent_channels=config.model.in_channels,
     max_sequence_length=config.max_sequence_length,
     text_width=config.model.caption_channels,
-    instruction_sha256=(
-      hashlib.sha256("\n".join(instruction).encode()).hexdigest()
-      if instruction
-      else None
+    instruction_sha256=text_lib.instruction_sha256(
+      generation.complex_human_instruction
     ),
+    tokenizer_sha256=text_lib.tokenizer_sha256(config.tokenizer),
+    # The text encoder's digest is not taken: its file is read when a sample is
+    # made, and is several gigabytes.
+    autoencoder_sha256=files.weights_sha256(config.autoencoder),
+    lowercase=True,
   )
   shapes = np.array(source.manifest.settings.buckets)[source.buckets]
   bucketing = buckets.group(
