@@ -17,24 +17,11 @@ from jaxtyping import Array, Bool, Float
 
 from sana_jax import config as config_lib
 from sana_jax import text as text_lib
-from sana_jax.data import (
-  buckets,
-  captions,
-  examples,
-  loader,
-  readers,
-  records,
-  sampler,
-  scan,
-  sources,
-)
 from sana_jax.data import cache as cache_lib
+from sana_jax.data import examples, loader, opening, readers
 from sana_jax.models import dc_ae
 from sana_jax.pipeline import options
 from sana_jax.weights import files
-
-# The reference's filter for pictures of these sides; bicubic for all others.
-_LANCZOS_SIZES = (2048, 2880)
 
 
 class Conditions(NamedTuple):
@@ -115,39 +102,21 @@ def from_pictures(
   Raises:
     FileNotFoundError, ValueError: a source cannot be read, or used.
   """
-  data = config.data
-  opened = [
-    sources.open_source(place.path, kind=place.kind, split=place.split)
-    for place in data.places
-  ]
-  table = buckets.table(
-    data.buckets,
-    data.image_size,
-    autoencoder_config.spatial_compression * config.model.patch_size,
-  )
-  bucketing = buckets.sort(
-    [_sizes(source, data.num_threads) for source in opened],
-    [place.weight for place in data.places],
-    table,
-    data.max_buckets,
-  )
-  reader = readers.PictureReader(
-    opened,
-    bucketing.shapes,
-    _selection(data),
-    tokenize,
-    crop=data.crop,
-    flip=data.random_flip,
-    resample="lanczos" if data.image_size in _LANCZOS_SIZES else "bicubic",
+  opened = opening.open_pictures(
+    config.data,
+    multiple=autoencoder_config.spatial_compression * config.model.patch_size,
+    tokenize=tokenize,
+    batch_size=config.batch_size,
+    seed=config.seed,
   )
   return Inputs(
-    _planned(config, bucketing, reader),
+    opened.batches,
     frozen={"autoencoder": autoencoder},
     condition=functools.partial(
       images_to_conditions, scaling_factor=autoencoder_config.scaling_factor
     ),
     encodes_text=True,
-    num_shapes=len(bucketing.shapes),
+    num_shapes=len(opened.shapes),
     size_of=lambda batch: batch["images"].shape[1:3],
   )
 
@@ -164,10 +133,11 @@ def from_cache(
     ValueError: it was made otherwise than this run needs it.
   """
   source = cache_lib.CachedSource(config.data.cache)
+  compression = autoencoder_config.spatial_compression
   source.manifest.check(
     image_size=config.data.image_size,
     scaling_factor=autoencoder_config.scaling_factor,
-    compression=autoencoder_config.spatial_compression,
+    compression=compression,
     latent_channels=config.model.in_channels,
     max_sequence_length=config.max_sequence_length,
     text_width=config.model.caption_channels,
@@ -180,27 +150,19 @@ def from_cache(
     autoencoder_sha256=files.weights_sha256(config.autoencoder),
     lowercase=True,
   )
-  shapes = np.array(source.manifest.settings.buckets)[source.buckets]
-  bucketing = buckets.group(
-    [buckets.Sizes(source.name, shapes[:, 0], shapes[:, 1], {})],
-    [1.0],
-    config.data.max_buckets,
+  opened = opening.open_cache(
+    source, config.data, batch_size=config.batch_size, seed=config.seed
   )
-  for key, why in source.manifest.skipped.items():
-    logging.debug("%s: %s is not in the cache: %s", source.name, key, why)
   null_text = source.null_caption()[None]
-  compression = autoencoder_config.spatial_compression
   return Inputs(
-    _planned(
-      config, bucketing, readers.CacheReader(source, _selection(config.data))
-    ),
+    opened.batches,
     frozen={
       "null_text": null_text,
       "null_text_mask": readers.null_mask(null_text.shape[1]),
     },
     condition=cached_conditions,
     encodes_text=False,
-    num_shapes=len(bucketing.shapes),
+    num_shapes=len(opened.shapes),
     size_of=lambda batch: tuple(
       compression * side for side in batch["latents"].shape[1:3]
     ),
@@ -265,30 +227,3 @@ def encode_images(
       np.asarray(encode(autoencoder, np.stack(images)), np.float32)
     )
   return np.concatenate(latents)[: len(source)]
-
-
-def _planned(
-  config: config_lib.TextToImageConfig,
-  bucketing: buckets.Bucketing,
-  reader: loader.ReadFn,
-) -> loader.HostBatches:
-  plans = sampler.BatchSampler(
-    bucketing.populations, config.batch_size, config.seed
-  )
-  for line in buckets.describe(bucketing, plans):
-    logging.info("%s", line)
-  return loader.planned_batches(plans, config.batch_size, reader)
-
-
-def _sizes(source: records.Source, num_threads: int) -> buckets.Sizes:
-  found = scan.scan(source, num_threads=max(num_threads, 1))
-  return buckets.Sizes(source.name, found.height, found.width, found.problem)
-
-
-def _selection(config: config_lib.DataConfig) -> captions.CaptionSelection:
-  return captions.CaptionSelection(
-    method=config.caption_method,
-    temperature=config.caption_temperature,
-    threshold=config.caption_threshold,
-    proportions=dict(config.caption_proportions),
-  )

@@ -10,6 +10,7 @@ import pytest
 from sana_jax import config as config_lib
 from sana_jax import text
 from sana_jax.data import (
+  buckets,
   captions,
   loader,
   readers,
@@ -17,6 +18,7 @@ from sana_jax.data import (
   sampler,
   transforms,
 )
+from sana_jax.data import cache as cache_lib
 from sana_jax.pipeline import training_run
 from sana_jax.precompute import encoders as encoders_lib
 from sana_jax.precompute import job, task
@@ -140,7 +142,7 @@ def test_a_cache_stands_for_its_pictures(checkpoint, pictures, cache):
   generation = training_run.generation_config(config)
   from_cache = inputs.from_cache(config, tiny.autoencoder_config(), generation)
   (cached,) = take(from_cache.batches, 1)
-  source = inputs.cache_lib.CachedSource(cache)
+  source = cache_lib.CachedSource(cache)
   # The same records of the source, found by their keys.
   plans = sampler_of(source, config)
   plan = plans.batch(0)
@@ -193,8 +195,8 @@ def take(batches, count, first_step=0, **host):
 
 def sampler_of(source, config):
   shapes = np.array(source.manifest.settings.buckets)[source.buckets]
-  sizes = inputs.buckets.Sizes(source.name, shapes[:, 0], shapes[:, 1], {})
-  found = inputs.buckets.group([sizes], [1.0], 10)
+  sizes = buckets.Sizes(source.name, shapes[:, 0], shapes[:, 1], {})
+  found = buckets.group([sizes], [1.0], 10)
   return sampler.BatchSampler(found.populations, config.batch_size, config.seed)
 
 
