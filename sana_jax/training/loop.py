@@ -319,7 +319,8 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
   """
   flat = {}
   for name, value in values.items():
-    if isinstance(value, list) and value and isinstance(value[0], dict):
+    # An empty list is one of dicts, too, and has no names.
+    if isinstance(value, list) and (not value or isinstance(value[0], dict)):
       value = {str(place): item for place, item in enumerate(value)}
     if isinstance(value, dict):
       flat |= _flatten(value, f"{prefix}{name}.")
