@@ -10,7 +10,7 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "sana_jax"
 # A module may import from lower layers and from its own package.
 LAYERS = (
   {"config", "typing", "tree", "compilation_cache", "storage", "termination"},
-  {"sharding", "ops", "resolution"},
+  {"sharding", "ops", "resolution", "flops"},
   {"nn"},
   {"models", "diffusion"},
   {"data", "text", "checkpoint", "weights", "images"},

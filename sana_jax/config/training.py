@@ -87,6 +87,24 @@ class OptimConfig(Config):
     )
 
 
+_OF_EMOJI = (
+  *("data_dir", "split"),
+  *("keyword_probability", "keywords_only_probability"),
+)
+_OF_FITTING = ("buckets", "crop", "random_flip")
+_OF_CAPTIONS = (
+  *("caption_method", "caption_temperature", "caption_threshold"),
+  "caption_proportions",
+)
+# Fields of DataConfig that do nothing, by where the data are from.
+_NO_EFFECT = {
+  "emoji": (*_OF_FITTING, *_OF_CAPTIONS),
+  "path": _OF_EMOJI,
+  "sources": _OF_EMOJI,
+  "cache": (*_OF_EMOJI, *_OF_FITTING),
+}
+
+
 @dataclasses.dataclass(kw_only=True)
 class SourceConfig(Config):
   """Captioned pictures in one place.
@@ -121,7 +139,7 @@ class DataConfig(Config):
     cache: directory of latents and text states that were computed before; no
       picture is read, no encoder is run.
     buckets: "square", or "aspect": pictures keep about their aspect ratio, and
-      about the area of the square.
+      about the area of the square; a cache has its own.
     max_buckets: only so many shapes, the fullest, are kept: each is compiled.
     caption_method: which of a picture's captions is taken; see
       `sana_jax.data.captions`.
@@ -170,8 +188,13 @@ class DataConfig(Config):
     given = [n for n in ("path", "sources", "cache") if getattr(self, n)]
     if len(given) > 1:
       yield f"set one of data.path, data.sources and data.cache, got {given}"
-    if given and self.data_dir is not None:
-      yield f"data.data_dir is for emoji, and data.{given[0]} is set"
+    # What would have no effect is a misunderstanding.
+    of = given[0] if given else "emoji"
+    defaults = DataConfig()
+    for name in _NO_EFFECT[of]:
+      if getattr(self, name) != getattr(defaults, name):
+        what = "the bundled emoji" if of == "emoji" else f"data.{of}"
+        yield f"data.{name} has no effect on {what}: leave it out"
     for number, source in enumerate(self.sources):
       name = f"data.sources[{number}]"
       if not source.path:
@@ -300,6 +323,10 @@ class TextToImageConfig(TrainConfig):
       "text_encoder_path is None: give the pretrained text encoder's "
       "directory, or set train_text_encoder=True.",
     )
+    require(
+      not (self.train_text_encoder and self.data.cache),
+      "data.cache holds text states, so train_text_encoder must be False.",
+    )
     for name in ("autoencoder", "tokenizer", "sample_prompts"):
       require(bool(getattr(self, name)), f"{name} is empty: set it.")
 
@@ -321,3 +348,11 @@ class AutoencoderConfig(TrainConfig):
   l2_weight: float = 1.0
   latent_noise: float = 0.0
   latent_penalty: float = 0.0
+
+  def validate(self) -> None:
+    super().validate()
+    require(
+      not self.data.places and not self.data.cache,
+      "an autoencoder is trained on emoji; leave out data.path, data.sources "
+      "and data.cache.",
+    )

@@ -217,10 +217,10 @@ def _bucketing(sources, weights, shapes, sorted_records) -> Bucketing:
   return Bucketing(tuple(shapes.values()), tuple(populations), tuple(reports))
 
 
-def describe(bucketing: Bucketing, plans: sampler.BatchSampler) -> str:
+def describe(bucketing: Bucketing, plans: sampler.BatchSampler) -> list[str]:
   """Returns lines that say what is read, and what shapes an epoch has."""
   lines = [str(report) for report in bucketing.reports]
   batches = plans.batches_per_epoch()
   for (height, width), count in zip(bucketing.shapes, batches, strict=True):
     lines.append(f"{height}x{width}: {float(count):.1f} batches per epoch")
-  return "\n".join(lines)
+  return lines
