@@ -208,6 +208,12 @@ def test_a_full_disk_is_said_in_one_line_and_a_restart_continues(
   assert contents(tmp_path) == contents(whole[0])
 
 
+def test_the_help_names_the_flags(command):
+  done = run([*command[:3], "--help"])
+  for name in ("source", "checkpoint", "output", "vae_tile", "check"):
+    assert f"--{name}: " in done.stdout
+
+
 def test_impossible_flags_are_said_in_one_line(command, tmp_path):
   output = f"--output={tmp_path}"
   for flag, message in (
