@@ -2,6 +2,7 @@
 
 import contextlib
 import pathlib
+from collections.abc import Callable
 from typing import NamedTuple
 
 from absl import logging
@@ -145,7 +146,7 @@ def _make_missing(
   numbers: range,
   directory: storage.Directory,
   started: float,
-  stopped,
+  stopped: Callable[[], bool],
 ) -> int | None:
   """Returns how many pictures were skipped; None: told to stop before all."""
   plan = maker.plan
@@ -169,5 +170,6 @@ def _make_missing(
       skipped.append(finished.shard.skipped)
       for key, why in finished.shard.skipped.items():
         logging.warning("skipped %s: %s", key, why)
-  logging.info("%s", meter.summary())
+  if missing:
+    logging.info("%s", meter.summary())
   return sum(map(len, skipped))
