@@ -1,7 +1,6 @@
 """Pictures and caches as inputs: what is read, and what a step makes of it."""
 
 import dataclasses
-import time
 
 import jax
 import numpy as np
@@ -20,10 +19,8 @@ from sana_jax.data import (
 )
 from sana_jax.data import cache as cache_lib
 from sana_jax.pipeline import training_run
-from sana_jax.precompute import encoders as encoders_lib
-from sana_jax.precompute import job, task
 from sana_jax.training import inputs, text_to_image
-from tests import tiny
+from tests import caches, tiny
 from tests.precompute import sources
 
 COUNT, SIDE = 24, 32
@@ -32,10 +29,7 @@ COUNT, SIDE = 24, 32
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
   path = tmp_path_factory.mktemp("checkpoint")
-  tiny.make_tokenizer(path / "made")
-  pipe = tiny.make_pipeline(path / "made")
-  pipe.generation_config.complex_human_instruction = None
-  pipe.save_pretrained(path)
+  caches.make_checkpoint(path)
   return path
 
 
@@ -48,19 +42,7 @@ def pictures():
 def cache(checkpoint, pictures, tmp_path_factory):
   """The directory of a cache of the pictures."""
   path = tmp_path_factory.mktemp("cache")
-  prepared = job.assemble(
-    task.Task(
-      source="pictures",
-      checkpoint=str(checkpoint),
-      image_size=SIDE,
-      records_per_shard=10,
-    ),
-    *(pictures, pictures.sizes(), "f" * 64),
-    encoders_lib.load(
-      str(checkpoint), dtype="float32", tile=None, batch_size=4
-    ),
-  )
-  job.run(prepared, path, started=time.monotonic())
+  caches.make_cache(path, checkpoint, pictures, SIDE)
   return path
 
 
@@ -159,9 +141,7 @@ def test_a_cache_stands_for_its_pictures(checkpoint, pictures, cache):
   )
   recipe_config = make_config(checkpoint)
   frozen = text_to_image._frozen(recipe_config, tokenizer, encoding())
-  autoencoder = encoders_lib.load(
-    str(checkpoint), dtype="float32", tile=None, batch_size=4
-  ).autoencoder
+  autoencoder = caches.load_encoders(checkpoint).autoencoder
   online = jax.jit(
     lambda frozen, batch: inputs.images_to_conditions(
       {}, frozen, batch, config, scaling_factor=0.4
