@@ -32,7 +32,7 @@ class Settings:
       whole.
     dtype: of the weights and the computation.
     batch_size: it may change the last bit.
-    source_fingerprint: of the pictures and captions.
+    source_fingerprint: of the keys and the sizes of its pictures.
   """
 
   image_size: int

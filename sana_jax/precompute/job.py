@@ -1,10 +1,12 @@
 """A cache from its source to its manifest: begins or continues it."""
 
 import contextlib
+import hashlib
 import pathlib
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 from absl import logging
 
 from sana_jax import storage, termination
@@ -52,8 +54,17 @@ def prepare(task: task_lib.Task) -> Prepared:
   source = task.open_source()
   logging.info("reading the sizes of %d pictures", len(source))
   scan = scan_lib.scan(source, num_threads=task.num_threads)
-  sizes = buckets.Sizes(source.name, scan.height, scan.width, scan.problem)
-  return assemble(task, source, sizes, scan.fingerprint, task.load_encoders())
+  problems = {i: p for i, p in enumerate(scan.problem) if p is not None}
+  sizes = buckets.Sizes(source.name, scan.height, scan.width, problems)
+  return assemble(task, source, sizes, _fingerprint(scan), task.load_encoders())
+
+
+def _fingerprint(scan: scan_lib.Scan) -> str:
+  """Returns a digest of the keys and the sizes, which the plan depends on."""
+  digest = hashlib.sha256(scan.fingerprint.encode())
+  for sizes in (scan.height, scan.width):
+    digest.update(np.ascontiguousarray(sizes, "<i4").tobytes())
+  return digest.hexdigest()
 
 
 def assemble(
@@ -66,7 +77,7 @@ def assemble(
   """Makes the plan for a source whose sizes are known.
 
   Args:
-    fingerprint: of the source's pictures and captions.
+    fingerprint: of the source.
 
   Raises:
     ValueError: something cannot be, or no picture can be used.

@@ -184,8 +184,8 @@ def test_sigterm_ends_a_run_after_the_shard_at_hand(command, whole, tmp_path):
     f"--output={tmp_path}",
   )
   assert missing.returncode == 1
-  assert "is not finished" in missing.stderr
-  assert "shard-00011-of-00012.array_record" in missing.stderr
+  made = len(list(tmp_path.glob("shard*.json")))
+  assert f"is not finished, {12 - made} of 12 shards" in missing.stderr
   assert run(command, f"--output={tmp_path}", "--check=9").returncode == 3
   assert contents(tmp_path) == contents(whole[0])
 
