@@ -1,6 +1,7 @@
 """Prompts to token ids to the hidden states that condition the transformer."""
 
 import functools
+import hashlib
 import importlib.resources
 import json
 import pathlib
@@ -36,18 +37,9 @@ class Tokenizer:
       FileNotFoundError: the directory has neither.
       ValueError: the vocabulary has no `<bos>` or no `<pad>`.
     """
-    directory = pathlib.Path(directory)
-    fast = directory / "tokenizer.json"
-    slow = directory / "tokenizer.model"
-    if fast.is_file():
-      tokenizer = cls(_Fast(fast))
-    elif slow.is_file():
-      tokenizer = cls(_SentencePiece(slow))
-    else:
-      raise FileNotFoundError(
-        f"No tokenizer in {directory}: expected tokenizer.json or "
-        f"tokenizer.model."
-      )
+    path = _tokenizer_file(directory)
+    backend = _Fast if path.suffix == ".json" else _SentencePiece
+    tokenizer = cls(backend(path))
     if tokenizer.bos_id is None or tokenizer.pad_id is None:
       raise ValueError(
         f"The tokenizer in {directory} lacks {_BOS} or {_PAD}: expected a "
@@ -99,6 +91,32 @@ class Tokenizer:
       input_ids[row, start : start + len(ids)] = ids
       mask[row, start : start + len(ids)] = 1
     return input_ids, mask
+
+
+def _tokenizer_file(directory: str | pathlib.Path) -> pathlib.Path:
+  for name in ("tokenizer.json", "tokenizer.model"):
+    path = pathlib.Path(directory) / name
+    if path.is_file():
+      return path
+  raise FileNotFoundError(
+    f"No tokenizer in {directory}: expected tokenizer.json or tokenizer.model."
+  )
+
+
+def tokenizer_sha256(directory: str | pathlib.Path) -> str:
+  """Returns the digest of the file that `Tokenizer.from_pretrained` reads.
+
+  Raises:
+    FileNotFoundError: there is none.
+  """
+  return hashlib.sha256(_tokenizer_file(directory).read_bytes()).hexdigest()
+
+
+def instruction_sha256(lines: Sequence[str] | None) -> str | None:
+  """Returns the digest of a complex human instruction; None: there is none."""
+  if not lines:
+    return None
+  return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 class _Fast:

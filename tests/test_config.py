@@ -84,8 +84,40 @@ def test_lists_become_tuples_at_every_depth():
   assert config.encoder_qkv_multiscales == ((), (5, 3))
 
 
+def pictures(**changes) -> config_lib.DataConfig:
+  return config_lib.DataConfig(**{"path": "pictures"} | changes)
+
+
+def test_sources_in_a_tuple_survive_json_and_are_frozen():
+  sources = (
+    config_lib.SourceConfig(path="a", weight=0.5),
+    config_lib.SourceConfig(path="b", kind="folder", split="train"),
+  )
+  config = text_to_image(data=config_lib.DataConfig(sources=sources))
+  values = json.loads(config.to_json())
+  again = config_lib.from_dict(type(config), values, strict=True)
+  assert again == config
+  assert again.data.places == sources
+  again.freeze()
+  with pytest.raises(AttributeError, match="SourceConfig.weight cannot be set"):
+    again.data.sources[1].weight = 2.0
+  values["data"]["sources"][0]["wieght"] = 1
+  with pytest.raises(
+    ValueError, match=r"SourceConfig has no fields \['wieght'"
+  ):
+    config_lib.from_dict(type(config), values, strict=True)
+
+
+def test_one_path_is_one_source():
+  places = pictures().places
+  assert places == (config_lib.SourceConfig(path="pictures"),)
+  assert config_lib.DataConfig().places == ()
+
+
 def test_a_complete_training_config_is_valid():
   TRAIN().freeze()
+  TRAIN(data=pictures(buckets="aspect", caption_method="random")).freeze()
+  TRAIN(data=config_lib.DataConfig(cache="c", caption_method="random")).freeze()
   text_to_image().freeze()
   config_lib.AutoencoderConfig().freeze()
 
@@ -135,6 +167,44 @@ def test_a_complete_training_config_is_valid():
     (
       text_to_image(text_encoder=config_lib.Gemma2Config(hidden_size=64)),
       r"caption_channels \(2304\) must equal text_encoder.hidden_size \(64\)",
+    ),
+    (
+      TRAIN(data=pictures(cache="c")),
+      r"one of data.path, data.sources and data.cache, got \['path', 'cache'\]",
+    ),
+    (
+      config_lib.DataConfig(
+        sources=(
+          config_lib.SourceConfig(path="a", weight=0.0),
+          config_lib.SourceConfig(weight=float("nan")),
+        )
+      ),
+      r"(?s)sources\[0\].weight .* 0.0.*sources\[1\].path is.*weight .* nan",
+    ),
+    (
+      pictures(keyword_probability=0.5, split="heldout"),
+      "(?s)data.split has no effect on data.path.*keyword_probability has no",
+    ),
+    (
+      config_lib.DataConfig(crop="random", caption_method="random"),
+      "(?s)data.crop has no effect on the bundled emoji.*data.caption_method",
+    ),
+    (
+      config_lib.DataConfig(cache="c", random_flip=True),
+      "data.random_flip has no effect on data.cache",
+    ),
+    (pictures(buckets="round"), "data.buckets must be one of .*got 'round'"),
+    (pictures(crop="left"), "data.crop must be one of .*got 'left'"),
+    (pictures(caption_method="best"), "data.caption_method .*got 'best'"),
+    (pictures(max_buckets=0), "data.max_buckets must be at least 1, got 0"),
+    (pictures(num_workers=-1), "data.num_workers must be at least 0, got -1"),
+    (
+      pictures(caption_temperature=0.0),
+      "data.caption_temperature must be a positive number, got 0.0",
+    ),
+    (
+      config_lib.AutoencoderConfig(data=pictures()),
+      "an autoencoder is trained on emoji; leave out data.path",
     ),
     (text_to_image(text_encoder_path=None), "set train_text_encoder=True"),
     (text_to_image(autoencoder=""), "autoencoder is empty"),

@@ -9,13 +9,13 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "sana_jax"
 
 # A module may import from lower layers and from its own package.
 LAYERS = (
-  {"config", "typing", "tree", "compilation_cache", "termination"},
-  {"sharding", "ops"},
+  {"config", "typing", "tree", "compilation_cache", "storage", "termination"},
+  {"sharding", "ops", "resolution", "flops"},
   {"nn"},
   {"models", "diffusion"},
-  {"data", "text", "checkpoint", "weights", "images", "resolution"},
+  {"data", "text", "checkpoint", "weights", "images"},
   {"pipeline"},
-  {"training", "bulk"},
+  {"training", "bulk", "precompute"},
   {"evaluation"},
   {"tools"},
 )

@@ -10,7 +10,8 @@ from jaxtyping import Float
 
 from sana_jax import images as images_lib
 from sana_jax import pipeline as pipeline_lib
-from sana_jax.bulk import manifest, plan, sinks, storage
+from sana_jax import storage
+from sana_jax.bulk import manifest, plan, sinks
 
 _MOST = 1024
 

@@ -11,16 +11,15 @@ import tqdm
 from absl import logging
 
 from sana_jax import pipeline as pipeline_lib
-from sana_jax import termination
+from sana_jax import storage, termination
 from sana_jax.bulk import (
   contact_sheet,
   manifest,
-  meter,
   plan,
   runner,
   sinks,
-  storage,
 )
+from sana_jax.pipeline import meter
 
 # Newer software, or another machine, may continue a run.
 _FREE = frozenset({"device", "jax", "sana_jax"})

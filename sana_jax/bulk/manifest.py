@@ -4,20 +4,18 @@ A unit's lines are appended in one write, after its files are complete. A
 restart reads them back and makes what is missing.
 """
 
-import fcntl
 import json
 import os
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, BinaryIO
 
+from sana_jax import storage
 from sana_jax.bulk import plan as plan_lib
-from sana_jax.bulk import storage
 
 _RUN = "run.json"
 # Made of all images; not in the manifest.
 GRID = "grid.png"
-_SHOWN = 60
 
 
 def claim(
@@ -49,7 +47,14 @@ def claim(
       )
     _remove_run(path)
   elif (path / _RUN).exists():
-    _check_same(path / _RUN, json.loads(content))
+    storage.check_same(
+      path / _RUN,
+      json.loads(content),
+      program="sample.py",
+      advice=(
+        "use another --output_dir, or --overwrite to remove that run's files"
+      ),
+    )
     return
   else:
     there = set(os.listdir(path))
@@ -205,50 +210,14 @@ def _read_lines(
 
 
 def _open_alone(path: pathlib.Path) -> BinaryIO:
-  """Opens a manifest for appending, without a buffer."""
-  file = path.open("ab", buffering=0)
-  try:
-    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except OSError as error:
-    file.close()
-    raise BlockingIOError(
-      f"Another process is writing {path}; wait for it, or use another "
-      "--output_dir."
-    ) from error
-  return file
+  """Opens a manifest for appending."""
+  return storage.open_alone(path, "wait for it, or use another --output_dir")
 
 
 def _name(host_index: int, num_hosts: int) -> str:
   if num_hosts == 1:
     return "manifest.jsonl"
   return f"manifest-{host_index:05d}-of-{num_hosts:05d}.jsonl"
-
-
-def _check_same(path: pathlib.Path, identity: Mapping[str, Any]) -> None:
-  try:
-    there = json.loads(path.read_text(encoding="utf-8"))
-  except ValueError:
-    there = None
-  if there == identity:
-    return
-  if not isinstance(there, dict):
-    raise FileExistsError(
-      f"{path} is not from sample.py; use another --output_dir."
-    )
-  differences = [
-    f"{name} was {_short(there.get(name))}, is {_short(identity.get(name))}"
-    for name in sorted(identity.keys() | there.keys())
-    if there.get(name) != identity.get(name)
-  ]
-  raise FileExistsError(
-    f"{path.parent} holds another run ({'; '.join(differences)}); use another "
-    "--output_dir, or --overwrite to remove that run's files."
-  )
-
-
-def _short(value: Any) -> str:
-  text = json.dumps(value, ensure_ascii=False)
-  return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def _remove_run(path: pathlib.Path) -> None:

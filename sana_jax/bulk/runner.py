@@ -17,9 +17,9 @@ from sana_jax import images as images_lib
 from sana_jax import pipeline as pipeline_lib
 from sana_jax.bulk import inputs, metadata, requests, sinks
 from sana_jax.bulk import manifest as manifest_lib
-from sana_jax.bulk import meter as meter_lib
 from sana_jax.bulk import plan as plan_lib
 from sana_jax.pipeline import checks, options
+from sana_jax.pipeline import meter as meter_lib
 from sana_jax.pipeline.best_of import Scorer
 
 

@@ -19,12 +19,9 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import msgpack
-from array_record.python import array_record_module
 
-from sana_jax.bulk import storage
+from sana_jax import storage
 
-# PNG does not compress further; groups of one let readers jump to any record.
-_RECORD_OPTIONS = "group_size:1,uncompressed"
 _SLUG_LENGTH = 60
 # Of the 255 that file systems allow; a letter may take four.
 _SLUG_BYTES = 180
@@ -166,9 +163,7 @@ class WebDatasetWriter(ShardWriter):
 
 class ArrayRecordWriter(ShardWriter):
   def _open(self, path: pathlib.Path) -> None:
-    self._records = array_record_module.ArrayRecordWriter(
-      str(path), _RECORD_OPTIONS
-    )
+    self._records = storage.RecordFile(path, self._directory.path / self._name)
 
   def _write(self, key: str, sample: Sample) -> None:
     record = {
@@ -176,22 +171,10 @@ class ArrayRecordWriter(ShardWriter):
       "png": sample.png,
       "json": sample.description,
     }
-    self._call(self._records.write, msgpack.packb(record))
+    self._records.write(msgpack.packb(record))
 
   def _close(self) -> None:
-    self._call(self._records.close)
-
-  def _call(self, function: Callable[..., None], *args: bytes) -> None:
-    try:
-      function(*args)
-    except RuntimeError as error:
-      # The library has no error numbers, and a message of several parts.
-      reason = str(error).split(";")[0]
-      raise OSError(
-        f"Cannot write {self._directory.path / self._name}: {reason}. If the "
-        "disk is full, make room and run the same command again; it goes on "
-        "after the finished images"
-      ) from error
+    self._records.close()
 
 
 _SHARDS = {

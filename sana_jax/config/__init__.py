@@ -31,6 +31,7 @@ from sana_jax.config.training import (
   DataConfig,
   FlowConfig,
   OptimConfig,
+  SourceConfig,
   TextToImageConfig,
   TrainConfig,
 )
@@ -46,6 +47,7 @@ __all__ = [
   "SanaBlocksConfig",
   "SanaConfig",
   "SanaControlNetConfig",
+  "SourceConfig",
   "TextToImageConfig",
   "TrainConfig",
   "dc_ae_lite",

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import typing
 from typing import Any
 
 
@@ -26,8 +27,9 @@ class Config:
     """Checks the values and forbids further changes, nested configs too."""
     for field in dataclasses.fields(self):
       value = getattr(self, field.name)
-      if isinstance(value, Config):
-        value.freeze()
+      for item in value if isinstance(value, tuple) else (value,):
+        if isinstance(item, Config):
+          item.freeze()
     self.validate()
     object.__setattr__(self, "_frozen", True)
 
@@ -44,7 +46,7 @@ class Config:
 def from_dict(cls: type, values: dict[str, Any], *, strict: bool = False):
   """Builds a config from a plain dict such as a parsed `config.json`.
 
-  Configs in fields are built from the dicts there.
+  Configs in fields, and in tuples of them, are built from the dicts there.
 
   Args:
     strict: False ignores unknown keys and fills missing ones with defaults,
@@ -62,6 +64,8 @@ def from_dict(cls: type, values: dict[str, Any], *, strict: bool = False):
   def build(kind: Any, value: Any) -> Any:
     if isinstance(kind, type) and issubclass(kind, Config):
       return from_dict(kind, value, strict=strict)
+    if typing.get_origin(kind) is tuple and isinstance(value, list | tuple):
+      return tuple(build(typing.get_args(kind)[0], item) for item in value)
     return _tuples(value)
 
   return cls(**{k: build(types[k], v) for k, v in values.items() if k in types})

@@ -94,7 +94,7 @@ def _load_directory(
   _check_variant(path, directories, variant)
   transformer, transformer_config = components_lib.load_transformer(
     path / "transformer",
-    variant=_variant_of(path / "transformer", variant),
+    variant=variant_of(path / "transformer", variant),
     fp16_clamp=fp16_clamp,
     **placed,
   )
@@ -103,7 +103,7 @@ def _load_directory(
     parts["controlnet"], parts["controlnet_config"] = (
       components_lib.load_controlnet(
         path / "controlnet",
-        variant=_variant_of(path / "controlnet", variant),
+        variant=variant_of(path / "controlnet", variant),
         fp16_clamp=transformer.fp16_clamp,
         **placed,
       )
@@ -147,7 +147,7 @@ def _load_transformer_with(
   transformer, config = components_lib.load_transformer(
     path,
     config=config,
-    variant=_variant_of(path, variant) if path.is_dir() else None,
+    variant=variant_of(path, variant) if path.is_dir() else None,
     fp16_clamp=fp16_clamp,
     **placed,
   )
@@ -160,22 +160,65 @@ def _load_transformer_with(
   }
 
 
-def _load_rest(path: epath.Path, variant, placed) -> dict[str, Any]:
+def _load_rest(
+  path: epath.Path, variant, placed, *, with_text: bool = True
+) -> dict[str, Any]:
   """Loads what belongs to no transformer in particular."""
   parts = {}
-  for name, directory, load_one in (
-    ("text_encoder", "text_encoder", components_lib.load_text_encoder),
-    ("autoencoder", "vae", components_lib.load_autoencoder),
-  ):
+  loaders = [("autoencoder", "vae", components_lib.load_autoencoder)]
+  if with_text:
+    loaders.append(
+      ("text_encoder", "text_encoder", components_lib.load_text_encoder)
+    )
+  for name, directory, load_one in loaders:
     parts[name], parts[f"{name}_config"] = load_one(
       path / directory,
-      variant=_variant_of(path / directory, variant),
+      variant=variant_of(path / directory, variant),
       **placed,
     )
-  return parts | {
-    "tokenizer": text.Tokenizer.from_pretrained(str(path / "tokenizer")),
-    "tokenizer_directory": path / "tokenizer",
-  }
+  if with_text:
+    parts["tokenizer"] = text.Tokenizer.from_pretrained(str(path / "tokenizer"))
+    parts["tokenizer_directory"] = path / "tokenizer"
+  return parts
+
+
+def load_encoders(
+  path: epath.PathLike,
+  *,
+  dtype: Any,
+  variant: str | None,
+  mesh: jax.sharding.Mesh,
+  with_text: bool = True,
+) -> tuple[epath.Path, dict[str, Any]]:
+  """Reads a checkpoint without its transformer, and its generation_config.
+
+  Args:
+    path: a directory in the layout of diffusers, or the name of a published
+      checkpoint; see `load` for the others.
+    with_text: False: without text encoder and tokenizer.
+
+  Returns:
+    The checkpoint's directory, and the parts by their names in SanaPipeline.
+
+  Raises:
+    FileNotFoundError: something is missing.
+    ValueError: something is unreadable, unsupported, or a transformer alone.
+  """
+  source = sources.resolve(path, variant=variant)
+  if not isinstance(source, sources.Directory):
+    raise ValueError(
+      f"{source.path} has no vae/ and text_encoder/: give the directory of a "
+      "checkpoint in the layout of diffusers, such as the export/ of a "
+      "training run."
+    )
+  names = ("vae", "text_encoder") if with_text else ("vae",)
+  _check_variant(source.path, [source.path / n for n in names], variant)
+  placed = {"dtype": dtype, "mesh": mesh, "rules": sharding.REPLICATED_RULES}
+  parts = _load_rest(source.path, variant, placed, with_text=with_text)
+  parts["generation_config"] = _generation_config(
+    source.path, source.entry, source.is_sprint
+  )
+  return source.path, parts
 
 
 def _read_solver(path: epath.Path) -> scheduler_config.Solver:
@@ -268,7 +311,8 @@ def _check_applicable(source: sources.Source, variant, components, step):
     raise ValueError(f"{source.path}: {'; '.join(problems)}.")
 
 
-def _variant_of(directory: epath.Path, variant: str | None) -> str | None:
+def variant_of(directory: epath.Path, variant: str | None) -> str | None:
+  """Returns the variant if the component has it, else None."""
   return variant if variant in weight_files.variants(directory) else None
 
 

@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
 from sana_jax import config as config_lib
-from sana_jax.data import examples
+from sana_jax.data import examples, loader
 from sana_jax.models import dc_ae
 from sana_jax.training import loop
 from sana_jax.weights import components
@@ -61,7 +61,9 @@ def make_recipe(config: config_lib.AutoencoderConfig) -> loop.Recipe:
     param_axes={"autoencoder": dc_ae.PARAM_AXES},
     frozen={},
     loss_fn=loss_fn,
-    dataset=examples.image_examples(config.data, config.seed),
+    batches=loader.example_batches(
+      examples.image_examples(config.data, config.seed), config.batch_size
+    ),
     sample=sample,
     export=export,
   )

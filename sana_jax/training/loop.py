@@ -7,10 +7,10 @@ the step number is all a resumed run needs to know about its input.
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-import grain
 import jax
 import numpy as np
 import optax
@@ -19,7 +19,8 @@ from etils import epath
 
 from sana_jax import checkpoint, sharding
 from sana_jax import config as config_lib
-from sana_jax.training import metrics, optim, preemption
+from sana_jax.data import loader
+from sana_jax.training import compilations, metrics, optim, preemption
 from sana_jax.training import step as step_lib
 
 # A run may be continued with other values of these; all else must stay.
@@ -28,7 +29,9 @@ _MAY_CHANGE = frozenset(
     *("num_steps", "log_every", "checkpoint_every", "checkpoints_to_keep"),
     *("sample_every", "sample_prompts", "sample_steps"),
     *("sample_guidance_scale", "mesh.data", "mesh.fsdp", "remat"),
-    *("scan_layers", "data.num_threads"),
+    *("scan_layers", "data.num_threads", "data.num_workers"),
+    # See `sampler.BatchSampler` for what this changes.
+    "data.sources.*.weight",
   }
 )
 
@@ -42,19 +45,23 @@ class Recipe(NamedTuple):
     frozen: {name: arrays} the loss needs but does not train; what has sharding
       rows is sharded by them.
     loss_fn: (params, frozen, key, batch) -> (loss, scalars).
-    dataset: an endless Grain dataset of unbatched examples (dicts of arrays).
+    batches: a host's part of the batches of all steps.
     sample: (averaged params, frozen) -> uint8 picture to look at; called, like
       `export`, by one process, with arrays that this process holds whole.
     export: (averaged params, frozen, directory) -> None; the run's product.
+    num_shapes: how many shapes batches may have; each is compiled.
+    name_shape: what the shape of a batch is called in the log.
   """
 
   init: Callable[[jax.Array], dict[str, Any]]
   param_axes: dict[str, sharding.ParamAxes]
   frozen: dict[str, Any]
   loss_fn: step_lib.LossFn
-  dataset: grain.MapDataset
+  batches: loader.HostBatches
   sample: Callable[[Any, Any], np.ndarray]
   export: Callable[[Any, Any, epath.Path], None]
+  num_shapes: int = 1
+  name_shape: Callable[[Any], str] = compilations.name_leaves
 
 
 def train(
@@ -122,12 +129,13 @@ def _run(
   config: config_lib.TrainConfig, recipe: Recipe, run: _Run
 ) -> step_lib.TrainState:
   state, step = run.state, int(run.state.step)
-  batches = global_batches(recipe.dataset, config, run.mesh, first_step=step)
+  batches = global_batches(recipe.batches, config, run.mesh, first_step=step)
   chrono = metrics.Chrono(step, config.num_steps, config.batch_size)
+  compiled = compilations.Compilations(recipe.num_shapes, recipe.name_shape)
   with preemption.stop_request() as requested:
     while step < config.num_steps:
       batch = next(batches)
-      state, scalars = run.train_step(state, run.frozen, run.key, batch)
+      state, scalars = _step(run, state, batch, compiled, chrono)
       step += 1
       last = step == config.num_steps
       if last or step % config.log_every == 0:
@@ -147,6 +155,18 @@ def _run(
         with chrono.paused():
           _sample(recipe, run, state, step)
   return state
+
+
+def _step(run, state, batch, compiled, chrono):
+  """Runs a step; one that compiles first does not count for the speed."""
+  if not compiled.is_new(batch):
+    state, scalars = run.train_step(state, run.frozen, run.key, batch)
+  else:
+    with chrono.paused(steps=1):
+      state, scalars = run.train_step(state, run.frozen, run.key, batch)
+      jax.block_until_ready(scalars)
+  compiled.count(run.train_step._cache_size())
+  return state, scalars
 
 
 def _log(config, run, chrono, step, scalars) -> None:
@@ -222,7 +242,7 @@ def frozen_shardings(frozen, param_axes, mesh):
 
 
 def global_batches(
-  dataset: grain.MapDataset,
+  batches: loader.HostBatches,
   config: config_lib.TrainConfig,
   mesh: jax.sharding.Mesh,
   *,
@@ -230,24 +250,25 @@ def global_batches(
 ) -> Iterator[Any]:
   """Yields the batches of step `first_step`, `first_step` + 1, ...
 
-  The global batch of a step holds examples step * batch_size onwards of
-  `dataset`, in order, whatever the number of processes.
+  Every process reads its rows of a batch, in the order of the processes; the
+  global batch of a step is the same whatever their number.
 
   Raises:
     ValueError: the batch does not divide over the devices.
   """
-  processes, process = jax.process_count(), jax.process_index()
   if config.batch_size % mesh.size:
     raise ValueError(
       f"batch_size ({config.batch_size}) must be a multiple of the number of "
       f"devices ({mesh.size})."
     )
-  local = dataset.batch(config.batch_size // processes)[process::processes]
-  options = grain.ReadOptions(
-    num_threads=config.data.num_threads, prefetch_buffer_size=8
+  host = loader.Host(
+    jax.process_index(),
+    jax.process_count(),
+    config.data.num_threads,
+    config.data.num_workers,
   )
   place = sharding.batch_sharding(mesh)
-  for batch in local[first_step:].to_iter_dataset(options):
+  for batch in batches(host, first_step):
     yield jax.tree.map(
       lambda x: jax.make_array_from_process_local_data(place, x), batch
     )
@@ -262,11 +283,14 @@ def claim_workdir(config: config_lib.TrainConfig, workdir: epath.Path) -> None:
   path = workdir / "config.json"
   ours = _flatten(json.loads(config.to_json()))
   if path.exists():
-    theirs = _flatten(json.loads(path.read_text()))
+    # A run of an earlier version had what are the defaults of newer fields.
+    theirs = _flatten(json.loads(type(config)().to_json()))
+    theirs |= _flatten(json.loads(path.read_text()))
     differing = [
       f"{name} ({theirs.get(name)} there, {ours.get(name)} here)"
       for name in sorted(ours.keys() | theirs.keys())
-      if name not in _MAY_CHANGE and ours.get(name) != theirs.get(name)
+      if re.sub(r"\.\d+\.", ".*.", name) not in _MAY_CHANGE
+      and ours.get(name) != theirs.get(name)
     ]
     if differing:
       raise ValueError(
@@ -289,9 +313,15 @@ def claim_workdir(config: config_lib.TrainConfig, workdir: epath.Path) -> None:
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-  """Turns nested dicts into one with names such as "optim.peak_lr"."""
+  """Turns nested dicts into one with names such as "optim.peak_lr".
+
+  Dicts in lists are named by their place: "data.sources.0.path".
+  """
   flat = {}
   for name, value in values.items():
+    # An empty list is one of dicts, too, and has no names.
+    if isinstance(value, list) and (not value or isinstance(value[0], dict)):
+      value = {str(place): item for place, item in enumerate(value)}
     if isinstance(value, dict):
       flat |= _flatten(value, f"{prefix}{name}.")
     else:

@@ -63,20 +63,26 @@ class Chrono:
     self._batch_size = batch_size
     self._last = (first_step, time.monotonic())
     self._started = False
-    self._paused = 0.0
+    self._paused, self._paused_steps = 0.0, 0
 
   @contextlib.contextmanager
-  def paused(self) -> Iterator[None]:
-    """Excludes what happens inside from the speed: saving, sampling."""
+  def paused(self, *, steps: int = 0) -> Iterator[None]:
+    """Excludes what happens inside from the speed: saving, compiling.
+
+    Args:
+      steps: that are made inside.
+    """
     started = time.monotonic()
     yield
     self._paused += time.monotonic() - started
+    self._paused_steps += steps
 
   def tick(self, step: int) -> dict[str, float]:
     """Returns images per second and seconds left since the last tick."""
     now = time.monotonic()
-    steps, seconds = step - self._last[0], now - self._last[1] - self._paused
-    self._last, self._paused = (step, now), 0.0
+    steps = step - self._last[0] - self._paused_steps
+    seconds = now - self._last[1] - self._paused
+    self._last, self._paused, self._paused_steps = (step, now), 0.0, 0
     first, self._started = not self._started, True
     if first or steps <= 0 or seconds <= 0:
       return {}

@@ -5,6 +5,7 @@ reads its values when asked to. Nothing a file contains is executed, and sizes
 are checked before memory is taken.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -31,6 +32,7 @@ _DTYPES = {
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _MAX_HEADER_BYTES = 100 * 10**6
+_HASH_CHUNK = 1 << 24
 # Shards of a variant, such as model.bf16-00001-of-00002.safetensors, are not
 # whole files: the variant's name has no hyphen.
 _STEM = r"(?:diffusion_pytorch_model|model)"
@@ -151,6 +153,23 @@ def weight_files(
     )
   entry = found[variant]
   return [entry] if entry.suffix == ".safetensors" else _shards(entry)
+
+
+def weights_sha256(
+  directory: epath.PathLike, *, variant: str | None = None
+) -> str:
+  """Returns the digest of a component's weights; see `weight_files`."""
+  return sha256(sorted(weight_files(directory, variant=variant)))
+
+
+def sha256(paths: Iterable[epath.Path]) -> str:
+  """Returns the digest of several files, one after the other."""
+  digest = hashlib.sha256()
+  for path in paths:
+    with path.open("rb") as file:
+      while chunk := file.read(_HASH_CHUNK):
+        digest.update(chunk)
+  return digest.hexdigest()
 
 
 def open_component(

@@ -6,7 +6,8 @@ import os
 import numpy as np
 import pytest
 
-from sana_jax.bulk import manifest, plan, requests, storage
+from sana_jax import storage
+from sana_jax.bulk import manifest, plan, requests
 
 IDENTITY = {"requests_sha256": "abc", "seed": 1, "num_hosts": 1}
 

@@ -15,7 +15,8 @@ import pytest
 from array_record.python import array_record_module
 
 from sana_jax import images as images_lib
-from sana_jax.bulk import sinks, storage
+from sana_jax import storage
+from sana_jax.bulk import sinks
 
 SHARDS = ("webdataset", "arrayrecord")
 

@@ -1,6 +1,8 @@
 """The loop, on a recipe small enough to see through."""
 
+import itertools
 import json
+import logging
 
 import grain
 import jax
@@ -10,6 +12,7 @@ import pytest
 from flax import nnx
 
 from sana_jax import config as config_lib
+from sana_jax.data import loader
 from sana_jax.nn import layers
 from sana_jax.training import loop
 
@@ -39,7 +42,7 @@ def make_recipe(exports=None):
     param_axes={"line": AXES},
     frozen={"slope": np.float32(3.0)},
     loss_fn=loss_fn,
-    dataset=dataset,
+    batches=loader.example_batches(dataset, 8),
     sample=lambda params, frozen: np.full((4, 6, 3), 200, np.uint8),
     export=lambda params, frozen, path: (
       exports.append(path) if exports is not None else None
@@ -149,3 +152,53 @@ def test_a_changed_model_is_reported_leaf_by_leaf(tmp_path):
   )
   with pytest.raises(ValueError, match=r"unexpected params/line/bias"):
     loop.train(make_config(), tmp_path, wider)
+
+
+def test_the_weights_of_sources_may_change_and_nothing_else_of_them(tmp_path):
+  def config(*weights, path="a"):
+    sources = tuple(
+      config_lib.SourceConfig(path=path, weight=weight) for weight in weights
+    )
+    return make_config(data=config_lib.DataConfig(sources=sources))
+
+  loop.claim_workdir(config(1.0, 2.0), tmp_path)
+  loop.claim_workdir(config(1.5, 0.1), tmp_path)
+  with pytest.raises(
+    ValueError, match=r"data.sources.0.path \(a there, b here"
+  ):
+    loop.claim_workdir(config(1.0, 2.0, path="b"), tmp_path)
+  with pytest.raises(ValueError, match=r"data.sources.2.path \(None there"):
+    loop.claim_workdir(config(1.0, 2.0, 3.0), tmp_path)
+
+
+def test_a_run_of_a_version_without_some_fields_goes_on(tmp_path):
+  path = tmp_path / "config.json"
+  loop.claim_workdir(make_config(), tmp_path)
+  values = json.loads(path.read_text())
+  del values["data"]["max_buckets"]
+  path.write_text(json.dumps(values))
+  loop.claim_workdir(make_config(), tmp_path)
+  path.write_text(json.dumps(values))
+  other = make_config(data=config_lib.DataConfig(max_buckets=3))
+  with pytest.raises(ValueError, match=r"max_buckets \(10 there, 3 here\)"):
+    loop.claim_workdir(other, tmp_path)
+
+
+def test_each_shape_of_batches_is_compiled_once(tmp_path, caplog):
+  """Steps of two shapes take turns; both are announced, neither twice."""
+  recipe = make_recipe()
+
+  def batches(host, first_step):
+    for step in itertools.count(first_step):
+      rows = np.random.default_rng(step).normal(size=(8, 1 + step % 2, 8))
+      yield {"x": rows.astype(np.float32)}
+
+  recipe = recipe._replace(batches=batches, num_shapes=2)
+  with caplog.at_level(logging.INFO, logger="absl"):
+    loop.train(make_config(), tmp_path, recipe)
+  lines = [record.getMessage() for record in caplog.records]
+  assert [line for line in lines if "compiling" in line] == [
+    "compiling for 8x1x8 (1 of 2 shapes)",
+    "compiling for 8x2x8 (2 of 2 shapes)",
+  ]
+  assert not [line for line in lines if "programs" in line]

@@ -12,9 +12,11 @@ from flax import nnx
 
 from sana_jax import config as config_lib
 from sana_jax import text as text_lib
+from sana_jax.data import loader
 from sana_jax.diffusion import flow
 from sana_jax.models import gemma2, sana
 from sana_jax.pipeline import training_run
+from sana_jax.training import inputs as inputs_lib
 from sana_jax.training import text_to_image
 from sana_jax.weights import components
 from tests import tiny
@@ -233,16 +235,16 @@ def test_a_vocabulary_that_is_too_small_is_refused(checkpoint):
 
 
 def test_examples_hold_scaled_latents_and_tokens(checkpoint):
-  config = make_config(checkpoint, max_sequence_length=48)
+  config = make_config(checkpoint, max_sequence_length=48, batch_size=80)
   recipe = text_to_image.make_recipe(config)
-  items = [recipe.dataset[i] for i in range(80)]
-  assert items[0]["latents"].shape == (8, 8, 4)
-  assert items[0]["input_ids"].shape == (48,)
+  batch = next(iter(recipe.batches(loader.Host(), 0)))
+  assert batch["latents"].shape == (80, 8, 8, 4)
+  assert batch["input_ids"].shape == (80, 48)
   autoencoder, found = components.load_autoencoder(config.autoencoder)
-  latents = text_to_image.encode_images(autoencoder, config.data, batch_size=32)
+  latents = inputs_lib.encode_images(autoencoder, config.data, batch_size=32)
   assert latents.shape == (80, 8, 8, 4)
   np.testing.assert_allclose(
-    np.sort([item["latents"].std() for item in items]),
+    np.sort(batch["latents"].std(axis=(1, 2, 3))),
     np.sort(found.scaling_factor * latents.std(axis=(1, 2, 3))),
     rtol=1e-5,
   )

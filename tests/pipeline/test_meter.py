@@ -3,7 +3,7 @@
 import pytest
 
 from sana_jax import pipeline as pipeline_lib
-from sana_jax.bulk import meter
+from sana_jax.pipeline import meter
 
 COMPILING = pipeline_lib.Progress("transformer", "compile", None)
 COMPILED = pipeline_lib.Progress("transformer", "compile", 20.0)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import tqdm
 from absl import logging
 
-from sana_jax import pipeline as pipeline_lib
+from sana_jax.pipeline import execution
 
 # A log file needs no more than two lines a minute.
 _LOG_INTERVAL = 30.0
@@ -41,7 +41,7 @@ class Meter:
     self._steady_images = 0
     self._steady_seconds = 0.0
 
-  def event(self, event: pipeline_lib.Progress) -> None:
+  def event(self, event: execution.Progress) -> None:
     """Takes note of a stage of the pipeline."""
     if event.phase != "compile":
       return

@@ -1,0 +1,263 @@
+"""Which records a step trains on: a pure function of (seed, step).
+
+All samples of a step share a bucket (a shape), so all devices run one program.
+A bucket's records form an endless stream: one pass in a new random order after
+the other. Batch j of a bucket is stream[j B : (j + 1) B]; nothing is dropped,
+for what a pass leaves over begins the next batch. Epoch e holds the batches
+that its passes complete, those of all buckets in random order.
+
+With n_k records in bucket k, that is floor((e + 1) n_k / B) - floor(e n_k / B)
+batches. Counts are closed forms and orders are computed element by element
+(`permutation.py`), so any step is as cheap as the next one.
+"""
+
+import bisect
+import dataclasses
+import fractions
+import itertools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int64, UInt64
+
+from sana_jax.data import permutation
+
+# Tell apart what is drawn from one seed.
+_ORDER, _MIXTURE, _RECORDS, _DRAWS = range(4)
+
+
+@dataclasses.dataclass(frozen=True)
+class Population:
+  """The records of a source that are trained on.
+
+  Attributes:
+    name: of the source, for messages.
+    weight: share of its samples, relative to the other sources.
+    members: for every bucket, the numbers of its records in the source.
+  """
+
+  name: str
+  weight: float
+  members: tuple[Int64[np.ndarray, "_"], ...]
+
+  def __len__(self) -> int:
+    return sum(len(records) for records in self.members)
+
+
+class BatchPlan(NamedTuple):
+  """The samples of one step.
+
+  Attributes:
+    bucket: the one that all samples are in.
+    source: for every sample, the number of its source.
+    index: the number of its record in that source.
+    draw: a seed for what is random about it (caption, crop, flip), new every
+      time that a record comes.
+  """
+
+  bucket: int
+  source: Int64[np.ndarray, "b"]
+  index: Int64[np.ndarray, "b"]
+  draw: UInt64[np.ndarray, "b"]
+
+  def rows(self, start: int, stop: int) -> "BatchPlan":
+    """Returns samples `start` to `stop` of the batch."""
+    part = slice(start, stop)
+    return BatchPlan(
+      self.bucket, self.source[part], self.index[part], self.draw[part]
+    )
+
+
+class BatchSampler:
+  """Plans batches; see the module.
+
+  An epoch is as many samples as there are records. Of these, source s gives
+  its share by weight, spread over its buckets as its records are; fractions
+  carry over, so shares are exact in the long run. A source of more than its
+  proportional weight is passed through more than once per epoch.
+
+  With other weights, another epoch and other records belong to a step; still
+  every source is passed through in the orders it had, from another place on.
+
+  Args:
+    populations: one per source, all over the same buckets.
+    batch_size: samples of a step, on all devices of all hosts together.
+  """
+
+  def __init__(
+    self, populations: Sequence[Population], batch_size: int, seed: int
+  ):
+    _check(populations, batch_size)
+    self._members = [population.members for population in populations]
+    self._batch_size = batch_size
+    self._seed = seed
+    self._size = sum(len(population) for population in populations)
+    self._num_buckets = len(populations[0].members)
+    self._rates, self._scale = _rates(populations)
+
+  def batches_per_epoch(self) -> tuple[fractions.Fraction, ...]:
+    """Returns for every bucket how many batches an epoch has on average."""
+    whole = self._scale * self._batch_size
+    return tuple(
+      fractions.Fraction(sum(rates[bucket] for rates in self._rates), whole)
+      for bucket in range(self._num_buckets)
+    )
+
+  def epoch(self, step: int) -> int:
+    """Returns the epoch of a step.
+
+    Raises:
+      ValueError: the step is negative.
+    """
+    if step < 0:
+      raise ValueError(f"step must not be negative, got {step}.")
+    # Before epoch e there are at most e n / B batches, and at least that less
+    # what every source and the last batch of every bucket carry over.
+    samples = step * self._batch_size
+    carried = self._num_buckets * (self._batch_size + len(self._members))
+    first = samples // self._size
+    last = (samples + self._batch_size + carried) // self._size + 1
+    candidates = range(first, last + 1)
+    return first - 1 + bisect.bisect(candidates, step, key=self._batches_before)
+
+  def batch(self, step: int) -> BatchPlan:
+    """Returns the batch of a step.
+
+    Raises:
+      ValueError: the step is negative.
+    """
+    epoch = self.epoch(step)
+    bucket, number = self._batch_of_bucket(step, epoch)
+    start = number * self._batch_size
+    source, index = self._read_stream(bucket, start, start + self._batch_size)
+    rows = np.arange(self._batch_size, dtype=np.uint64)
+    draw = permutation.fold(self._seed, _DRAWS, step, rows)
+    return BatchPlan(bucket, source, index, draw)
+
+  def _taken(self, source: int, bucket: int, epoch: int) -> int:
+    """Counts what the epochs before `epoch` take of a source's bucket."""
+    return epoch * self._rates[source][bucket] // self._scale
+
+  def _filled(self, bucket: int, epoch: int) -> int:
+    """Counts the samples of a bucket in the epochs before `epoch`."""
+    return sum(
+      self._taken(source, bucket, epoch) for source in range(len(self._members))
+    )
+
+  def _batches_before(self, epoch: int) -> int:
+    return sum(
+      self._filled(bucket, epoch) // self._batch_size
+      for bucket in range(self._num_buckets)
+    )
+
+  def _batch_of_bucket(self, step: int, epoch: int) -> tuple[int, int]:
+    """Returns the bucket of a step, and which of its batches it is."""
+    starts, stops = (
+      [
+        self._filled(bucket, e) // self._batch_size
+        for bucket in range(self._num_buckets)
+      ]
+      for e in (epoch, epoch + 1)
+    )
+    place = np.array([step - sum(starts)], np.uint64)
+    key = permutation.fold(self._seed, _ORDER, epoch)
+    number = int(permutation.permute(place, sum(stops) - sum(starts), key)[0])
+    counts = [b - a for a, b in zip(starts, stops, strict=True)]
+    ends = list(itertools.accumulate(counts))
+    bucket = bisect.bisect(ends, number)
+    return bucket, stops[bucket] - (ends[bucket] - number)
+
+  def _read_stream(self, bucket: int, start: int, stop: int):
+    """Returns sources and records at positions of a bucket's stream."""
+    # The epochs that hold positions `start` to `stop`, which may be many when
+    # the bucket has less records than a batch.
+    size = sum(rates[bucket] for rates in self._rates)
+    epoch = start * self._scale // size
+    sources, indices = [], []
+    while start < stop:
+      first, end = (self._filled(bucket, e) for e in (epoch, epoch + 1))
+      if start < end:
+        piece = np.arange(start - first, min(stop, end) - first, dtype=np.int64)
+        source, index = self._read_epoch(bucket, epoch, end - first, piece)
+        sources.append(source)
+        indices.append(index)
+        start = min(stop, end)
+      epoch += 1
+    return np.concatenate(sources), np.concatenate(indices)
+
+  def _read_epoch(
+    self, bucket: int, epoch: int, size: int, places: Int64[np.ndarray, "n"]
+  ) -> tuple[Int64[np.ndarray, "n"], Int64[np.ndarray, "n"]]:
+    """Returns what stands at `places` of a bucket's samples of an epoch."""
+    key = permutation.fold(self._seed, _MIXTURE, bucket, epoch)
+    places = permutation.permute(places.astype(np.uint64), size, key)
+    places = places.astype(np.int64)
+    starts = [self._taken(s, bucket, epoch) for s in range(len(self._members))]
+    ends = np.cumsum(
+      [
+        self._taken(s, bucket, epoch + 1) - start
+        for s, start in enumerate(starts)
+      ]
+    )
+    source = np.searchsorted(ends, places, side="right")
+    index = np.empty_like(places)
+    for s in np.unique(source):
+      here = source == s
+      before = ends[s - 1] if s else 0
+      index[here] = self._records(
+        int(s), bucket, starts[s] + places[here] - before
+      )
+    return source, index
+
+  def _records(
+    self, source: int, bucket: int, places: Int64[np.ndarray, "n"]
+  ) -> Int64[np.ndarray, "n"]:
+    """Returns the records at positions of the stream of a source's bucket."""
+    members = self._members[source][bucket]
+    passes, within = np.divmod(places, len(members))
+    keys = permutation.fold(self._seed, _RECORDS, source, bucket, passes)
+    shuffled = permutation.permute(within.astype(np.uint64), len(members), keys)
+    return members[shuffled.astype(np.int64)].astype(np.int64)
+
+
+def _rates(
+  populations: Sequence[Population],
+) -> tuple[list[list[int]], int]:
+  """Returns samples per epoch, by source and bucket, over one denominator."""
+  # The decimal number that was written: 0.1 is a tenth.
+  weights = [fractions.Fraction(repr(float(p.weight))) for p in populations]
+  size = sum(len(population) for population in populations)
+  rates = [
+    [
+      weight / sum(weights) * size * len(members) / len(population)
+      for members in population.members
+    ]
+    for weight, population in zip(weights, populations, strict=True)
+  ]
+  scale = math.lcm(*(rate.denominator for row in rates for rate in row))
+  return [[int(rate * scale) for rate in row] for row in rates], scale
+
+
+def _check(populations: Sequence[Population], batch_size: int) -> None:
+  problems = []
+  if batch_size < 1:
+    problems.append(f"batch_size must be positive, got {batch_size}")
+  if not populations:
+    problems.append("there must be at least one source")
+  for population in populations:
+    if not (population.weight > 0 and math.isfinite(population.weight)):
+      problems.append(
+        f"the weight of {population.name} must be a positive number, got "
+        f"{population.weight}"
+      )
+    if not len(population):
+      problems.append(f"{population.name} has no usable record")
+  if len({len(population.members) for population in populations}) > 1:
+    problems.append(
+      "all sources must have the same buckets, got "
+      f"{[len(population.members) for population in populations]}"
+    )
+  if problems:
+    raise ValueError(f"{'; '.join(problems)}.")

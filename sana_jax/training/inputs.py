@@ -1,0 +1,229 @@
+"""Three ways to a batch that a transformer is trained on.
+
+The bundled emoji are encoded once and stay in memory; pictures are decoded on
+the host and encoded in the step; a cache holds latents and text states. Each
+way says how batches are read, and what the step makes of one.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from jaxtyping import Array, Bool, Float
+
+from sana_jax import config as config_lib
+from sana_jax import text as text_lib
+from sana_jax.data import cache as cache_lib
+from sana_jax.data import examples, loader, opening, readers
+from sana_jax.models import dc_ae
+from sana_jax.pipeline import options
+from sana_jax.weights import files
+
+
+class Conditions(NamedTuple):
+  """What the loss needs of a batch.
+
+  Attributes:
+    latents: scaled, so that they have about unit variance.
+    null_text: of the empty caption.
+  """
+
+  latents: Float[Array, "b h w c"]
+  text: Float[Array, "b l d"]
+  text_mask: Bool[Array, "b l"]
+  null_text: Float[Array, "1 l d"]
+  null_text_mask: Bool[Array, "1 l"]
+
+
+ConditionFn = Callable[
+  [Any, Any, Any, config_lib.TextToImageConfig], Conditions
+]
+"""(params, frozen, batch, config) -> Conditions, inside the step."""
+
+
+class Inputs(NamedTuple):
+  """One way to a batch.
+
+  Attributes:
+    batches: see `loader.HostBatches`.
+    frozen: arrays that `condition` needs beside the batch.
+    condition: see `ConditionFn`.
+    encodes_text: whether `condition` needs a text encoder.
+    num_shapes: how many there are.
+    size_of: a batch -> the (height, width) of its pictures.
+  """
+
+  batches: loader.HostBatches
+  frozen: dict[str, Any]
+  condition: ConditionFn
+  encodes_text: bool
+  num_shapes: int
+  size_of: Callable[[dict[str, Any]], tuple[int, int]]
+
+
+def from_emoji(
+  config: config_lib.TextToImageConfig,
+  autoencoder: dc_ae.DCAE,
+  autoencoder_config: config_lib.DCAEConfig,
+  tokenize: readers.TokenizeFn,
+) -> Inputs:
+  """Encodes all emoji once."""
+  logging.info("encoding the %s images", config.data.split)
+  latents = encode_images(autoencoder, config.data)
+  dataset = examples.caption_examples(
+    config.data,
+    config.seed,
+    latents * np.float32(autoencoder_config.scaling_factor),
+    lambda caption: {k: v[0] for k, v in tokenize([caption]).items()},
+  )
+  side = config.data.image_size
+  return Inputs(
+    loader.example_batches(dataset, config.batch_size),
+    frozen={},
+    condition=tokens_to_conditions,
+    encodes_text=True,
+    num_shapes=1,
+    size_of=lambda batch: (side, side),
+  )
+
+
+def from_pictures(
+  config: config_lib.TextToImageConfig,
+  autoencoder: dc_ae.DCAE,
+  autoencoder_config: config_lib.DCAEConfig,
+  tokenize: readers.TokenizeFn,
+) -> Inputs:
+  """Opens the sources; their pictures are encoded in the step.
+
+  Raises:
+    FileNotFoundError, ValueError: a source cannot be read, or used.
+  """
+  opened = opening.open_pictures(
+    config.data,
+    multiple=autoencoder_config.spatial_compression * config.model.patch_size,
+    tokenize=tokenize,
+    batch_size=config.batch_size,
+    seed=config.seed,
+  )
+  return Inputs(
+    opened.batches,
+    frozen={"autoencoder": autoencoder},
+    condition=functools.partial(
+      images_to_conditions, scaling_factor=autoencoder_config.scaling_factor
+    ),
+    encodes_text=True,
+    num_shapes=len(opened.shapes),
+    size_of=lambda batch: batch["images"].shape[1:3],
+  )
+
+
+def from_cache(
+  config: config_lib.TextToImageConfig,
+  autoencoder_config: config_lib.DCAEConfig,
+  generation: options.GenerationConfig,
+) -> Inputs:
+  """Opens a cache of latents and text states.
+
+  Raises:
+    FileNotFoundError: it is not there, or not complete.
+    ValueError: it was made otherwise than this run needs it.
+  """
+  source = cache_lib.CachedSource(config.data.cache)
+  compression = autoencoder_config.spatial_compression
+  source.manifest.check(
+    image_size=config.data.image_size,
+    scaling_factor=autoencoder_config.scaling_factor,
+    compression=compression,
+    latent_channels=config.model.in_channels,
+    max_sequence_length=config.max_sequence_length,
+    text_width=config.model.caption_channels,
+    instruction_sha256=text_lib.instruction_sha256(
+      generation.complex_human_instruction
+    ),
+    tokenizer_sha256=text_lib.tokenizer_sha256(config.tokenizer),
+    # The text encoder's digest is not taken: its file is read when a sample is
+    # made, and is several gigabytes.
+    autoencoder_sha256=files.weights_sha256(config.autoencoder),
+    lowercase=True,
+  )
+  opened = opening.open_cache(
+    source, config.data, batch_size=config.batch_size, seed=config.seed
+  )
+  null_text = source.null_caption()[None]
+  return Inputs(
+    opened.batches,
+    frozen={
+      "null_text": null_text,
+      "null_text_mask": readers.null_mask(null_text.shape[1]),
+    },
+    condition=cached_conditions,
+    encodes_text=False,
+    num_shapes=len(opened.shapes),
+    size_of=lambda batch: tuple(
+      compression * side for side in batch["latents"].shape[1:3]
+    ),
+  )
+
+
+def tokens_to_conditions(params, frozen, batch, config) -> Conditions:
+  """Encodes the batch's tokens, and those of the empty caption."""
+  encoder = params.get("text_encoder", frozen.get("text_encoder"))
+  length = config.max_sequence_length
+  text, mask = text_lib.encode_tokens(
+    encoder,
+    batch["input_ids"],
+    batch["attention_mask"],
+    max_sequence_length=length,
+  )
+  null_text, null_mask = text_lib.encode_tokens(
+    encoder, frozen["null_ids"], frozen["null_mask"], max_sequence_length=length
+  )
+  return Conditions(batch["latents"], text, mask, null_text, null_mask)
+
+
+def images_to_conditions(
+  params, frozen, batch, config, *, scaling_factor: float
+) -> Conditions:
+  """Encodes the batch's pictures and tokens."""
+  images = batch["images"].astype(jnp.float32) / 127.5 - 1
+  latents = frozen["autoencoder"].encode(images).astype(jnp.float32)
+  batch = batch | {"latents": latents * scaling_factor}
+  return tokens_to_conditions(params, frozen, batch, config)
+
+
+def cached_conditions(params, frozen, batch, config) -> Conditions:
+  """Takes everything from the batch."""
+  del params, config
+  return Conditions(
+    batch["latents"].astype(jnp.float32),
+    batch["text"],
+    batch["text_mask"],
+    frozen["null_text"],
+    frozen["null_text_mask"],
+  )
+
+
+def encode_images(
+  autoencoder: dc_ae.DCAE,
+  config: config_lib.DataConfig,
+  *,
+  batch_size: int = 64,
+) -> Float[np.ndarray, "n h w c"]:
+  """Encodes every emoji of the split once; the latents stay in memory."""
+  source = examples.load_source(config)
+  encode = jax.jit(dc_ae.DCAE.encode)
+  latents = []
+  for start in range(0, len(source), batch_size):
+    # The last batch is filled up, so that one shape is compiled.
+    indices = [
+      min(i, len(source) - 1) for i in range(start, start + batch_size)
+    ]
+    images = [examples.to_unit_range(source[i]["image"]) for i in indices]
+    latents.append(
+      np.asarray(encode(autoencoder, np.stack(images)), np.float32)
+    )
+  return np.concatenate(latents)[: len(source)]

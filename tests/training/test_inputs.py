@@ -1,0 +1,215 @@
+"""Pictures and caches as inputs: what is read, and what a step makes of it."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from sana_jax import config as config_lib
+from sana_jax import text
+from sana_jax.data import (
+  buckets,
+  captions,
+  loader,
+  readers,
+  records,
+  sampler,
+  transforms,
+)
+from sana_jax.data import cache as cache_lib
+from sana_jax.pipeline import training_run
+from sana_jax.training import inputs, text_to_image
+from tests import caches, tiny
+from tests.precompute import sources
+
+COUNT, SIDE = 24, 32
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+  path = tmp_path_factory.mktemp("checkpoint")
+  caches.make_checkpoint(path)
+  return path
+
+
+@pytest.fixture(scope="module")
+def pictures():
+  return sources.Pictures(COUNT)
+
+
+@pytest.fixture(scope="module")
+def cache(checkpoint, pictures, tmp_path_factory):
+  """The directory of a cache of the pictures."""
+  path = tmp_path_factory.mktemp("cache")
+  caches.make_cache(path, checkpoint, pictures, SIDE)
+  return path
+
+
+def make_config(checkpoint, **data) -> config_lib.TextToImageConfig:
+  tokenizer = text.Tokenizer.from_pretrained(checkpoint / "tokenizer")
+  return config_lib.TextToImageConfig(
+    model=tiny.transformer_config(),
+    text_encoder=tiny.text_encoder_config(tokenizer.vocab_size),
+    text_encoder_path=str(checkpoint / "text_encoder"),
+    autoencoder=str(checkpoint / "vae"),
+    tokenizer=str(checkpoint / "tokenizer"),
+    max_sequence_length=tiny.LENGTH,
+    sample_prompts=("a cat",),
+    sample_steps=2,
+    batch_size=8,
+    dtype="float32",
+    remat="none",
+    data=config_lib.DataConfig(image_size=SIDE, **data),
+  )
+
+
+def words(texts) -> loader.Batch:
+  return {"words": np.array(texts)}
+
+
+def plan_of(*rows, bucket=0) -> sampler.BatchPlan:
+  source, index, draw = np.array(rows).T
+  return sampler.BatchPlan(bucket, source, index, draw.astype(np.uint64))
+
+
+def test_pictures_are_fitted_and_captioned(pictures):
+  selection = captions.CaptionSelection()
+  reader = readers.PictureReader(
+    [pictures, sources.Pictures(5, seed=1)],
+    *([(32, 32), (24, 40)], selection, words),
+  )
+  batch = reader(plan_of((0, 7, 1), (1, 2, 2), (0, 3, 3), bucket=1))
+  first, second = reader.sources
+  chosen = (first[7], second[2], first[3])
+  expected = [
+    transforms.fit(transforms.decode(record.image), 24, 40) for record in chosen
+  ]
+  np.testing.assert_array_equal(batch["images"], np.stack(expected))
+  assert batch["images"].dtype == np.uint8
+  assert batch["words"].tolist() == [
+    first[7].captions[0].text,
+    second[2].captions[0].text,
+    "",  # Record 3 has no captions.
+  ]
+
+
+def test_what_is_random_about_a_picture_follows_its_draw():
+  pictures = sources.Pictures(1)
+  several = tuple(records.Caption(name, name) for name in ("one", "two"))
+  pictures.records[0] = dataclasses.replace(pictures[0], captions=several)
+  reader = readers.PictureReader(
+    *([pictures], [(24, 24)], captions.CaptionSelection("random"), words),
+    crop="random",
+    flip=True,
+  )
+  batch = reader(plan_of(*((0, 0, draw % 10) for draw in range(20))))
+  for rows in batch.values():
+    np.testing.assert_array_equal(rows[:10], rows[10:])
+    assert len(np.unique(rows[:10], axis=0)) > 1
+
+
+def test_a_broken_picture_is_named():
+  broken = sources.Pictures(3, broken=(1,))
+  reader = readers.PictureReader(
+    [broken], [(24, 24)], captions.CaptionSelection(), words
+  )
+  with pytest.raises(ValueError, match="pictures, p001: .*(cut off|damaged)"):
+    reader(plan_of((0, 0, 0), (0, 1, 0)))
+
+
+def test_a_cache_stands_for_its_pictures(checkpoint, pictures, cache):
+  """The step makes the same of either, up to the cache's bfloat16."""
+  config = make_config(checkpoint, cache=str(cache))
+  generation = training_run.generation_config(config)
+  from_cache = inputs.from_cache(config, tiny.autoencoder_config(), generation)
+  (cached,) = take(from_cache.batches, 1)
+  source = cache_lib.CachedSource(cache)
+  # The same records of the source, found by their keys.
+  plans = sampler_of(source, config)
+  plan = plans.batch(0)
+  keys = [source[int(index)].key for index in plan.index]
+  numbers = [int(key[1:]) for key in keys]
+  shape = from_cache.size_of(cached)
+  tokenizer = text.Tokenizer.from_pretrained(config.tokenizer)
+  reader = readers.PictureReader(
+    *([pictures], [shape], captions.CaptionSelection()),
+    lambda texts: text_to_image._tokenize(tokenizer, generation, texts),
+  )
+  batch = reader(
+    sampler.BatchPlan(0, 0 * plan.source, np.array(numbers), plan.draw)
+  )
+  recipe_config = make_config(checkpoint)
+  frozen = text_to_image._frozen(recipe_config, tokenizer, encoding())
+  autoencoder = caches.load_encoders(checkpoint).autoencoder
+  online = jax.jit(
+    lambda frozen, batch: inputs.images_to_conditions(
+      {}, frozen, batch, config, scaling_factor=0.4
+    )
+  )(frozen | {"autoencoder": autoencoder}, batch)
+  offline = inputs.cached_conditions({}, from_cache.frozen, cached, config)
+  np.testing.assert_allclose(
+    *(offline.latents, online.latents), rtol=2**-8, atol=1e-3
+  )
+  np.testing.assert_array_equal(offline.text_mask, online.text_mask)
+  np.testing.assert_array_equal(offline.null_text_mask, online.null_text_mask)
+  real = np.asarray(online.text_mask)
+  for ours, theirs in (
+    (offline.text[real], online.text[real]),
+    (offline.null_text, online.null_text),
+  ):
+    np.testing.assert_allclose(
+      *(np.asarray(ours, np.float32), theirs), rtol=2**-8, atol=1e-3
+    )
+
+
+def encoding() -> inputs.Inputs:
+  """Inputs of which only it matters that they encode text."""
+  return inputs.Inputs(iter, {}, iter, True, 1, iter)
+
+
+def take(batches, count, first_step=0, **host):
+  found = iter(batches(loader.Host(**host), first_step))
+  return [next(found) for _ in range(count)]
+
+
+def sampler_of(source, config):
+  shapes = np.array(source.manifest.settings.buckets)[source.buckets]
+  sizes = buckets.Sizes(source.name, shapes[:, 0], shapes[:, 1], {})
+  found = buckets.group([sizes], [1.0], 10)
+  return sampler.BatchSampler(found.populations, config.batch_size, config.seed)
+
+
+def test_all_shapes_of_a_cache_are_trained_at(checkpoint, cache):
+  config = make_config(checkpoint, cache=str(cache))
+  recipe = text_to_image.make_recipe(config)
+  assert recipe.num_shapes > 1
+  batches = take(recipe.batches, 12)
+  names = {recipe.name_shape(batch) for batch in batches}
+  assert len(names) == recipe.num_shapes
+  assert "text_encoder" not in recipe.frozen
+  assert all(batch["text"].shape == (8, tiny.LENGTH, 12) for batch in batches)
+
+
+def test_a_cache_of_another_kind_is_refused(checkpoint, cache, tmp_path):
+  config = make_config(checkpoint, cache=str(cache))
+  config.data.image_size = 64
+  config.use_complex_human_instruction = True
+  with pytest.raises(
+    ValueError, match="(?s)image_size is 32, .* 64.*instruction_sha256 is None"
+  ):
+    text_to_image.make_recipe(config)
+  config = make_config(checkpoint, cache=str(cache), max_buckets=1)
+  with pytest.raises(ValueError, match="data.max_buckets is 1, but .* stored"):
+    text_to_image.make_recipe(config)
+  config = make_config(checkpoint, cache=str(tmp_path))
+  with pytest.raises(FileNotFoundError, match=r"has no manifest\.json"):
+    text_to_image.make_recipe(config)
+
+
+def test_a_cache_and_a_trained_text_encoder_exclude_each_other(checkpoint):
+  config = dataclasses.replace(
+    make_config(checkpoint, cache="c"), train_text_encoder=True
+  )
+  with pytest.raises(ValueError, match="data.cache holds text states"):
+    config.freeze()
