@@ -283,9 +283,9 @@ def test_progress_tells_compiling_from_running(tokenizer):
     ({"prompt": ["a cat", "  "]}, "prompt 1 is empty"),
     (
       {"num_inference_steps": 0},
-      "num_inference_steps must be a whole",
+      "num_inference_steps must be at least 1",
     ),
-    ({"max_sequence_length": 0}, "max_sequence_length must be a whole"),
+    ({"max_sequence_length": 0}, "max_sequence_length must be at least 1"),
     ({"guidance_scale": float("nan")}, "guidance_scale must be a finite"),
     ({"null_mask": "none"}, "null_mask must be 'own' or 'caption'"),
     ({"height": 30}, "multiples of 4"),
@@ -304,7 +304,7 @@ def test_progress_tells_compiling_from_running(tokenizer):
     ({"guidance_interval": (0.0, 2.0)}, "0 <= low < high <= 1, got"),
     ({"guidance_interval": (0.5,)}, "must be two numbers"),
     ({"guidance_interval": ("a", "b")}, "must be two numbers"),
-    ({"num_inference_steps": 2.5}, "whole number of at least 1, got 2.5"),
+    ({"num_inference_steps": 2.5}, "must be a whole number, got 2.5"),
     ({"height": 64.0}, "height must be a whole number, got 64.0"),
   ],
 )

@@ -128,10 +128,10 @@ class GenerationConfig(config.Config):
   def validate(self) -> None:
     for name in ("num_inference_steps", "max_sequence_length"):
       value = getattr(self, name)
-      if not isinstance(value, numbers.Integral) or value < 1:
-        raise ValueError(
-          f"{name} must be a whole number of at least 1, got {value!r}."
-        )
+      if not isinstance(value, numbers.Integral):
+        raise ValueError(f"{name} must be a whole number, got {value!r}.")
+      if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}.")
     for name in ("height", "width"):
       value = getattr(self, name)
       if value is not None and not isinstance(value, numbers.Integral):
