@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import posixpath
+from collections.abc import Iterator
 from typing import IO, Any
 
 import fsspec
@@ -68,7 +69,9 @@ class Location:
 
     Hidden files and directories (`.git`, `.DS_Store`, `__MACOSX`) are left out.
     """
-    found = self.filesystem.find(self.path)
+    found = (
+      _walk(self.path) if self.is_local else self.filesystem.find(self.path)
+    )
     start = len(self.path.rstrip("/")) + 1
     return sorted(
       name
@@ -78,12 +81,29 @@ class Location:
       )
     )
 
+  def children(self) -> list["Location"]:
+    """Lists what is in the directory itself, sorted."""
+    names = self.filesystem.ls(self.path, detail=False)
+    return [Location(self.filesystem, name) for name in sorted(names)]
+
   def glob(self) -> list["Location"]:
     """Lists the files that the path, a pattern with stars, stands for."""
     return [
       Location(self.filesystem, path)
       for path in sorted(self.filesystem.glob(self.path))
     ]
+
+
+def _walk(directory: str) -> Iterator[str]:
+  """Yields files below a local directory, behind links too but never twice."""
+  seen = set()
+  for parent, directories, names in os.walk(directory, followlinks=True):
+    real = os.path.realpath(parent)
+    if real in seen:
+      directories.clear()
+      continue
+    seen.add(real)
+    yield from (posixpath.join(parent, name) for name in names)
 
 
 def has_stars(path: str) -> bool:
