@@ -15,6 +15,7 @@ _SCALES = {16: 1, 32: 2, 64: 4, 128: 8}
 SAMPLE_SIZES = tuple(_SCALES)
 # Pixels per latent of the checkpoints that were trained at these bins.
 COMPRESSION = 32
+_LANCZOS_SIZES = (2048, 2880)
 
 
 @functools.cache
@@ -41,6 +42,17 @@ def bins(sample_size: int) -> Mapping[float, tuple[int, int]]:
     for ratio, height, width in data["bins_512"]
     if ratio not in left_out
   }
+
+
+def reference_filter(image_size: int) -> str:
+  """Returns the filter that the reference scales training pictures with.
+
+  Args:
+    image_size: side of the square, in pixels.
+
+  Source: NVlabs/Sana diffusion/data/datasets/sana_data_multi_scale.py.
+  """
+  return "lanczos" if image_size in _LANCZOS_SIZES else "bicubic"
 
 
 def closest_bin(ratio: float, sample_size: int) -> tuple[int, int]:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from array_record.python import array_record_module
 
 from sana_jax import storage
 
@@ -82,3 +83,55 @@ def test_a_file_that_does_not_fit_leaves_no_half(tmp_path):
   assert done.returncode == 1
   assert "File too large. Make room" in done.stderr
   assert os.listdir(tmp_path) == ["small"]
+
+
+def test_records_are_read_back_in_order(tmp_path, rng):
+  contents = [rng.bytes(int(size)) for size in rng.integers(1, 9000, 20)]
+  file = storage.RecordFile(tmp_path / "half", tmp_path / "whole")
+  for content in contents:
+    file.write(content)
+  file.close()
+  reader = array_record_module.ArrayRecordReader(str(tmp_path / "half"))
+  assert reader.read_all() == contents
+
+
+def test_a_record_file_that_cannot_be_written_says_what_it_was_to_be(tmp_path):
+  # The library notices late.
+  with pytest.raises(OSError, match="Cannot write .*whole: .*same command"):
+    write_one(tmp_path / "no" / "half", tmp_path / "whole")
+
+
+def write_one(path, becomes):
+  file = storage.RecordFile(path, becomes)
+  file.write(b"record")
+  file.close()
+
+
+def test_a_file_is_open_in_one_process_at_a_time(tmp_path):
+  path = tmp_path / "a"
+  with (
+    storage.open_alone(path, "wait"),
+    pytest.raises(BlockingIOError, match="is writing .*a; end it"),
+  ):
+    storage.open_alone(path, "end it")
+  storage.open_alone(path, "wait").close()
+
+
+def check(path, identity, **options):
+  storage.check_same(
+    path, identity, program="a program", advice="do so", **options
+  )
+
+
+def test_another_run_is_refused_and_what_differs_is_said(tmp_path):
+  path = tmp_path / "run.json"
+  path.write_text('{"a": 1, "b": [2], "name": "x"}')
+  check(path, {"a": 1, "b": [2], "name": "x"})
+  check(path, {"a": 1, "b": [2], "name": "y"}, free=("name",))
+  with pytest.raises(
+    FileExistsError, match=r"another run \(b was .2., is 3; c was null, is 4\)"
+  ):
+    check(path, {"a": 1, "b": 3, "c": 4}, free=("name",))
+  path.write_text("[")
+  with pytest.raises(FileExistsError, match="is not from a program"):
+    check(path, {"a": 1})

@@ -226,3 +226,24 @@ def test_an_instruction_in_one_string_is_an_error(tokenizer):
 def test_no_prompts_are_an_error(tokenizer):
   with pytest.raises(ValueError, match="list of at least one string"):
     text.encode_prompts(identity_encoder(), tokenizer, [])
+
+
+def test_a_tokenizer_is_identified_by_the_file_that_is_read(
+  directory, sentencepiece_file, tmp_path
+):
+  (tmp_path / "tokenizer.model").write_bytes(sentencepiece_file)
+  expected = hashlib.sha256(sentencepiece_file).hexdigest()
+  assert text.tokenizer_sha256(tmp_path) == expected
+  content = (directory / "tokenizer.json").read_bytes()
+  (tmp_path / "tokenizer.json").write_bytes(content)
+  expected = hashlib.sha256(content).hexdigest()
+  assert text.tokenizer_sha256(tmp_path) == expected
+  with pytest.raises(FileNotFoundError, match="No tokenizer in .*weights"):
+    text.tokenizer_sha256(tmp_path / "weights")
+
+
+def test_an_instruction_is_identified_by_its_lines():
+  found = text.instruction_sha256(["one", "two"])
+  assert found == hashlib.sha256(b"one\ntwo").hexdigest()
+  assert text.instruction_sha256(None) is None
+  assert text.instruction_sha256([]) is None

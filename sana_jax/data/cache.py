@@ -12,6 +12,7 @@ A directory holds
 `cache_records` describes the bytes of a record.
 """
 
+import functools
 import pathlib
 from collections.abc import Sequence
 from typing import SupportsIndex
@@ -74,6 +75,11 @@ class CachedSource:
       for content in self._records.__getitems__(indices)
     ]
 
+  @functools.cached_property
+  def _null_caption(self) -> BFloat16[np.ndarray, "l d"]:
+    path = self._path / NULL_CAPTION
+    return np.load(path).view(cache_records.BFLOAT16)
+
   def null_caption(self) -> BFloat16[np.ndarray, "l d"]:
     """Returns the states of the empty caption, all max_sequence_length.
 
@@ -85,7 +91,7 @@ class CachedSource:
         f"{self.name} has no text states; make the cache again without "
         "--latents_only, or give training a text encoder."
       )
-    return np.load(self._path / NULL_CAPTION).view(cache_records.BFLOAT16)
+    return self._null_caption
 
   def _check_files(self, shards: Sequence[cache_manifest.Shard]) -> None:
     wrong = []

@@ -1,6 +1,7 @@
 """What a cache of latents was made from and with: its manifest."""
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -31,7 +32,7 @@ class Settings:
       whole.
     dtype: of the weights and the computation.
     batch_size: it may change the last bit.
-    source_fingerprint: of the pictures and captions.
+    source_fingerprint: of the keys and the sizes of its pictures.
   """
 
   image_size: int
@@ -57,6 +58,11 @@ class Settings:
   def to_json(self) -> dict[str, Any]:
     """Returns values as JSON has them, without tuples."""
     return json.loads(json.dumps(dataclasses.asdict(self)))
+
+  def sha256(self) -> str:
+    """Returns a digest that differs where the settings do."""
+    content = json.dumps(self.to_json(), sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()
 
   @classmethod
   def from_json(cls, values: Mapping[str, Any]) -> "Settings":

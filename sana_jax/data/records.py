@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Protocol, SupportsIndex
+from typing import Protocol, SupportsIndex, runtime_checkable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +35,7 @@ class Record:
   captions: tuple[Caption, ...]
 
 
+@runtime_checkable
 class Source(Protocol):
   """Random access to records, in an order that never changes.
 

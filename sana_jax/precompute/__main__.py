@@ -133,4 +133,5 @@ def _fail(message: str) -> NoReturn:
 
 if __name__ == "__main__":
   task.define_flags()
+  flags.adopt_module_key_flags(task)  # for --help
   app.run(main)

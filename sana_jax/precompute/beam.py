@@ -32,5 +32,6 @@ def main(argv: list[str]) -> int:
 
 if __name__ == "__main__":
   task.define_flags()
+  flags.adopt_module_key_flags(task)  # for --help
   flags.DEFINE_string("output", None, "Of the cache.", required=True)
   app.run(main, flags_parser=lambda args: flags.FLAGS(args, known_only=True))

@@ -120,7 +120,7 @@ def finalise(
     shards.shard_name(number, run.num_shards)
     for number in range(run.num_shards)
   ]
-  found = [shards.find(path, name) for name in names]
+  found = [shards.find(path, name, run.settings) for name in names]
   missing = [n for n, shard in zip(names, found, strict=True) if shard is None]
   has_text = run.settings.text_encoder_sha256 is not None
   if has_text and not (path / cache.NULL_CAPTION).is_file():

@@ -1,9 +1,12 @@
 """A cache from its source to its manifest: begins or continues it."""
 
 import contextlib
+import hashlib
 import pathlib
+from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 from absl import logging
 
 from sana_jax import storage, termination
@@ -51,8 +54,17 @@ def prepare(task: task_lib.Task) -> Prepared:
   source = task.open_source()
   logging.info("reading the sizes of %d pictures", len(source))
   scan = scan_lib.scan(source, num_threads=task.num_threads)
-  sizes = buckets.Sizes(source.name, scan.height, scan.width, scan.problem)
-  return assemble(task, source, sizes, scan.fingerprint, task.load_encoders())
+  problems = {i: p for i, p in enumerate(scan.problem) if p is not None}
+  sizes = buckets.Sizes(source.name, scan.height, scan.width, problems)
+  return assemble(task, source, sizes, _fingerprint(scan), task.load_encoders())
+
+
+def _fingerprint(scan: scan_lib.Scan) -> str:
+  """Returns a digest of the keys and the sizes, which the plan depends on."""
+  digest = hashlib.sha256(scan.fingerprint.encode())
+  for sizes in (scan.height, scan.width):
+    digest.update(np.ascontiguousarray(sizes, "<i4").tobytes())
+  return digest.hexdigest()
 
 
 def assemble(
@@ -65,7 +77,7 @@ def assemble(
   """Makes the plan for a source whose sizes are known.
 
   Args:
-    fingerprint: of the source's pictures and captions.
+    fingerprint: of the source.
 
   Raises:
     ValueError: something cannot be, or no picture can be used.
@@ -94,7 +106,7 @@ def assemble(
     source=source.name,
     checkpoint=encoders.checkpoint,
   )
-  return Prepared(shards.Maker(source, plan, encoders, task.filter), run)
+  return Prepared(shards.Maker(source, plan, encoders, settings), run)
 
 
 def run(
@@ -145,16 +157,11 @@ def _make_missing(
   numbers: range,
   directory: storage.Directory,
   started: float,
-  stopped,
+  stopped: Callable[[], bool],
 ) -> int | None:
   """Returns how many pictures were skipped; None: told to stop before all."""
   plan = maker.plan
-  there = {
-    number: shards.find(
-      directory.path, shards.shard_name(number, plan.num_shards)
-    )
-    for number in numbers
-  }
+  there = {number: maker.find(number, directory.path) for number in numbers}
   missing = [number for number, found in there.items() if found is None]
   skipped = [found.shard.skipped for found in there.values() if found]
   if skipped:
@@ -174,5 +181,6 @@ def _make_missing(
       skipped.append(finished.shard.skipped)
       for key, why in finished.shard.skipped.items():
         logging.warning("skipped %s: %s", key, why)
-  logging.info("%s", meter.summary())
+  if missing:
+    logging.info("%s", meter.summary())
   return sum(map(len, skipped))

@@ -38,11 +38,13 @@ class Finished:
 
   Attributes:
     shard: what the manifest says of it.
+    settings_sha256: of what it was made with.
     indices: of its records in the source.
     buckets: of its records.
   """
 
   shard: cache_manifest.Shard
+  settings_sha256: str
   indices: tuple[int, ...]
   buckets: tuple[int, ...]
 
@@ -61,6 +63,7 @@ class Finished:
       values = json.loads(path.read_text(encoding="utf-8"))
       return cls(
         cache_manifest.Shard(**values["shard"]),
+        values["settings_sha256"],
         tuple(values["indices"]),
         tuple(values["buckets"]),
       )
@@ -84,15 +87,27 @@ class Maker(NamedTuple):
   """Everything that shards are made from.
 
   Attributes:
-    resample: filter that pictures are scaled with.
+    settings: those of the plan and the encoders.
     on_batch: told how many records of the source are done with.
   """
 
   source: records.Source
   plan: plan_lib.Plan
   encoders: encoders_lib.Encoders
-  resample: str
+  settings: cache_manifest.Settings
   on_batch: Callable[[int], None] = lambda count: None
+
+  def find(self, number: int, path: pathlib.Path) -> Finished | None:
+    """Returns a shard that need not be made; see `find`."""
+    if self._makes_null_caption(number) and not (
+      (path / cache.NULL_CAPTION).is_file()
+    ):
+      return None
+    name = shard_name(number, self.plan.num_shards)
+    return find(path, name, self.settings)
+
+  def _makes_null_caption(self, number: int) -> bool:
+    return number == 0 and self.encoders.text is not None
 
   def make(self, number: int, directory: storage.Directory) -> Finished:
     """Makes a shard and writes it.
@@ -101,7 +116,7 @@ class Maker(NamedTuple):
       FloatingPointError: the states of a caption are not finite.
       OSError: something cannot be written, or the source not read.
     """
-    if number == 0 and self.encoders.text is not None:
+    if self._makes_null_caption(number):
       _write_null_caption(self.encoders, directory)
     examples, skipped = self._encode_pictures(number)
     captions = [c.text for e in examples.values() for c in e.captions]
@@ -131,6 +146,7 @@ class Maker(NamedTuple):
           if caption.states is not None
         ),
       ),
+      self.settings.sha256(),
       tuple(sorted(examples)),
       tuple(example.bucket for _, example in sorted(examples.items())),
     )
@@ -211,7 +227,7 @@ class Maker(NamedTuple):
       picture = transforms.decode(record.image)
     except ValueError as error:
       return str(error)
-    return transforms.fit(picture, *shape, resample=self.resample)
+    return transforms.fit(picture, *shape, resample=self.settings.resample)
 
 
 def shard_name(number: int, num_shards: int) -> str:
@@ -223,8 +239,13 @@ def sidecar_name(name: str) -> str:
   return pathlib.Path(name).with_suffix(".json").name
 
 
-def find(path: pathlib.Path, name: str) -> Finished | None:
+def find(
+  path: pathlib.Path, name: str, settings: cache_manifest.Settings
+) -> Finished | None:
   """Returns a shard that is there, as large as it should be; None: none is.
+
+  Args:
+    settings: one that was made with others is not there, either.
 
   Raises:
     ValueError: its description is broken.
@@ -234,7 +255,8 @@ def find(path: pathlib.Path, name: str) -> Finished | None:
     size = (path / name).stat().st_size if found.shard.records else 0
   except FileNotFoundError:
     return None
-  return found if size == found.shard.bytes else None
+  same = found.settings_sha256 == settings.sha256()
+  return found if same and size == found.shard.bytes else None
 
 
 def _record(

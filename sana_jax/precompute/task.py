@@ -4,12 +4,10 @@ import dataclasses
 
 from absl import flags
 
+from sana_jax import resolution
 from sana_jax.data import records
 from sana_jax.data import sources as sources_lib
 from sana_jax.precompute import encoders as encoders_lib
-
-# The reference's filter for pictures of these sides; bicubic for all others.
-_LANCZOS_SIZES = (2048, 2880)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,7 +32,7 @@ class Task:
   variant: str | None = None
   image_size: int = 1024
   buckets: str = "aspect"
-  max_buckets: int = 40
+  max_buckets: int = 10
   resample: str = "auto"
   vae_tile: int | None = None
   dtype: str = "float32"
@@ -48,7 +46,7 @@ class Task:
     """The resampling filter, once "auto" is decided."""
     if self.resample != "auto":
       return self.resample
-    return "lanczos" if self.image_size in _LANCZOS_SIZES else "bicubic"
+    return resolution.reference_filter(self.image_size)
 
   def open_source(self) -> records.Source:
     return sources_lib.open_source(

@@ -135,6 +135,13 @@ def test_hosts_make_what_one_makes_and_the_last_completes_it(
   assert contents(tmp_path) == contents(whole[0])
 
 
+def test_the_number_of_hosts_may_change(prepared, whole, tmp_path):
+  run(prepared, tmp_path, num_hosts=3, host_index=2)
+  assert len(list(tmp_path.glob("*.array_record"))) == 1
+  run(prepared, tmp_path)
+  assert contents(tmp_path) == contents(whole[0])
+
+
 def test_another_cache_in_the_directory_is_refused(prepared, checkpoint, whole):
   maker = prepared.maker
   other = job.assemble(

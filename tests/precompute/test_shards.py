@@ -1,5 +1,6 @@
 """Shards: what they hold, what they leave out, and that they repeat."""
 
+import dataclasses
 import hashlib
 import json
 
@@ -10,7 +11,12 @@ import numpy as np
 import pytest
 
 from sana_jax import storage, text
-from sana_jax.data import cache, cache_records, transforms
+from sana_jax.data import (
+  cache,
+  cache_manifest,
+  cache_records,
+  transforms,
+)
 from sana_jax.models import tiling
 from sana_jax.precompute import encoders as encoders_lib
 from sana_jax.precompute import finalise, shards
@@ -63,7 +69,16 @@ def make_plan(source, problems=None, **changes):
 
 def make_maker(source, encoders, problems=None, **changes):
   plan = make_plan(source, problems, **changes)
-  return shards.Maker(source, plan, encoders, "bicubic")
+  settings = cache_manifest.Settings(
+    image_size=SIDE,
+    buckets=plan.shapes,
+    crop="center",
+    resample="bicubic",
+    records_per_shard=PER_SHARD,
+    source_fingerprint="f" * 64,
+    **encoders.identity,
+  )
+  return shards.Maker(source, plan, encoders, settings)
 
 
 def read(path, finished) -> list[cache_records.Record]:
@@ -153,7 +168,7 @@ def test_the_description_of_a_shard_is_true(encoders, tmp_path):
   assert finished.shard.captions == len(captions)
   assert finished.shard.text_bytes == sum(c.states.nbytes for c in captions)
   assert finished.shard.latent_bytes == sum(r.latents.nbytes for r in found)
-  assert shards.find(tmp_path, finished.shard.file) == finished
+  assert maker.find(0, tmp_path) == finished
 
 
 def test_unusable_pictures_are_left_out_and_named(encoders, tmp_path):
@@ -172,10 +187,11 @@ def test_unusable_pictures_are_left_out_and_named(encoders, tmp_path):
 
 def test_a_shard_of_nothing_but_broken_pictures_has_no_file(encoders, tmp_path):
   source = sources.Pictures(10, broken=range(5, 10))
-  finished = make_maker(source, encoders).make(1, storage.Directory(tmp_path))
+  maker = make_maker(source, encoders)
+  finished = maker.make(1, storage.Directory(tmp_path))
   assert finished.shard.records == 0
   assert not (tmp_path / finished.shard.file).exists()
-  assert shards.find(tmp_path, finished.shard.file) == finished
+  assert maker.find(1, tmp_path) == finished
 
 
 def test_latents_that_are_no_numbers_are_left_out(checkpoint, tmp_path):
@@ -288,11 +304,23 @@ def test_a_shard_without_its_description_is_not_there(encoders, tmp_path):
   name = finished.shard.file
   content = (tmp_path / name).read_bytes()
   (tmp_path / name).write_bytes(content[:-1])
-  assert shards.find(tmp_path, name) is None
+  assert maker.find(0, tmp_path) is None
   (tmp_path / name).write_bytes(content)
-  assert shards.find(tmp_path, name) == finished
+  assert maker.find(0, tmp_path) == finished
+  (tmp_path / cache.NULL_CAPTION).rename(tmp_path / "elsewhere")
+  assert maker.find(0, tmp_path) is None
+  (tmp_path / "elsewhere").rename(tmp_path / cache.NULL_CAPTION)
   (tmp_path / shards.sidecar_name(name)).unlink()
-  assert shards.find(tmp_path, name) is None
+  assert maker.find(0, tmp_path) is None
+
+
+def test_a_shard_that_was_made_with_other_settings_is_not_there(
+  encoders, tmp_path
+):
+  maker = make_maker(sources.Pictures(3), encoders)
+  maker.make(0, storage.Directory(tmp_path))
+  settings = dataclasses.replace(maker.settings, source_fingerprint="0" * 64)
+  assert maker._replace(settings=settings).find(0, tmp_path) is None
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"shard": {}}'])
@@ -300,7 +328,7 @@ def test_a_broken_description_is_named(tmp_path, content):
   path = tmp_path / "shard-00000-of-00001.json"
   path.write_text(content)
   with pytest.raises(ValueError, match="shard-00000-of-00001.json does not de"):
-    shards.find(tmp_path, "shard-00000-of-00001.array_record")
+    shards.Finished.read(path)
 
 
 def test_a_full_disk_leaves_no_half_shard(encoders, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Weights are found under every published name, and broken files are named."""
 
+import hashlib
 import json
 
 import ml_dtypes
@@ -171,3 +172,17 @@ def test_json_errors_name_the_file(tmp_path):
   path.write_text("[]")
   with pytest.raises(ValueError, match="holds a JSON list"):
     files.read_json(path)
+
+
+@pytest.mark.parametrize("limit", [10**9, 30])
+def test_weights_are_identified_by_the_bytes_of_their_files(
+  tmp_path, tensors, limit
+):
+  files.write_component(tmp_path, {}, tensors, max_shard_bytes=limit)
+  content = b"".join(
+    path.read_bytes() for path in sorted(tmp_path.glob("*.safetensors"))
+  )
+  expected = hashlib.sha256(content).hexdigest()
+  assert files.weights_sha256(tmp_path) == expected
+  (tmp_path / "config.json").write_text("{}")
+  assert files.weights_sha256(tmp_path) == expected
