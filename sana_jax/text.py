@@ -55,7 +55,12 @@ class Tokenizer:
     return self._backend.to_text([int(i) for i in ids])
 
   def encode(
-    self, texts: Sequence[str], max_length: int, padding_side: str = "right"
+    self,
+    texts: Sequence[str],
+    max_length: int,
+    padding_side: str = "right",
+    *,
+    warn: bool = True,
   ) -> tuple[Int32[np.ndarray, "b l"], Int32[np.ndarray, "b l"]]:
     """Returns ids and mask (1 text, 0 padding), all `max_length` long.
 
@@ -64,6 +69,7 @@ class Tokenizer:
     Args:
       max_length: tokens per text, `<bos>` included.
       padding_side: "right" or "left".
+      warn: False: a longer text loses its end silently.
 
     Raises:
       ValueError: no texts, something that is not a string, or a length or
@@ -80,13 +86,13 @@ class Tokenizer:
     mask = np.zeros_like(input_ids)
     for row, text in enumerate(texts):
       ids = self.tokenize(text)
-      if len(ids) > max_length:
+      if warn and len(ids) > max_length:
         warnings.warn(
           f"A prompt has {len(ids)} tokens, {max_length} are used; dropped: "
           f"{self.decode(ids[max_length:])!r}.",
           stacklevel=2,
         )
-        ids = ids[:max_length]
+      ids = ids[:max_length]
       start = 0 if padding_side == "right" else max_length - len(ids)
       input_ids[row, start : start + len(ids)] = ids
       mask[row, start : start + len(ids)] = 1
@@ -200,6 +206,7 @@ def tokenize_prompts(
   complex_human_instruction: Sequence[str] | None = None,
   max_sequence_length: int = 300,
   lowercase: bool = True,
+  warn: bool = True,
 ) -> tuple[Int32[np.ndarray, "b l"], Int32[np.ndarray, "b l"]]:
   """Returns padded ids and mask of prepared prompts, instruction in front.
 
@@ -209,6 +216,7 @@ def tokenize_prompts(
   Args:
     complex_human_instruction: lines, never for a negative prompt.
     max_sequence_length: tokens that `encode_tokens` keeps.
+    warn: see `Tokenizer.encode`.
 
   Raises:
     ValueError: no prompts, something that is not a string, or an instruction
@@ -225,7 +233,7 @@ def tokenize_prompts(
     instruction = "\n".join(complex_human_instruction)
     texts = [instruction + text for text in texts]
     length += len(tokenizer.tokenize(instruction)) - 2
-  return tokenizer.encode(texts, length)
+  return tokenizer.encode(texts, length, warn=warn)
 
 
 @functools.partial(jax.jit, static_argnames="max_sequence_length")

@@ -94,6 +94,9 @@ def test_a_long_text_loses_its_end_and_says_so(tokenizer):
     ids, mask = tokenizer.encode(["a red apple"], 2, padding_side="left")
   np.testing.assert_array_equal(ids[0], tokens[:2])
   assert mask.all()
+  # Warnings are errors here.
+  quiet, _ = tokenizer.encode(["a red apple"], 2, warn=False)
+  np.testing.assert_array_equal(quiet, ids)
 
 
 @pytest.mark.parametrize(

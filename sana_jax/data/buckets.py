@@ -12,6 +12,9 @@ from sana_jax.data import sampler
 
 Shape = tuple[int, int]
 
+# Reasons that a report's text has; messages may differ from file to file.
+_SHOWN = 5
+
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
@@ -51,8 +54,12 @@ class EpochReport:
 
   def __str__(self) -> str:
     text = f"{self.source}: {self.read} records, {self.used} used"
-    for reason, count in sorted(self.skipped.items()):
+    common = sorted(self.skipped.items(), key=lambda item: (-item[1], item[0]))
+    for reason, count in common[:_SHOWN]:
       text += f", {count} skipped ({reason})"
+    if rest := common[_SHOWN:]:
+      count = sum(count for _, count in rest)
+      text += f", {count} skipped for {len(rest)} other reasons"
     if self.moved:
       text += f", {self.moved} moved to a kept shape"
     return text

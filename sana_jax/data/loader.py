@@ -95,7 +95,7 @@ class _Pieces:
   def __getitem__(self, index: int) -> sampler_lib.BatchPlan:
     step, number = divmod(int(index), self._pieces)
     start = self._first + number * self._piece
-    return self._plans.batch(step).rows(start, start + self._piece)
+    return self._plans.batch(step, (start, start + self._piece))
 
 
 def read_records(sources, plan: sampler_lib.BatchPlan) -> list[Any]:

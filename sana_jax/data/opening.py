@@ -117,7 +117,8 @@ def _planned(
 
 def _sizes(source: records.Source, num_threads: int) -> buckets.Sizes:
   found = scan.scan(source, num_threads=max(num_threads, 1))
-  return buckets.Sizes(source.name, found.height, found.width, found.problem)
+  problems = {i: p for i, p in enumerate(found.problem) if p is not None}
+  return buckets.Sizes(source.name, found.height, found.width, problems)
 
 
 def _selection(config: config_lib.DataConfig) -> captions.CaptionSelection:

@@ -4,11 +4,14 @@ Nothing is materialised, so a shuffle of a billion records costs no memory; and
 no library's random stream is used, so an order outlives upgrades of NumPy.
 """
 
+import math
+
 import numpy as np
 from jaxtyping import UInt64
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_ROUNDS = 8
+# Of the network; a small one mixes less in a round.
+_ROUNDS, _ROUNDS_OF_SMALL, _SMALL = 8, 24, 2**16
 
 
 def mix(values: UInt64[np.ndarray, "n"]) -> UInt64[np.ndarray, "n"]:
@@ -38,30 +41,41 @@ def permute(
 ) -> UInt64[np.ndarray, "n"]:
   """Returns where permutations of range(`size`) send `index`.
 
-  A Feistel network permutes the next power of four; what it sends outside of
-  the range goes through it again until it is inside.
+  A Feistel network permutes the cells of a rectangle that has about as many;
+  what lands outside of the range goes through it again until it is inside.
 
   Args:
     index: each less than `size`.
     key: of the permutation: one for all, or one for each index.
 
+  All orders are equally likely, but for their parity: of an odd number of rows
+  and columns the network has even ones only.
+
   Source: Black and Rogaway, "Ciphers with arbitrary finite domains", CT-RSA
-  2002, cycle walking.
+  2002, generalised Feistel and cycle walking.
   """
-  half = max(1, ((size - 1).bit_length() + 1) // 2)
+  rows = math.isqrt(size - 1) + 1
+  columns = -(-size // rows)
   key = np.broadcast_to(key, index.shape)
-  result = _feistel(index, half, key)
+  result = _feistel(index, rows, columns, key)
   while (outside := np.flatnonzero(result >= np.uint64(size))).size:
-    result[outside] = _feistel(result[outside], half, key[outside])
+    result[outside] = _feistel(result[outside], rows, columns, key[outside])
   return result
 
 
 def _feistel(
-  index: UInt64[np.ndarray, "n"], half: int, key: UInt64[np.ndarray, "n"]
+  index: UInt64[np.ndarray, "n"],
+  rows: int,
+  columns: int,
+  key: UInt64[np.ndarray, "n"],
 ) -> UInt64[np.ndarray, "n"]:
-  mask, shift = np.uint64(2**half - 1), np.uint64(half)
-  left, right = index >> shift, index & mask
-  for number in range(_ROUNDS):
-    key = mix(key + _GOLDEN + np.uint64(number))
-    left, right = right, left ^ (mix(right + key) & mask)
-  return (left << shift) | right
+  height, width = np.uint64(rows), np.uint64(columns)
+  row, column = index // width, index % width
+  # Keys of rounds are far apart: no two rounds hash the same number.
+  rounds = _ROUNDS_OF_SMALL if rows * columns < _SMALL else _ROUNDS
+  for _ in range(rounds // 2):
+    key = key + _GOLDEN
+    row = (row + mix(column + key) % height) % height
+    key = key + _GOLDEN
+    column = (column + mix(row + key) % width) % width
+  return row * width + column

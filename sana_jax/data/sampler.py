@@ -62,13 +62,6 @@ class BatchPlan(NamedTuple):
   index: Int64[np.ndarray, "b"]
   draw: UInt64[np.ndarray, "b"]
 
-  def rows(self, start: int, stop: int) -> "BatchPlan":
-    """Returns samples `start` to `stop` of the batch."""
-    part = slice(start, stop)
-    return BatchPlan(
-      self.bucket, self.source[part], self.index[part], self.draw[part]
-    )
-
 
 class BatchSampler:
   """Plans batches; see the module.
@@ -122,18 +115,24 @@ class BatchSampler:
     candidates = range(first, last + 1)
     return first - 1 + bisect.bisect(candidates, step, key=self._batches_before)
 
-  def batch(self, step: int) -> BatchPlan:
+  def batch(self, step: int, rows: tuple[int, int] | None = None) -> BatchPlan:
     """Returns the batch of a step.
+
+    Args:
+      rows: only those from the first to before the second; what is left out is
+        not computed.
 
     Raises:
       ValueError: the step is negative.
     """
+    first, last = rows or (0, self._batch_size)
     epoch = self.epoch(step)
     bucket, number = self._batch_of_bucket(step, epoch)
     start = number * self._batch_size
-    source, index = self._read_stream(bucket, start, start + self._batch_size)
-    rows = np.arange(self._batch_size, dtype=np.uint64)
-    draw = permutation.fold(self._seed, _DRAWS, step, rows)
+    source, index = self._read_stream(bucket, start + first, start + last)
+    draw = permutation.fold(
+      self._seed, _DRAWS, step, np.arange(first, last, dtype=np.uint64)
+    )
     return BatchPlan(bucket, source, index, draw)
 
   def _taken(self, source: int, bucket: int, epoch: int) -> int:

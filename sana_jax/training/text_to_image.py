@@ -35,7 +35,9 @@ def make_recipe(config: config_lib.TextToImageConfig) -> loop.Recipe:
     inputs = inputs_lib.from_cache(config, autoencoder_config, generation)
   elif config.data.places:
     inputs = inputs_lib.from_pictures(
-      config, autoencoder, autoencoder_config, tokenize
+      *(config, autoencoder, autoencoder_config),
+      # Captions of models are often longer, and come again every epoch.
+      functools.partial(tokenize, warn=False),
     )
   else:
     inputs = inputs_lib.from_emoji(
@@ -168,12 +170,15 @@ def _tokenize(
   tokenizer: text_lib.Tokenizer,
   generation: pipeline_lib.GenerationConfig,
   captions: Sequence[str],
+  *,
+  warn: bool = True,
 ) -> dict[str, np.ndarray]:
   input_ids, attention_mask = text_lib.tokenize_prompts(
     tokenizer,
     captions,
     complex_human_instruction=generation.complex_human_instruction,
     max_sequence_length=generation.max_sequence_length,
+    warn=warn,
   )
   return {"input_ids": input_ids, "attention_mask": attention_mask}
 

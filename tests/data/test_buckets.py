@@ -90,6 +90,17 @@ def test_records_with_problems_are_counted_by_reason():
   ]
 
 
+def test_many_reasons_are_summed_up():
+  problems = {i: f"reason {i // 2}" for i in range(1, 20)}
+  found = buckets.sort(
+    [sizes("a", [(8, 8)] * 30, problems)], [1.0], {1.0: (32, 32)}, 1
+  )
+  text = str(found.reports[0])
+  assert text.startswith("a: 30 records, 11 used, 2 skipped (reason 1), ")
+  assert text.endswith("2 skipped (reason 5), 9 skipped for 5 other reasons")
+  assert sum(found.reports[0].skipped.values()) == 19
+
+
 def test_a_source_of_which_nothing_can_be_used_is_refused():
   good = sizes("good", [(8, 8)])
   bad = sizes("bad", [(8, 8)] * 2, {0: "empty", 1: "empty"})

@@ -3,6 +3,7 @@
 import grain
 import numpy as np
 import pytest
+from absl import flags
 
 from sana_jax.data import loader, sampler
 from tests import populations as populations_lib
@@ -134,6 +135,8 @@ def test_an_error_of_reading_reaches_the_reader_of_batches():
 
 @pytest.mark.slow
 def test_worker_processes_read_the_same_batches():
+  # As absl's app.run has done in a script; Grain's workers read flags.
+  flags.FLAGS.mark_as_parsed()
   rng = np.random.default_rng(0)
   populations = populations_lib.random_populations(rng, 2, 3)
   plans = sampler.BatchSampler(populations, 32, 0)

@@ -143,8 +143,8 @@ def test_a_distant_step_of_many_records_is_found_at_once():
 
 def test_rows_are_a_part_of_the_batch():
   population = sampler_lib.Population("a", 1.0, (np.arange(50),))
-  plan = sampler_lib.BatchSampler([population], 12, 0).batch(5)
-  part = plan.rows(4, 7)
+  plans = sampler_lib.BatchSampler([population], 12, 0)
+  plan, part = plans.batch(5), plans.batch(5, (4, 7))
   assert part.bucket == plan.bucket
   np.testing.assert_array_equal(part.index, plan.index[4:7])
   np.testing.assert_array_equal(part.draw, plan.draw[4:7])

@@ -213,3 +213,38 @@ def test_a_cache_and_a_trained_text_encoder_exclude_each_other(checkpoint):
   )
   with pytest.raises(ValueError, match="data.cache holds text states"):
     config.freeze()
+
+
+def test_pictures_of_several_sources_are_opened_by_the_config(
+  checkpoint, pictures, tmp_path
+):
+  for name in ("one", "two"):
+    (tmp_path / name).mkdir()
+    for record in pictures.records:
+      file = tmp_path / name / f"{record.key}.png"
+      file.write_bytes(record.image)
+      file.with_suffix(".txt").write_text(f"a {name} cat")
+  (tmp_path / "two" / "p000.png").write_bytes(b"no picture")
+  config = make_config(
+    checkpoint,
+    buckets="aspect",
+    max_buckets=2,
+    sources=tuple(
+      config_lib.SourceConfig(path=str(tmp_path / name), weight=weight)
+      for name, weight in (("one", 1.0), ("two", 3.0))
+    ),
+  )
+  recipe = text_to_image.make_recipe(config)
+  assert recipe.num_shapes == 2
+  assert {"autoencoder", "text_encoder", "null_ids"} <= set(recipe.frozen)
+  batches = take(recipe.batches, 8)
+  assert len({recipe.name_shape(batch) for batch in batches}) == 2
+  later = take(recipe.batches, 3, 5, process=1, processes=2)
+  for whole, part in zip(batches[5:], later, strict=True):
+    for name, rows in part.items():
+      np.testing.assert_array_equal(rows, whole[name][4:])
+  params = jax.jit(recipe.init)(jax.random.key(0))
+  loss, _ = jax.jit(recipe.loss_fn)(
+    params, recipe.frozen, jax.random.key(1), batches[0]
+  )
+  assert np.isfinite(loss)
