@@ -6,6 +6,7 @@ import numpy as np
 from absl import logging
 
 from sana_jax import config as config_lib
+from sana_jax import resolution
 from sana_jax.data import (
   buckets,
   captions,
@@ -17,9 +18,6 @@ from sana_jax.data import (
   sources,
 )
 from sana_jax.data import cache as cache_lib
-
-# The reference's filter for pictures of these sides; bicubic for all others.
-_LANCZOS_SIZES = (2048, 2880)
 
 
 class Opened(NamedTuple):
@@ -70,7 +68,7 @@ def open_pictures(
     tokenize,
     crop=config.crop,
     flip=config.random_flip,
-    resample=("lanczos" if config.image_size in _LANCZOS_SIZES else "bicubic"),
+    resample=resolution.reference_filter(config.image_size),
   )
   return _planned(bucketing, reader, batch_size, seed)
 

@@ -99,7 +99,7 @@ def fit(
     crop: "random": every place is as likely as the others.
     flip: mirrors one image in two.
     rng: needed by what is random.
-    resample: the reference takes "lanczos" at 2048 pixels and above.
+    resample: see `resolution.reference_filter`.
 
   Raises:
     ValueError: a size, crop or filter that cannot be, or no rng.

@@ -186,11 +186,11 @@ class Encoders:
 
 def _encode_pixels(*, autoencoder, pixels, scaling_factor, tiling) -> Array:
   # A quarter of the bytes to move, compared with floats.
-  return stages.encode_images(
+  return decoding.encode(
     autoencoder=autoencoder,
     images=pixels.astype(jnp.float32) / 255,
     scaling_factor=scaling_factor,
-    tiling=tiling,
+    how=decoding.Decoding(tiling=tiling),
   ).astype(jnp.bfloat16)
 
 

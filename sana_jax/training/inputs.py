@@ -145,9 +145,8 @@ def from_cache(
       generation.complex_human_instruction
     ),
     tokenizer_sha256=text_lib.tokenizer_sha256(config.tokenizer),
-    # The text encoder's digest is not taken: its file is read when a sample is
-    # made, and is several gigabytes.
     autoencoder_sha256=files.weights_sha256(config.autoencoder),
+    text_encoder_sha256=files.weights_sha256(config.text_encoder_path),
     lowercase=True,
   )
   opened = opening.open_cache(
