@@ -64,9 +64,13 @@ def work_of(**changes) -> footprint.Work:
   return footprint.Work(**values | changes)
 
 
-def check_bound(predicted: int, real: int, weights: int) -> None:
+def check_bound(
+  predicted: int, real: int, weights: int, dtype: str = "float32"
+) -> None:
   assert real <= predicted
-  assert weights + predicted <= EXCESS * (weights + real) + MIB
+  # XLA:CPU of jaxlib 0.10 copies bfloat16 weights to float32, 0.12 does not.
+  copy = 2 * weights if dtype == "bfloat16" else 0
+  assert weights + predicted <= EXCESS * (weights + real) + MIB + copy
 
 
 @pytest.mark.parametrize(
@@ -106,7 +110,7 @@ def test_the_text_encoders_memory_is_predicted(
   predicted = footprint.text_encoder(
     models_of(text_encoder=part), work_of(prompts=batch, token_length=length)
   )
-  check_bound(predicted, real, part.weights)
+  check_bound(predicted, real, part.weights, dtype)
 
 
 @pytest.mark.parametrize(
@@ -167,7 +171,7 @@ def test_the_transformers_memory_is_predicted(
     latent_size=(side, side),
   )
   predicted = footprint.transformer(models_of(transformer=part), work)
-  check_bound(predicted, real, part.weights)
+  check_bound(predicted, real, part.weights, dtype)
 
 
 RES, VIT = "ResBlock", "EfficientViTBlock"
