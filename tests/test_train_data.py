@@ -1,11 +1,13 @@
 """train.py on pictures of many shapes and on a cache: killed and resumed."""
 
 import os
+import time
 
 import numpy as np
 import pytest
 import safetensors.numpy
 
+from sana_jax.precompute import job, task
 from tests import caches, test_train
 from tests.precompute import sources
 
@@ -144,3 +146,35 @@ def test_a_run_on_a_cache_moves_from_one_process_to_two(base, tmp_path):
     assert "resuming from step" in test_train.finish(process)
   # Sums over devices are taken in another order, step after step.
   assert_same_run(tmp_path / "parts", tmp_path / "whole", rtol=2e-3, atol=2e-4)
+
+
+@pytest.mark.slow
+def test_training_from_a_cache_has_the_losses_of_training_from_pictures(
+  base, tmp_path
+):
+  prepared = job.prepare(
+    task.Task(
+      source=str(base / "many"),
+      checkpoint=str(base),
+      image_size=32,
+      buckets="square",
+    )
+  )
+  job.run(prepared, tmp_path / "cache", started=time.monotonic())
+  config = f"{base}/config.py:{base}"
+  few = ("--config.num_steps=6", "--config.checkpoint_every=6")
+  online, cached = (
+    test_train.start(config, tmp_path / name, f"--config.data.{flag}", *few)
+    for name, flag in (
+      ("online", f"path={base}/many"),
+      ("cached", f"cache={tmp_path}/cache"),
+    )
+  )
+  for process in (online, cached):
+    test_train.finish(process)
+  expected = [row["loss"] for row in test_train.metrics(tmp_path / "online")]
+  found = [row["loss"] for row in test_train.metrics(tmp_path / "cached")]
+  assert len(expected) == 6
+  # Latents and text states are bfloat16 in the cache: eight bits.
+  np.testing.assert_allclose(found, expected, rtol=1e-2)
+  assert found != expected
