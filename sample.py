@@ -40,6 +40,7 @@ from sana_jax.bulk import (
   requests,
   runner,
   sinks,
+  weight_files,
 )
 from sana_jax.pipeline import sources
 
@@ -203,13 +204,13 @@ def run(started: float) -> int:
   source = sources.resolve(checkpoint, variant=how.variant)
   with futures.ThreadPoolExecutor(1) as background:
     # Reading the files twice costs little while loading computes.
-    digest = background.submit(loading.checkpoint_hash, source, how)
+    hashes = background.submit(weight_files.hashes, source, how)
     pipe = loading.load(checkpoint, how)
   made_with = how.describe()
   if chosen is not None:
     made_with |= {"best_of": _BEST_OF.value, "scorer": _SCORER.value}
   run_description = metadata.describe_run(
-    pipe, checkpoint, digest.result(), made_with
+    pipe, checkpoint, hashes.result(), made_with
   )
   if again is not None:
     good = [metadata.request_again(pipe, _REPRODUCE.value, again)]

@@ -350,7 +350,7 @@ def test_images_begin_with_an_image_of_a_flag_or_a_line(run, tmp_path):
 
 
 def test_adapters_and_a_controlnet_steer_and_are_remembered(
-  run, tmp_path, checkpoint
+  run, tmp_path, checkpoint, capsys, caplog
 ):
   steered = tiny.make_pipeline(checkpoint / "tokenizer", controlnet=True)
   components.save_controlnet(
@@ -384,6 +384,18 @@ def test_adapters_and_a_controlnet_steer_and_are_remembered(
   copy = picture(tmp_path / "again" / "0000-a-cat.png")
   assert made.tobytes() == copy.tobytes()
   assert made.text == copy.text
+  # Another adapter, under the same name.
+  lora.save(
+    tmp_path / "b.safetensors",
+    lora.Lora({"transformer_blocks.1.attn1.to_q": pair}),
+  )
+  assert "lora_sha256 was" in failure(run, capsys, **values)
+  with caplog.at_level("WARNING", "absl"):
+    run(
+      reproduce=str(tmp_path / "out" / "0000-a-cat.png"),
+      output_dir=str(tmp_path / "other"),
+    )
+  assert "differently: --lora is another" in caplog.text
   no_control = {
     "controlnet": None,
     "control_image": None,
