@@ -20,9 +20,9 @@ def hashes(
   """Returns the SHA-256 of all that loading reads.
 
   "checkpoint_sha256" is that of the checkpoint's weight files one after the
-  other (of a training run, those of the step), then those of what the checkpoint
-  takes from elsewhere. Where there are any, "controlnet_sha256" and
-  "lora_sha256", one for each adapter.
+  other (of a training run, those of the step), then those of what it takes from
+  elsewhere. Where there are any, "controlnet_sha256" and "lora_sha256", one for
+  each adapter.
 
   Raises:
     FileNotFoundError: there are no weights.
