@@ -155,6 +155,9 @@ class Reader:
       checks.image_numbers(*numbers[:2], 1)
       checks.image_numbers(0, numbers[2], 1)
     own = {name: values.pop(name) for name in inputs.NAMES if name in values}
+    paths = self._pictures | own
+    if empty := [name for name, path in paths.items() if not path.strip()]:
+      raise ValueError(f"{', '.join(empty)}: expected the path of a picture")
     return Request(
       origin,
       line,
@@ -164,7 +167,7 @@ class Reader:
       index,
       count,
       self._settings(values) if values else self._plain,
-      tuple(sorted((self._pictures | own).items())),
+      tuple(sorted(paths.items())),
     )
 
   def _requests(self, origin: str, records: "_Records") -> Iterator[Item]:

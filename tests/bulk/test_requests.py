@@ -114,6 +114,10 @@ def test_bad_json_lines_are_named_and_the_rest_goes_on(tmp_path):
       '{"prompt": "a", "image_index": -1, "num_images_per_prompt": 5}',
       "image_index must be",
     ),
+    20: ('{"prompt": "a", "image": ""}', "image: expected the path of a"),
+    21: ('{"prompt": "a", "num_inference_steps": "2"}', "number, got '2'"),
+    22: ('{"prompt": "a", "guidance_interval": "0.2"}', "numbers, got '0.2'"),
+    23: ('{"prompt": "a", "height": 1e400}', "whole number, got inf"),
   }
   good = '{"prompt": "a", "seed": null, "height": 8.0, "width": null}'
   lines = [good, *(line for line, _ in bad.values()), "", good]
