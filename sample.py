@@ -7,7 +7,8 @@ files carry everything needed to make them again (--reproduce=FILE).
 .parquet with `prompt` and, if wanted, other fields named like the flags:
 negative_prompt, seed, num_images_per_prompt, height, guidance_scale and so on.
 The same command run again makes only what is missing; SIGTERM ends it after the
-files at hand. Machines share the work by --num_hosts and --host_index.
+files at hand. Machines share the work by --num_hosts and --host_index, or by
+--distributed.
 
 Exit codes: 0 all is made, or SIGTERM came; 1 something is wrong, as said; 3
 some lines or images are impossible (each is named), the others are made.
@@ -27,19 +28,21 @@ from typing import Any, NoReturn
 import jax
 from absl import app, flags, logging
 from etils import epath
+from jax.experimental import multihost_utils
 
 from sana_jax import compilation_cache
 from sana_jax import pipeline as pipeline_lib
 from sana_jax.bulk import (
+  decodings,
   fields,
   inputs,
   job,
   loading,
   metadata,
-  plan,
   requests,
   runner,
   sinks,
+  weight_files,
 )
 from sana_jax.pipeline import sources
 
@@ -62,10 +65,16 @@ _FORMAT = flags.DEFINE_enum(
 )
 _PER_SHARD = flags.DEFINE_integer("images_per_shard", 1000, "At most, a file.")
 _NUM_HOSTS = flags.DEFINE_integer(
-  "num_hosts", None, "Machines that share the work; None: what JAX says."
+  "num_hosts", None, "Machines that share the work, without --distributed."
 )
 _HOST_INDEX = flags.DEFINE_integer(
-  "host_index", None, "Number of this machine, from 0; None: what JAX says."
+  "host_index", None, "Number of this machine, from 0."
+)
+_DISTRIBUTED = flags.DEFINE_boolean(
+  "distributed",
+  False,
+  "Share the work with the other processes of a TPU pod, Slurm job or Open MPI "
+  "run; the command is the same for all.",
 )
 _GRID = flags.DEFINE_boolean("grid", False, "Write grid.png of all images too.")
 _OVERWRITE = flags.DEFINE_boolean(
@@ -105,7 +114,7 @@ _LOADING = {
     "vae_tile", None, "Decode in tiles of so many pixels, for 4K images."
   ),
   "controlnet": flags.DEFINE_string(
-    "controlnet", None, "Directory or file of a ControlNet."
+    "controlnet", None, "Directory, file or name."
   ),
   "controlnet_wiring": flags.DEFINE_enum(
     "controlnet_wiring", None, ["diffusers", "original"], "How it is connected."
@@ -166,6 +175,13 @@ _SETTINGS = {
     "controlnet_conditioning_scale", None, "Multiplies what a ControlNet adds."
   ),
 }
+# What an image of --reproduce says itself.
+_REQUEST_FLAGS = (
+  *("prompt", "prompt_file", "negative_prompt", "seed"),
+  *("num_images_per_prompt", "batch_size"),
+  *_PICTURES,
+  *_SETTINGS,
+)
 
 
 def main(argv: list[str]) -> int:
@@ -178,7 +194,14 @@ def main(argv: list[str]) -> int:
   warnings.showwarning = _log_warning
   compilation_cache.enable(_CACHE.value, os.environ)
   try:
-    return run(started)
+    check_flags()
+    if _DISTRIBUTED.value:
+      jax.distributed.initialize()
+    code = run(started)
+    if _DISTRIBUTED.value:
+      # The first to leave would take the others with it.
+      multihost_utils.sync_global_devices("all images are made")
+    return code
   except (ValueError, OSError, ImportError, FloatingPointError) as error:
     _fail(_text(error))
   except KeyboardInterrupt:
@@ -196,58 +219,99 @@ def run(started: float) -> int:
     started: when the program began, by time.monotonic.
   """
   again = read_reproduced()
-  good, problems = read_requests() if again is None else ([], [])
+  items = read_requests() if again is None else []
   chosen = selection()
   checkpoint = checkpoint_path()
   how = loading_options(again or {})
   source = sources.resolve(checkpoint, variant=how.variant)
+  if again is not None:
+    check_bundled(again, source)
   with futures.ThreadPoolExecutor(1) as background:
     # Reading the files twice costs little while loading computes.
-    digest = background.submit(loading.checkpoint_hash, source, how)
+    hashes = background.submit(weight_files.hashes, source, how)
     pipe = loading.load(checkpoint, how)
   made_with = how.describe()
   if chosen is not None:
     made_with |= {"best_of": _BEST_OF.value, "scorer": _SCORER.value}
   run_description = metadata.describe_run(
-    pipe, checkpoint, digest.result(), made_with
+    pipe, checkpoint, hashes.result(), made_with
   )
   if again is not None:
-    good = [metadata.request_again(pipe, _REPRODUCE.value, again)]
+    items = [metadata.request_again(pipe, _REPRODUCE.value, again)]
+    if not _is_given("vae_tile"):
+      decodings.prescribe(pipe, again)
     for difference in [
       *metadata.differences(again, run_description),
       *inputs.changed(again),
     ]:
       logging.warning("the image may come out differently: %s", difference)
-  good, refused = requests.usable(
-    good, functools.partial(runner.resolve_settings, pipe)
+  items = requests.usable(
+    items, functools.partial(runner.resolve_settings, pipe)
   )
-  requests.report(problems + refused, some_left=bool(good))
-  images = plan.make_plan(
-    good,
+  where = output()
+  prepared = job.prepare(
+    pipe,
+    items,
+    where,
+    chosen,
     seed=_SEED.value,
     batch_size=_BATCH_SIZE.value if again is None else again["batch_size"],
     images_per_unit=1 if _FORMAT.value == "png" else _PER_SHARD.value,
   )
-  outcome = job.make(pipe, images, output(), run_description, started, chosen)
+  if again is not None and not _is_given("vae_tile"):
+    decodings.check_prescribed(prepared.images, again)
+  problems = prepared.images.problems
+  requests.report(problems, some_left=bool(prepared.images.requests))
+  outcome = job.make(pipe, prepared, where, run_description, started, chosen)
   if outcome.stopped:
     return 0
-  return 3 if problems or refused or outcome.failed else 0
+  return 3 if problems or outcome.failed else 0
+
+
+def check_flags() -> None:
+  """Raises ValueError for flags that have no effect beside others."""
+  if _DISTRIBUTED.value and (_is_given("num_hosts") or _is_given("host_index")):
+    raise ValueError(
+      "--distributed numbers the machines itself; leave --num_hosts and "
+      "--host_index out."
+    )
+  if _FORMAT.value == "png" and _is_given("images_per_shard"):
+    raise ValueError(
+      "--images_per_shard has no effect on PNG files; leave it out, or choose "
+      "--output_format=webdataset or arrayrecord."
+    )
 
 
 def read_reproduced() -> dict[str, Any] | None:
   """Returns what the image of --reproduce says about itself."""
   if _REPRODUCE.value is None:
     return None
-  if _PROMPT.value or _PROMPT_FILE.value:
+  if useless := [f"--{name}" for name in _REQUEST_FLAGS if _is_given(name)]:
     raise ValueError(
-      "--reproduce takes its prompt from the image; leave --prompt and "
-      "--prompt_file out."
+      "--reproduce takes what it makes from the image; leave "
+      f"{', '.join(useless)} out."
     )
   return metadata.read_png(_REPRODUCE.value)
 
 
-def read_requests() -> tuple[list[requests.Request], list[requests.Problem]]:
-  """Reads both flags: what can be made of them, and what cannot.
+def check_bundled(
+  description: Mapping[str, Any], source: sources.Source
+) -> None:
+  """Raises ValueError for an image of another model, if none is named."""
+  made_with = description.get("checkpoint_sha256")
+  if _CHECKPOINT.value is not None or made_with is None:
+    return
+  bundled = weight_files.hashes(source, loading.Loading())
+  if bundled["checkpoint_sha256"] != made_with:
+    raise ValueError(
+      f"{_REPRODUCE.value} was made with the checkpoint "
+      f"{description.get('checkpoint')!r}, not with the model that comes with "
+      "this package; give it as --checkpoint."
+    )
+
+
+def read_requests() -> list[requests.Item]:
+  """Reads both flags: what can be made of them, and what cannot, in order.
 
   Raises:
     FileNotFoundError: there is no such file.
@@ -259,29 +323,28 @@ def read_requests() -> tuple[list[requests.Request], list[requests.Problem]]:
     settings=fields.from_flags({n: f.value for n, f in _SETTINGS.items()}),
     pictures={n: f.value for n, f in _PICTURES.items() if f.value is not None},
   )
-  good, problems = [], []
+  items: list[requests.Item] = []
   for number, prompt in enumerate(_PROMPT.value, 1):
     try:
-      good.append(reader.make("--prompt", number, {"prompt": prompt}))
+      items.append(reader.make("--prompt", number, {"prompt": prompt}))
     except ValueError as error:
       raise ValueError(f"--prompt={prompt!r}: {error}.") from error
   if _PROMPT_FILE.value:
-    for item in reader.read(_PROMPT_FILE.value):
-      (good if isinstance(item, requests.Request) else problems).append(item)
-    if not good and not problems:
+    items += reader.read(_PROMPT_FILE.value)
+    if not items:
       raise ValueError(
         f"--prompt_file {_PROMPT_FILE.value} is empty; put a prompt on a line."
       )
-  elif not good:
+  elif not items:
     raise ValueError("There is no prompt; give --prompt or --prompt_file.")
-  return good, problems
+  return items
 
 
 def loading_options(described: Mapping[str, Any]) -> loading.Loading:
   """Returns the flags that are given, and the image's values of others."""
   values = {
     name: described[name]
-    if name in described and not flags.FLAGS[name].present
+    if name in described and not _is_given(name)
     else flag.value
     for name, flag in _LOADING.items()
   }
@@ -302,12 +365,14 @@ def selection() -> runner.Selection | None:
   """Returns how the best of several candidates is found.
 
   Raises:
-    ValueError: there is no such scorer, or only one of both flags.
+    ValueError: there is no such scorer, or a flag that cannot be.
   """
   if (_BEST_OF.value is None) != (_SCORER.value is None):
     raise ValueError("--best_of and --scorer go together; give both.")
   if _BEST_OF.value is None:
     return None
+  if _BEST_OF.value < 1:
+    raise ValueError(f"--best_of must be at least 1, got {_BEST_OF.value}.")
   if _REPRODUCE.value is not None:
     raise ValueError("--best_of cannot go with --reproduce.")
   return runner.Selection(_BEST_OF.value, runner.load_scorer(_SCORER.value))
@@ -328,6 +393,11 @@ def output() -> job.Output:
     num_hosts=num_hosts,
     host_index=host_index,
   )
+
+
+def _is_given(name: str) -> bool:
+  flag = flags.FLAGS[name]
+  return bool(flag.present) or flag.value != flag.default
 
 
 def _text(error: Exception) -> str:

@@ -12,6 +12,8 @@ from typing import Any, BinaryIO
 from array_record.python import array_record_module
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# File systems that have no hard links.
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
 _PREFIX = ".tmp-"
 _SHOWN = 60
 # Payloads do not compress further; groups of one let readers jump to any
@@ -49,6 +51,32 @@ class Directory:
     with removing_on_error(temporary, self.path / name):
       temporary.write_bytes(content)
       self.publish(name)
+
+  def create(self, name: str, content: bytes) -> bool:
+    """Writes a file at once, unless there is one; says whether it did.
+
+    Of several processes that do it at the same time, one does (the last one
+    wins where there are no hard links).
+
+    Raises:
+      OSError: it could not be written.
+    """
+    temporary = self.temporary(name)
+    with removing_on_error(temporary, self.path / name):
+      temporary.write_bytes(content)
+      sync(temporary)
+      try:
+        os.link(temporary, self.path / name)
+      except FileExistsError:
+        return False
+      except OSError as error:
+        if error.errno not in _NO_LINKS:
+          raise
+        temporary.replace(self.path / name)
+        return True
+      finally:
+        temporary.unlink(missing_ok=True)
+    return True
 
   def publish(self, name: str) -> None:
     """Gives a finished temporary file its name."""

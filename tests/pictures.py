@@ -87,3 +87,78 @@ def stems(contents):
     for name in contents
     if grouping.is_image(name)
   )
+
+
+# A little more than the square bucket of 512.
+SIDE = 520
+
+
+def planted(rng):
+  """A folder's files, and (code, key) of every fault in it."""
+
+  def make(height=SIDE, width=SIDE):
+    return picture(rng, height, width)
+
+  def sixteen_bit():
+    values = np.asarray(make().convert("L"), np.uint16) * 257
+    return encode(PIL.Image.fromarray(values), "PNG")
+
+  def animation():
+    buffer = io.BytesIO()
+    first, second = (make().quantize(16) for _ in range(2))
+    first.save(buffer, "GIF", save_all=True, append_images=[second])
+    return buffer.getvalue()
+
+  exif = PIL.Image.Exif()
+  exif[0x0112] = 6
+  twin = make()
+  whole = encode(make())
+  files = {
+    "healthy.jpg": encode(make()),
+    "wide 猫.webp": encode(make(SIDE, 780), "WEBP"),
+    "truncated.jpg": whole[: len(whole) * 2 // 3],
+    "no_image.jpg": rng.bytes(2000),
+    "zero.png": b"",
+    "cmyk.jpg": encode(make().convert("CMYK")),
+    "sixteen.png": sixteen_bit(),
+    "palette.png": encode(make().quantize(64), "PNG"),
+    "moving.gif": animation(),
+    "really_a.png": encode(make()),
+    "turned.jpg": encode(make(SIDE, 700), exif=exif),
+    "ten_to_one.jpg": encode(make(300, 3000)),
+    "tiny.jpg": encode(make(90, 90)),
+    "twin_a.png": encode(twin, "PNG"),
+    "twin_b.jpg": encode(twin, quality=70),
+    "long.jpg": encode(make()),
+    "empty.jpg": encode(make()),
+    "bare.jpg": encode(make()),
+    "garbled.jpg": encode(make()),
+  }
+  for name in list(files):
+    stem = name.rpartition(".")[0]
+    files[f"{stem}.txt"] = f"a <b>picture</b> of {stem[:6]}".encode()
+  files["long.txt"] = b"cat " * 20_000
+  files["empty.txt"] = b" \n"
+  files["garbled.txt"] = b"\xff\xfe"
+  files["lonely.txt"] = b"nobody"
+  del files["bare.txt"]
+  faults = {
+    ("truncated", "truncated"),
+    ("unreadable", "no_image"),
+    ("unreadable", "zero"),
+    ("cmyk", "cmyk"),
+    ("sixteen_bit", "sixteen"),
+    ("palette", "palette"),
+    ("animated", "moving"),
+    ("wrong_extension", "really_a"),
+    ("rotated", "turned"),
+    ("extreme_aspect", "ten_to_one"),
+    ("tiny", "tiny"),
+    ("duplicate", "twin_b"),
+    ("long_caption", "long"),
+    ("empty_caption", "empty"),
+    ("missing_caption", "bare"),
+    ("unreadable_record", "garbled"),
+    ("orphan", "lonely.txt"),
+  }
+  return files, faults

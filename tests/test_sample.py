@@ -39,7 +39,8 @@ def run(checkpoint, tmp_path, monkeypatch):
     defaults = {
       "checkpoint": str(checkpoint),
       "output_dir": str(tmp_path / "out"),
-      "num_inference_steps": 1,
+      # --reproduce takes none.
+      "num_inference_steps": None if "reproduce" in values else 1,
     }
     with flagsaver.flagsaver(**defaults | values):
       assert sample.main(["sample.py"]) == code
@@ -138,14 +139,25 @@ def test_files_are_not_overwritten_unless_asked(run, capsys):
     ({"prompt": [" "]}, "--prompt=' ': the prompt is empty"),
     ({"prompt": ["a"], "num_hosts": 2}, "--num_hosts and --host_index go"),
     ({"prompt": ["a"], "num_hosts": 2, "host_index": 2}, "got 2 of 2"),
-    ({"prompt": ["a"], "guidance_interval": "1"}, "expected 2 numbers"),
+    ({"prompt": ["a"], "guidance_interval": "1"}, "2 numbers, got '1'"),
+    ({"prompt": ["a"], "image": ""}, "image: expected the path of a picture"),
     ({"prompt": ["a"], "pag_scale": 1.0, "pag_applied_layers": "9"}, "blocks"),
     ({"prompt": ["a"], "strength": 0.5}, "strength has no effect"),
     ({"prompt": ["a"], "image": "nowhere.png"}, "cannot read nowhere.png"),
     ({"prompt": ["a"], "batch_size": 0}, "must be at least 1"),
     ({"prompt": ["a"], "seed": -1}, "seed must be in"),
     ({"prompt": ["a"], "grid": True, "output_format": "webdataset"}, "--grid"),
-    ({"prompt": ["a"], "reproduce": "a.png"}, "takes its prompt from the"),
+    (
+      {"prompt": ["a"], "reproduce": "a.png", "seed": 3, "height": 64}
+      | {"batch_size": 2, "num_images_per_prompt": 2, "image": "b.png"},
+      "from the image; leave --prompt, --seed, --num_images_per_prompt, "
+      "--batch_size, --image, --height out",
+    ),
+    ({"prompt": ["a"], "images_per_shard": 5}, "no effect on PNG files"),
+    (
+      {"prompt": ["a"], "distributed": True, "num_hosts": 2, "host_index": 0},
+      "--distributed numbers the machines itself",
+    ),
     ({"reproduce": "nowhere.png"}, "nowhere.png"),
     ({"prompt": ["a"], "fuse_lora": True}, "fuse_lora has no effect"),
     ({"prompt": ["a"], "lora_scale": [1.0]}, "lora_scale has no effect"),
@@ -163,7 +175,10 @@ def test_files_are_not_overwritten_unless_asked(run, capsys):
       "there is no control_image",
     ),
     ({"prompt": ["a"], "best_of": 2}, "--best_of and --scorer go together"),
-    ({"prompt": ["a"], "best_of": 0, "scorer": "math:hypot"}, "n must be at"),
+    (
+      {"prompt": ["a"], "best_of": 0, "scorer": "math:hypot"},
+      "must be at least",
+    ),
     ({"prompt": ["a"], "best_of": 2, "scorer": "math"}, '"module:function"'),
     ({"prompt": ["a"], "best_of": 2, "scorer": "no_such:f"}, "no_such"),
     ({"prompt": ["a"], "best_of": 2, "scorer": "math:pi"}, "is no function"),
@@ -218,14 +233,138 @@ def test_lines_change_settings_and_bad_lines_are_left_out(
   assert f"left out: {file}:2: height 17 and width 32 must be" in caplog.text
   assert f"left out: {file}:3: unknown fields ['sed']" in caplog.text
   assert "requests left out: 2" in caplog.text
-  names = ["0000-a.png", "0001-a.png", "0002-d.png"]
+  names = ["0000-a.png", "0001-a.png", "0004-d.png"]
   assert sorted(p.name for p in out.glob("*.png")) == names
   assert picture(out / names[1]).size == (32, 16)
   first, second, third = (
     json.loads(picture(out / name).text["sana_jax"]) for name in names
   )
   assert [d["seed"] for d in (first, second, third)] == [7, 7, 0]
-  assert [d["image_index"] for d in (first, second, third)] == [0, 1, 2]
+  assert [d["image_index"] for d in (first, second, third)] == [0, 1, 4]
+
+
+def write_lines(path, *lines):
+  texts = [
+    line if isinstance(line, str) else json.dumps(line) for line in lines
+  ]
+  path.write_text("\n".join(texts))
+  return str(path)
+
+
+def files_of(directory) -> dict[str, bytes]:
+  return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def test_no_line_ends_a_run(run, tmp_path, caplog):
+  bad = {
+    2: ({"prompt": "a", "guidance_interval": [0.1]}, "expected 2 numbers"),
+    3: ('{"prompt": "lone \\ud83d surrogate"}', "half of a surrogate pair"),
+    4: (
+      {"prompt": "a", "negative_prompt": "\ud83d"},
+      r"negative_prompt is no valid text: it has half of a surrogate pair, "
+      r"'\ud83d', at position 0",
+    ),
+    5: ({"prompt": "a", "height": 4096, "width": 40_000_000}, "do not fit"),
+    6: ({"prompt": "a", "height": 32}, "have no effect on"),
+  }
+  lines = [{"prompt": "good"}, *(line for line, _ in bad.values())]
+  file = write_lines(tmp_path / "a.jsonl", *lines, {"prompt": "last"})
+  with caplog.at_level("ERROR", "absl"):
+    out = run(code=3, prompt_file=file, height=64, vae_tile=32)
+  for number, (_, reason) in bad.items():
+    (message,) = (
+      r.message for r in caplog.records if f"{file}:{number}:" in r.message
+    )
+    assert reason in message
+  names = [path.name for path in sorted(out.glob("*.png"))]
+  assert names == ["0000-good.png", "0006-last.png"]
+
+
+def test_what_failed_is_tried_again(run, tmp_path):
+  PIL.Image.new("RGB", (32, 32), "red").save(tmp_path / "a.png")
+  file = write_lines(
+    tmp_path / "a.jsonl",
+    {"prompt": "a", "image": str(tmp_path / "a.png")},
+    {"prompt": "b"},
+  )
+  out = run(prompt_file=file)
+  whole = files_of(out)
+  # As after a failure: a line that says so, and no file.
+  (out / "0000-a.png").unlink()
+  first, second = (out / "manifest.jsonl").read_text().splitlines()
+  described = json.loads(first)
+  error = {"index": described["index"], "error": "lost"}
+  (out / "manifest.jsonl").write_text(f"{json.dumps(error)}\n{second}\n")
+  run(prompt_file=file)
+  assert files_of(out) == whole
+
+
+def test_mending_a_line_makes_its_images_and_changes_no_other(
+  run, tmp_path, capsys
+):
+  good = [
+    {"prompt": "a"},
+    {"prompt": "b", "height": 17, "num_images_per_prompt": 2},
+    '{"prompt": ',
+    {"prompt": "d"},
+  ]
+  file = write_lines(tmp_path / "a.jsonl", *good)
+  out = run(code=3, prompt_file=file)
+  before = files_of(out)
+  assert "0004-d.png" in before
+  good[1] |= {"height": 16}
+  write_lines(tmp_path / "a.jsonl", *good)
+  run(code=3, prompt_file=file)
+  good[2] = {"prompt": "c", "height": 16}
+  write_lines(tmp_path / "a.jsonl", *good)
+  capsys.readouterr()
+  run(prompt_file=file)
+  assert capsys.readouterr().out.split() == [str(out / "0003-c.png")]
+  after = files_of(out)
+  added = {"0001-b.png", "0002-b.png", "0003-c.png"}
+  assert after.keys() == before.keys() | added
+  for name, content in before.items():
+    if name.endswith(".png"):
+      assert after[name] == content
+  assert after["manifest.jsonl"].startswith(before["manifest.jsonl"])
+  # A run of the mended file alone numbers and draws them alike.
+  run(prompt_file=file, output_dir=str(tmp_path / "all"))
+  for name in added | {"0000-a.png", "0004-d.png"}:
+    ours, theirs = (
+      np.asarray(picture(directory / name), np.int64)
+      for directory in (out, tmp_path / "all")
+    )
+    assert np.abs(ours - theirs).max() <= 1
+  for number, change, message in (
+    (0, {"prompt": "A"}, "requests_sha256 was"),
+    (1, {"prompt": "B"}, "mended have changed since"),
+    (1, {"num_images_per_prompt": 3}, "left room for 2 image(s)"),
+  ):
+    changed = list(good)
+    changed[number] = good[number] | change
+    write_lines(tmp_path / "a.jsonl", *changed)
+    assert message in failure(run, capsys, prompt_file=file)
+
+
+@pytest.mark.parametrize("output_format", ["webdataset", "arrayrecord"])
+def test_shards_of_mended_lines_have_names_of_their_own(
+  run, tmp_path, output_format
+):
+  file = write_lines(
+    tmp_path / "a.jsonl", {"prompt": "a"}, "{", {"prompt": "c"}
+  )
+  values = {"prompt_file": file, "output_format": output_format}
+  out = run(code=3, **values)
+  before = files_of(out)
+  write_lines(tmp_path / "a.jsonl", *({"prompt": p} for p in "abc"))
+  run(**values)
+  after = files_of(out)
+  (added,) = after.keys() - before.keys()
+  assert added.startswith("repaired-1-00000-of-00001.")
+  (shard,) = (name for name in before if name.startswith("images-"))
+  assert after[shard] == before[shard]
+  lines = after["manifest.jsonl"].decode().splitlines()
+  assert [json.loads(line)["index"] for line in lines] == [0, 2, 1]
 
 
 def test_batches_that_fail_are_named_and_the_rest_goes_on(
@@ -269,6 +408,45 @@ def test_an_image_is_made_again_from_itself(run, tmp_path, caplog):
   copy = picture(tmp_path / "again" / "0000-a-dog.png")
   assert copy.tobytes() == picture(path).tobytes()
   assert copy.text == picture(path).text
+
+
+def test_an_image_of_another_model_asks_for_it(run, checkpoint, capsys):
+  path = run(prompt=["a cat"]) / "0000-a-cat.png"
+  message = failure(run, capsys, reproduce=str(path), checkpoint=None)
+  assert f"made with the checkpoint {checkpoint.name!r}, not with" in message
+  assert "give it as --checkpoint" in message
+
+
+def save_described(source, target, described):
+  info = PIL.PngImagePlugin.PngInfo()
+  info.add_itxt("sana_jax", json.dumps(described))
+  picture(source).save(target, pnginfo=info)
+
+
+def test_an_image_is_decoded_again_as_it_was(run, tmp_path):
+  out = run(prompt=["a cat"], batch_size=1, height=64, vae_tile=32)
+  path = out / "0000-a-cat.png"
+  described = json.loads(picture(path).text["sana_jax"])
+  tiles = {"tile_height": 32, "tile_width": 32}
+  strides = {"stride_height": 28, "stride_width": 28}
+  assert described["tiling"] == tiles | strides
+  line = json.loads((out / "manifest.jsonl").read_text())
+  assert line["tiling"] == tiles | strides
+  # As if the tiles had been chosen for lack of memory.
+  del described["vae_tile"]
+  save_described(path, tmp_path / "a.png", described)
+  run(reproduce=str(tmp_path / "a.png"), output_dir=str(tmp_path / "again"))
+  copy = picture(tmp_path / "again" / "0000-a-cat.png")
+  assert copy.tobytes() == picture(path).tobytes()
+  run(
+    prompt=["a cat"],
+    batch_size=1,
+    height=64,
+    output_dir=str(tmp_path / "whole"),
+  )
+  whole = picture(tmp_path / "whole" / "0000-a-cat.png")
+  assert json.loads(whole.text["sana_jax"])["tiling"] is None
+  assert whole.tobytes() != copy.tobytes()
 
 
 def test_an_image_of_a_larger_batch_is_made_again_within_one_level(
@@ -350,7 +528,7 @@ def test_images_begin_with_an_image_of_a_flag_or_a_line(run, tmp_path):
 
 
 def test_adapters_and_a_controlnet_steer_and_are_remembered(
-  run, tmp_path, checkpoint
+  run, tmp_path, checkpoint, capsys, caplog
 ):
   steered = tiny.make_pipeline(checkpoint / "tokenizer", controlnet=True)
   components.save_controlnet(
@@ -384,6 +562,18 @@ def test_adapters_and_a_controlnet_steer_and_are_remembered(
   copy = picture(tmp_path / "again" / "0000-a-cat.png")
   assert made.tobytes() == copy.tobytes()
   assert made.text == copy.text
+  # Another adapter, under the same name.
+  lora.save(
+    tmp_path / "b.safetensors",
+    lora.Lora({"transformer_blocks.1.attn1.to_q": pair}),
+  )
+  assert "lora_sha256 was" in failure(run, capsys, **values)
+  with caplog.at_level("WARNING", "absl"):
+    run(
+      reproduce=str(tmp_path / "out" / "0000-a-cat.png"),
+      output_dir=str(tmp_path / "other"),
+    )
+  assert "differently: --lora is another" in caplog.text
   no_control = {
     "controlnet": None,
     "control_image": None,

@@ -1,7 +1,7 @@
 """All images of a small run in one picture."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -81,5 +81,5 @@ def _read(
 
 def _columns(images: plan.Plan) -> int | None:
   """A row for each prompt, where each has the same number of images."""
-  counts: Sequence[int] = sorted({r.count for r in images.requests})
+  counts = sorted({r.count for r in images.requests})
   return counts[0] if len(counts) == 1 and counts[0] > 1 else None

@@ -74,12 +74,11 @@ def parse(text: str, kind: Any) -> Any:
   if items is not None:
     source = f"[{source.strip('[]()')}]"
   try:
-    value = json.loads(source)
-  except json.JSONDecodeError as error:
+    return convert(json.loads(source), kind)
+  except ValueError as error:  # names the text that was given, not its parts
     raise ValueError(
       f"expected {_describe(_required(kind))}, got {text!r}"
     ) from error
-  return convert(value, kind)
 
 
 def from_flags(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,8 +14,11 @@ from sana_jax import pipeline as pipeline_lib
 from sana_jax import storage, termination
 from sana_jax.bulk import (
   contact_sheet,
+  decodings,
+  history,
   manifest,
   plan,
+  requests,
   runner,
   sinks,
 )
@@ -55,9 +58,55 @@ class Outcome(NamedTuple):
   stopped: bool
 
 
+class Prepared(NamedTuple):
+  """A run, or the rest of one, that can begin.
+
+  Attributes:
+    available_bytes: on each device, that it was planned with.
+  """
+
+  images: plan.Plan
+  decodings: decodings.Decodings
+  available_bytes: int | None
+
+
+def prepare(
+  pipe: pipeline_lib.SanaPipeline,
+  items: Sequence[requests.Item],
+  output: Output,
+  selection: runner.Selection | None = None,
+  **numbers: int,
+) -> Prepared:
+  """Plans a run, or the rest of the one whose files are there.
+
+  Problems take the place of requests that do not fit into memory.
+
+  Args:
+    **numbers: see `plan.make_plan`.
+
+  Raises:
+    FileExistsError: the directory holds something else.
+    ValueError: what cannot be.
+  """
+  run = None
+  if not output.overwrite:
+    run = manifest.read_run(storage.Directory(output.path, output.host_index))
+  past = None if run is None else history.History.read(run)
+  free = history.free_bytes(pipe)
+  available = free if past is None else past.available_bytes
+  history.fix_memory(pipe, available)
+  ways = decodings.Decodings(
+    pipe, None if selection is None else selection.count
+  )
+  images = history.make_plan(items, ways.check, past, **numbers)
+  if past is not None:
+    ways.check_free(images.kinds(), free)
+  return Prepared(images, ways, available)
+
+
 def make(
   pipe: pipeline_lib.SanaPipeline,
-  images: plan.Plan,
+  prepared: Prepared,
   output: Output,
   description: Mapping[str, Any],
   started: float,
@@ -76,18 +125,23 @@ def make(
     ValueError: what cannot be.
     OSError: the directory holds something else, or cannot be written.
   """
+  images = prepared.images
   plan.units_of_host(images.num_units, output.host_index, output.num_hosts)
   if output.grid:
     contact_sheet.check(
       pipe, images, output_format=output.format, num_hosts=output.num_hosts
     )
   directory = storage.Directory(output.path, output.host_index)
-  manifest.claim(
+  run = manifest.claim(
     directory,
     identity(pipe, images, output, description),
+    start=history.start(images, prepared.available_bytes),
+    repairs=history.repairs(images),
     new_files=_new_files(images, output),
     overwrite=output.overwrite,
   )
+  # Of several hosts that began together, one was first.
+  history.fix_memory(pipe, history.History.read(run).available_bytes)
   with manifest.Manifest(
     directory,
     images,
@@ -96,7 +150,7 @@ def make(
   ) as finished:
     failed = _make_missing(
       pipe,
-      images,
+      prepared,
       output,
       description,
       meter.Meter(*finished.count(), started),
@@ -135,7 +189,7 @@ def identity(
 
 def _make_missing(
   pipe: pipeline_lib.SanaPipeline,
-  images: plan.Plan,
+  prepared: Prepared,
   output: Output,
   description: Mapping[str, Any],
   measured: meter.Meter,
@@ -147,23 +201,24 @@ def _make_missing(
   total, done = finished.count()
   if done:
     logging.info("%d of %d images are there already", done, total)
-  failed = finished.failed_images
+  images = prepared.images
   with (
     termination.sigterm_event() as stop,
     contextlib.closing(measured),
   ):
-    failed += runner.Runner(
+    failed = runner.Runner(
       plan=images,
       pipe=pipe,
       sink=sinks.make_sink(
         output.format,
         directory,
         num_images=images.num_images,
-        num_units=images.num_units,
+        unit_name=images.unit_name,
       ),
       manifest=finished,
       meter=measured,
       description=description,
+      decodings=prepared.decodings,
       selection=selection,
       stop=stop.is_set,
       on_unit=lambda names: _print_paths(directory, names),

@@ -1,7 +1,6 @@
 """Loads a pipeline as flags say, or as an image says that it was."""
 
 import dataclasses
-import hashlib
 from typing import Any
 
 from absl import logging
@@ -12,8 +11,6 @@ from sana_jax.models import tiling
 from sana_jax.pipeline import memory, sources
 from sana_jax.weights import components, lora, opening
 
-_HASH_CHUNK = 1 << 24
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Loading:
@@ -22,7 +19,7 @@ class Loading:
   Attributes:
     components: see `SanaPipeline.from_pretrained`, as `step` and `fp16_clamp`.
     vae_tile: decode in square tiles of so many pixels; None: whole.
-    controlnet: directory or file of one; None: no ControlNet.
+    controlnet: directory, file or published name of one; None: no ControlNet.
     controlnet_wiring: see `SanaPipeline`; None: that of the file's layout.
     lora: directories or files of adapters.
     lora_scale: one for all, or one for each; none: 1.
@@ -110,14 +107,15 @@ def load(
 def _load_controlnet(
   loading: Loading, pipe: pipeline_lib.SanaPipeline
 ) -> dict[str, Any]:
+  path = sources.resolve_controlnet(loading.controlnet)
   wiring = loading.controlnet_wiring
   if wiring is None:
     # Weights in the original layout were trained in the original wiring.
-    layout = opening.open_controlnet(loading.controlnet).layout
+    layout = opening.open_controlnet(path).layout
     wiring = "original" if layout == "original" else "diffusers"
     logging.info("ControlNet: %s wiring, as its files are", wiring)
   model, config = components.load_controlnet(
-    loading.controlnet,
+    path,
     dtype=loading.dtype,
     fp16_clamp=pipe.transformer.fp16_clamp,
   )
@@ -126,46 +124,3 @@ def _load_controlnet(
     "controlnet_config": config,
     "controlnet_wiring": wiring,
   }
-
-
-def checkpoint_hash(source: sources.Source, loading: Loading) -> str:
-  """Returns the SHA-256 of all weight files, in the order of their names.
-
-  Those of `components` follow; of a training run, the files of the step count.
-  """
-  digest = hashlib.sha256()
-  for path in _weight_files(source, loading):
-    with path.open("rb") as file:
-      while chunk := file.read(_HASH_CHUNK):
-        digest.update(chunk)
-  return digest.hexdigest()
-
-
-def _weight_files(source: sources.Source, loading: Loading) -> list[epath.Path]:
-  path = source.path
-  if isinstance(source, sources.TrainingRun):
-    step = loading.step
-    if step is None:
-      step = max(
-        int(entry.name)
-        for entry in (path / "checkpoints").iterdir()
-        if entry.name.isdigit()
-      )
-    files = _all_files(path / "checkpoints" / str(step))
-  elif path.is_file():
-    files = [path]
-  else:
-    is_whole = isinstance(source, sources.Directory)
-    pattern = "*/*.safetensors" if is_whole else "*.safetensors"
-    files = sorted(path.glob(pattern))
-  if loading.components is not None:
-    others = epath.Path(loading.components)
-    files += sorted(others.glob("*/*.safetensors"))
-  return files
-
-
-def _all_files(directory: epath.Path) -> list[epath.Path]:
-  files: list[epath.Path] = []
-  for entry in sorted(directory.iterdir()):
-    files += _all_files(entry) if entry.is_dir() else [entry]
-  return files

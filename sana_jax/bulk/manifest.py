@@ -16,21 +16,51 @@ from sana_jax.bulk import plan as plan_lib
 _RUN = "run.json"
 # Made of all images; not in the manifest.
 GRID = "grid.png"
+_ADVICE = "use another --output_dir, or --overwrite to remove that run's files"
+# Of the beginning of a run; a restart takes them over.
+_NOT_COMPARED = frozenset({"available_bytes", "left_out", "repairs"})
+
+
+def read_run(directory: storage.Directory) -> dict[str, Any] | None:
+  """Returns what run.json says; None: there is no run.
+
+  Raises:
+    FileExistsError: something else wrote it.
+  """
+  path = directory.path / _RUN
+  try:
+    there = json.loads(path.read_text(encoding="utf-8"))
+  except FileNotFoundError:
+    return None
+  except ValueError:
+    there = None
+  if not isinstance(there, dict):
+    raise FileExistsError(
+      f"{path} is not from sample.py; use another --output_dir."
+    )
+  return there
 
 
 def claim(
   directory: storage.Directory,
   identity: Mapping[str, Any],
   *,
+  start: Mapping[str, Any],
+  repairs: Sequence[Any] = (),
   new_files: Iterable[str],
   overwrite: bool,
-) -> None:
+) -> dict[str, Any]:
   """Makes a directory that of this run, or finds that it is already.
 
   Args:
     identity: JSON values that determine the images and the files.
+    start: further values; those of the process that began the run count.
+    repairs: a JSON value for each set of mended lines; see `history`.
     new_files: names that a new run must not find there.
     overwrite: remove the run that is there, and begin.
+
+  Returns:
+    run.json: identity, start and "repairs".
 
   Raises:
     FileExistsError: there is something else.
@@ -38,7 +68,8 @@ def claim(
   """
   path = directory.path
   path.mkdir(parents=True, exist_ok=True)
-  content = json.dumps(identity, indent=2, ensure_ascii=False) + "\n"
+  # As it will be read back, with lists only.
+  run = json.loads(json.dumps({**identity, **start, "repairs": repairs}))
   if overwrite:
     if identity["num_hosts"] > 1:
       raise ValueError(
@@ -46,25 +77,39 @@ def claim(
         f"files. Empty {path} first, or use another --output_dir."
       )
     _remove_run(path)
-  elif (path / _RUN).exists():
-    storage.check_same(
-      path / _RUN,
-      json.loads(content),
-      program="sample.py",
-      advice=(
-        "use another --output_dir, or --overwrite to remove that run's files"
-      ),
-    )
-    return
-  else:
-    there = set(os.listdir(path))
+    directory.write(_RUN, _content(run))
+    directory.sync()
+    return run
+  if (there := read_run(directory)) is None:
+    names = set(os.listdir(path))
     for name in new_files:
-      if name in there:
+      # Another host may have begun meanwhile.
+      if name in names and _RUN not in os.listdir(path):
         raise FileExistsError(
           f"{path / name} exists; use another --output_dir, or --overwrite."
         )
-  directory.write(_RUN, content.encode())
-  directory.sync()
+    if directory.create(_RUN, _content(run)):
+      directory.sync()
+      return run
+    there = read_run(directory) or {}
+  storage.check_same(
+    path / _RUN,
+    {name: run[name] for name in identity},
+    program="sample.py",
+    advice=_ADVICE,
+    free=_NOT_COMPARED,
+  )
+  known = there.get("repairs", [])
+  if run["repairs"][: len(known)] != known:
+    raise FileExistsError(
+      f"{path} holds another run (lines that were mended have changed since); "
+      "use another --output_dir, or --overwrite to remove that run's files."
+    )
+  if run["repairs"] != known:
+    there |= {"repairs": run["repairs"]}
+    directory.write(_RUN, _content(there))
+    directory.sync()
+  return there
 
 
 class Manifest:
@@ -88,7 +133,7 @@ class Manifest:
     self._units = plan_lib.units_of_host(plan.num_units, host_index, num_hosts)
     self._file = _open_alone(self.path)
     directory.remove_temporary_files()
-    self._recorded, self._missing, self._failed = self._recover()
+    self._recorded, self._missing = self._recover()
 
   def __enter__(self) -> "Manifest":
     return self
@@ -98,7 +143,7 @@ class Manifest:
 
   @property
   def units_to_do(self) -> list[int]:
-    """Units without lines, or whose files are not what the lines say."""
+    """Units without lines, or with failures, or without the lines' files."""
     return [
       unit
       for unit in self._units
@@ -110,11 +155,6 @@ class Manifest:
     sizes = {unit: len(self._plan.indices(unit)) for unit in self._units}
     total = sum(sizes.values())
     return total, total - sum(sizes[unit] for unit in self.units_to_do)
-
-  @property
-  def failed_images(self) -> list[int]:
-    """Images that an earlier process could not make."""
-    return list(self._failed)
 
   def append(self, unit: int, lines: Sequence[Mapping[str, Any]]) -> None:
     """Records that a unit is finished.
@@ -143,7 +183,6 @@ class Manifest:
     """Reads the lines of whole units, and cuts off what follows them."""
     recorded: dict[int, tuple[int, int]] = {}
     missing: set[int] = set()
-    failed: list[int] = []
     end = 0
     with self.path.open("rb") as file:
       for unit in self._units:
@@ -152,11 +191,11 @@ class Manifest:
           break
         recorded[unit] = (end, file.tell())
         end = file.tell()
-        failed += [line["index"] for line in lines if "error" in line]
-        if not self._are_there(lines):
+        # What failed is tried again: memory or a file may be there by now.
+        if any("error" in line for line in lines) or not self._are_there(lines):
           missing.add(unit)
     self._file.truncate(end)
-    return recorded, missing, failed
+    return recorded, missing
 
   def _are_there(self, lines: Sequence[Mapping[str, Any]]) -> bool:
     files = {line["file"]: line["bytes"] for line in lines if "file" in line}
@@ -218,6 +257,10 @@ def _name(host_index: int, num_hosts: int) -> str:
   if num_hosts == 1:
     return "manifest.jsonl"
   return f"manifest-{host_index:05d}-of-{num_hosts:05d}.jsonl"
+
+
+def _content(run: Mapping[str, Any]) -> bytes:
+  return (json.dumps(run, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _remove_run(path: pathlib.Path) -> None:

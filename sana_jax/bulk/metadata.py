@@ -15,6 +15,8 @@ from sana_jax.bulk import fields, plan, requests
 # Another one of these may make another image.
 _COMPARED = {
   "checkpoint_sha256": "--checkpoint gives another model",
+  "controlnet_sha256": "--controlnet is another",
+  "lora_sha256": "--lora is another",
   "solver": "the checkpoint has another sampler",
   "dtype": "--dtype is another",
   "sana_jax": "this is another version of sana_jax",
@@ -26,20 +28,20 @@ _COMPARED = {
 def describe_run(
   pipe: pipeline_lib.SanaPipeline,
   checkpoint: epath.Path,
-  digest: str,
+  hashes: Mapping[str, Any],
   options: Mapping[str, Any],
 ) -> dict[str, Any]:
   """Collects what, besides its request, determines an image.
 
   Args:
-    digest: of the checkpoint; see `loading.checkpoint_hash`.
+    hashes: of the weights; see `weight_files.hashes`.
     options: how the pipeline was loaded, "dtype" among them.
   """
   return {
     "solver": type(pipe.solver).__name__,
     **options,
     "checkpoint": checkpoint.absolute().name,
-    "checkpoint_sha256": digest,
+    **hashes,
     "device": jax.devices()[0].device_kind,
     "jax": jax.__version__,
     "sana_jax": importlib.metadata.version("sana_jax"),
@@ -149,9 +151,9 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     here: of the run that makes it again; see `describe_run`.
   """
   return [
-    f"{reason}: {name} was {there.get(name)}, is {here[name]}"
+    f"{reason}: {name} was {there.get(name)}, is {here.get(name)}"
     for name, reason in _COMPARED.items()
-    if there.get(name) != here[name]
+    if there.get(name) != here.get(name)
   ]
 
 

@@ -5,6 +5,7 @@ batches make up units, the smallest thing that is done or not done. Whoever
 makes unit u, in whatever order, makes the same images.
 """
 
+import bisect
 import dataclasses
 import functools
 import hashlib
@@ -14,7 +15,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sana_jax.bulk.requests import Request
+from sana_jax.bulk import requests as requests_lib
+
+_NO_KIND = -1
 
 
 class Image(NamedTuple):
@@ -52,21 +55,47 @@ class Unit(NamedTuple):
   batches: tuple[Batch, ...]
 
 
+class Kind(NamedTuple):
+  """What shares batches of the same size, and therefore programs.
+
+  Attributes:
+    size: of the batches.
+    items: numbers of the items, from 0.
+  """
+
+  settings: requests_lib.Settings
+  size: int
+  items: Sequence[int]
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Plan:
   """All images of a run, in batches and units; see `make_plan`.
 
   Attributes:
+    items: of all lines; bad ones keep the numbers of their images free.
+    generations: of each item. Later ones are lines that were bad when the run
+      began: their batches and units follow the others, which stay as they are.
     images_per_unit: a unit has as many batches as fit in, and at least one.
   """
 
-  requests: Sequence[Request]
+  items: Sequence[requests_lib.Item]
+  generations: Sequence[int]
   seed: int
   batch_size: int
   images_per_unit: int
 
+  @property
+  def requests(self) -> list[requests_lib.Request]:
+    return [i for i in self.items if isinstance(i, requests_lib.Request)]
+
+  @property
+  def problems(self) -> list[requests_lib.Problem]:
+    return [i for i in self.items if isinstance(i, requests_lib.Problem)]
+
   @functools.cached_property
   def num_images(self) -> int:
+    """How many numbers there are, those of bad lines among them."""
     return int(self._first_images[-1])
 
   @property
@@ -79,6 +108,15 @@ class Plan:
       number, tuple(self._batch(batch) for batch in range(first, last))
     )
 
+  def unit_name(self, number: int) -> str:
+    """Names a unit's file, without its ending."""
+    generations = self._unit_generations
+    generation = generations[number]
+    first = bisect.bisect_left(generations, generation)
+    count = bisect.bisect_right(generations, generation) - first
+    name = f"repaired-{generation}" if generation else "images"
+    return f"{name}-{number - first:05d}-of-{count:05d}"
+
   def indices(self, number: int) -> list[int]:
     """Lists the images of a unit, in the order they are made."""
     first, last = self._unit_starts[number : number + 2]
@@ -86,50 +124,79 @@ class Plan:
     return self._order[start:stop].tolist()
 
   def images(self) -> Iterator[Image]:
-    """Yields all images in the order of their numbers."""
-    return map(self._image, range(self.num_images))
+    """Yields the images of good lines, in the order of their numbers."""
+    return map(self._image, np.sort(self._order).tolist())
 
-  def fingerprint(self) -> str:
-    """Returns a hash of the requests, but not of where they are from."""
+  def kinds(self) -> list[Kind]:
+    """Lists the kinds, in the order they are made."""
+    members = [[] for _ in self._kind_generations]
+    for item, kind in enumerate(self._item_kinds.tolist()):
+      if kind != _NO_KIND:
+        members[kind].append(item)
+    return [
+      Kind(self.items[numbers[0]].settings, self._batch_size(kind), numbers)
+      for kind, numbers in enumerate(members)
+    ]
+
+  def fingerprint(self, generation: int = 0) -> str:
+    """Returns a hash of a generation's requests, but not where they are from.
+
+    That of the first one knows how much room the others have.
+    """
     digest = hashlib.sha256()
-    for request in self.requests:
-      values = (
-        request.prompt,
-        request.negative_prompt,
-        request.seed,
-        request.image_index,
-        request.count,
-        request.settings,
-        request.pictures,
-      )
+    for item, born in zip(self.items, self.generations, strict=True):
+      values: Any = ["left out", item.count]
+      if born == generation and isinstance(item, requests_lib.Request):
+        values = (
+          item.prompt,
+          item.negative_prompt,
+          item.seed,
+          item.image_index,
+          item.count,
+          item.settings,
+          item.pictures,
+        )
       digest.update(json.dumps(values).encode() + b"\n")
     return digest.hexdigest()
 
   @functools.cached_property
   def _first_images(self) -> np.ndarray:
-    """The number of each request's first image, and that of all images."""
-    counts = [request.count for request in self.requests]
+    """The number of each item's first image, and that of all images."""
+    counts = [item.count for item in self.items]
     return np.cumsum([0, *counts], dtype=np.int64)
 
   @functools.cached_property
-  def _kinds(self) -> np.ndarray:
+  def _item_kinds(self) -> np.ndarray:
     """Numbers what images have in common, in the order it first appears."""
     numbers: dict[Any, int] = {}
-    kinds = [
-      numbers.setdefault(_kind(request), len(numbers))
-      for request in self.requests
-    ]
-    return np.repeat(np.asarray(kinds, np.int64), np.diff(self._first_images))
+    kinds = np.full(len(self.items), _NO_KIND, np.int64)
+    for i in np.argsort(self.generations, kind="stable").tolist():
+      item = self.items[i]
+      if isinstance(item, requests_lib.Request):
+        key = (self.generations[i], _kind(item))
+        kinds[i] = numbers.setdefault(key, len(numbers))
+    return kinds
+
+  @functools.cached_property
+  def _kinds(self) -> np.ndarray:
+    """The kind of each image."""
+    return np.repeat(self._item_kinds, np.diff(self._first_images))
+
+  @functools.cached_property
+  def _kind_generations(self) -> list[int]:
+    kinds, first = np.unique(self._item_kinds, return_index=True)
+    return [self.generations[i] for i in first[kinds != _NO_KIND].tolist()]
 
   @functools.cached_property
   def _order(self) -> np.ndarray:
-    return np.argsort(self._kinds, kind="stable")
+    order = np.argsort(self._kinds, kind="stable")
+    return order[np.count_nonzero(self._kinds == _NO_KIND) :]
 
   @functools.cached_property
   def _batch_starts(self) -> list[int]:
     """Where in the order each batch starts, and the last one ends."""
     starts, first = [], 0
-    for size in np.bincount(self._kinds).tolist():
+    for size in self._kind_sizes.tolist():
       starts += range(first, first + size, self.batch_size)
       first += size
     return [*starts, first]
@@ -142,25 +209,37 @@ class Plan:
     starts, first_image = [], 0
     for batch in range(num_batches):
       images = batch_starts[batch + 1] - first_image
-      if not starts or images > self.images_per_unit:
+      full = not starts or images > self.images_per_unit
+      if full or self._generation(batch) != self._generation(batch - 1):
         starts.append(batch)
         first_image = batch_starts[batch]
     return [*starts, num_batches]
+
+  @functools.cached_property
+  def _unit_generations(self) -> list[int]:
+    return [self._generation(batch) for batch in self._unit_starts[:-1]]
+
+  def _generation(self, batch: int) -> int:
+    kind = self._kinds[self._order[self._batch_starts[batch]]]
+    return self._kind_generations[kind]
+
+  def _batch_size(self, kind: int) -> int:
+    return min(self.batch_size, int(self._kind_sizes[kind]))
 
   def _batch(self, number: int) -> Batch:
     start, stop = self._batch_starts[number : number + 2]
     images = tuple(self._image(i) for i in self._order[start:stop].tolist())
     kind = self._kinds[self._order[start]]
-    size = min(self.batch_size, int(self._kind_sizes[kind]))
-    return Batch(images, size)
+    return Batch(images, self._batch_size(kind))
 
   @functools.cached_property
   def _kind_sizes(self) -> np.ndarray:
-    return np.bincount(self._kinds)
+    kinds = self._kinds[self._kinds != _NO_KIND]
+    return np.bincount(kinds)
 
   def _image(self, index: int) -> Image:
     number = int(np.searchsorted(self._first_images, index, "right")) - 1
-    request = self.requests[number]
+    request = self.items[number]
     within = index - int(self._first_images[number])
     if request.image_index is not None:
       image_index = request.image_index + within
@@ -179,15 +258,16 @@ class Plan:
     )
 
 
-def _kind(request: Request) -> Any:
+def _kind(request: requests_lib.Request) -> Any:
   if not request.pictures:
     return request.settings
   return request.settings, tuple(name for name, _ in request.pictures)
 
 
 def make_plan(
-  requests: Sequence[Request],
+  items: Sequence[requests_lib.Item],
   *,
+  generations: Sequence[int] | None = None,
   seed: int = 0,
   batch_size: int = 8,
   images_per_unit: int = 1,
@@ -195,13 +275,14 @@ def make_plan(
   """Plans a run.
 
   Args:
+    generations: see `Plan`; None: there is one.
     seed: of requests without their own.
     images_per_unit: 1 makes each batch a unit.
 
   Raises:
-    ValueError: no requests, or a number that cannot be.
+    ValueError: no items, or a number that cannot be.
   """
-  if not requests:
+  if not items:
     raise ValueError("There is no prompt; give --prompt or --prompt_file.")
   if batch_size < 1 or images_per_unit < 1:
     raise ValueError(
@@ -210,7 +291,9 @@ def make_plan(
     )
   if not 0 <= seed < 2**32:
     raise ValueError(f"seed must be in [0, 2**32), got {seed}.")
-  return Plan(tuple(requests), seed, batch_size, images_per_unit)
+  if generations is None:
+    generations = (0,) * len(items)
+  return Plan(tuple(items), generations, seed, batch_size, images_per_unit)
 
 
 def units_of_host(num_units: int, host_index: int, num_hosts: int) -> range:

@@ -24,7 +24,10 @@ Pictures = tuple[tuple[str, str], ...]
 
 _PARQUET_ROWS = 4096
 _NUMBERS = range(2**32)
+_COUNT = "num_images_per_prompt"
 _SIDES = ("height", "width")
+# A bad line that says more has room for as many as lines that say nothing.
+_MOST_RESERVED = 10_000
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -55,14 +58,31 @@ class Request:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Problem:
-  """A line that no image can be made from."""
+  """A line that no image can be made from.
+
+  Attributes:
+    count: of the images that it would have made; their numbers stay free, so
+      that mending the line changes no other image.
+  """
 
   origin: str
   line: int
   reason: str
+  count: int = 1
 
   def __str__(self) -> str:
     return f"{self.origin}:{self.line}: {self.reason}"
+
+
+Item = Request | Problem
+
+
+class _UnreadableError(ValueError):
+  """A record with a value that cannot be, but perhaps a readable count."""
+
+  def __init__(self, error: ValueError, count: Any):
+    super().__init__(str(error))
+    self.count = count
 
 
 class Reader:
@@ -93,7 +113,7 @@ class Reader:
     checks.image_count([""], count)
     self._plain = self._settings({})
 
-  def read(self, path: epath.PathLike) -> Iterator[Request | Problem]:
+  def read(self, path: epath.PathLike) -> Iterator[Item]:
     """Reads a file line by line; blank lines are skipped.
 
     Raises:
@@ -122,17 +142,22 @@ class Reader:
       raise ValueError("there is no prompt")
     if not prompt.strip():
       raise ValueError("the prompt is empty; describe what to draw")
+    negative_prompt = values.pop("negative_prompt", self._negative_prompt)
+    _check_text("prompt", prompt)
+    _check_text("negative_prompt", negative_prompt)
     seed = values.pop("seed", None)
     index = values.pop("image_index", None)
-    count = values.pop("num_images_per_prompt", self._count)
+    count = values.pop(_COUNT, self._count)
     checks.image_count([prompt], count)
     numbers = (seed or 0, index or 0, (index or 0) + count - 1)
     if any(number not in _NUMBERS for number in numbers):
       # Says why, but takes longer than all the rest.
       checks.image_numbers(*numbers[:2], 1)
       checks.image_numbers(0, numbers[2], 1)
-    negative_prompt = values.pop("negative_prompt", self._negative_prompt)
     own = {name: values.pop(name) for name in inputs.NAMES if name in values}
+    paths = self._pictures | own
+    if empty := [name for name, path in paths.items() if not path.strip()]:
+      raise ValueError(f"{', '.join(empty)}: expected the path of a picture")
     return Request(
       origin,
       line,
@@ -142,17 +167,28 @@ class Reader:
       index,
       count,
       self._settings(values) if values else self._plain,
-      tuple(sorted((self._pictures | own).items())),
+      tuple(sorted(paths.items())),
     )
 
-  def _requests(
-    self, origin: str, records: "_Records"
-  ) -> Iterator[Request | Problem]:
+  def _requests(self, origin: str, records: "_Records") -> Iterator[Item]:
     for line, record in records:
+      count = None
       try:
-        yield self.make(origin, line, record())
+        values = record()
+        count = values.get(_COUNT)
+        yield self.make(origin, line, values)
+      except _UnreadableError as error:
+        yield self._problem(origin, line, error, error.count)
       except (ValueError, TypeError) as error:
-        yield Problem(origin, line, str(error).rstrip("."))
+        yield self._problem(origin, line, error, count)
+
+  def _problem(
+    self, origin: str, line: int, error: Exception, count: Any
+  ) -> Problem:
+    reason = " ".join(str(error).split()).rstrip(".")
+    if not isinstance(count, int) or not 1 <= count <= _MOST_RESERVED:
+      count = self._count
+    return Problem(origin, line, reason, int(count))
 
   def _settings(self, changes: Mapping[str, Any]) -> Settings:
     """Merges with the defaults; checks what it has not seen before."""
@@ -171,47 +207,69 @@ class Reader:
 
 
 def usable(
-  requests: Iterable[Request],
+  items: Iterable[Item],
   resolve: Callable[[Request, float | None], Settings],
-) -> tuple[list[Request], list[Problem]]:
-  """Sorts out the requests that a checkpoint cannot serve.
+) -> list[Item]:
+  """Returns the items; problems in place of what a checkpoint cannot serve.
 
   Args:
     resolve: given a request and its image's height / width, returns its final
-      settings or raises ValueError; it is called once for requests that differ
-      in texts, seed and counts only.
+      settings or raises ValueError or TypeError; it is called once for requests
+      that differ in texts, seed and counts only.
   """
-  known: dict[Any, Settings | ValueError] = {}
-  good, problems = [], []
-  for request in requests:
-    try:
-      ratio = inputs.ratio(dict(request.pictures))
-      names = tuple(name for name, _ in request.pictures)
-      key = (request.settings, bool(request.negative_prompt), names, ratio)
-      if key not in known:
-        known[key] = _settings_or_error(resolve, request, ratio)
-      settings = known[key]
-      if isinstance(settings, ValueError):
-        raise settings
-    except ValueError as error:
-      reason = str(error).rstrip(".")
-      problems.append(Problem(request.origin, request.line, reason))
-      continue
-    if settings != request.settings:
-      request = dataclasses.replace(request, settings=settings)
-    good.append(request)
-  return good, problems
+  known: dict[Any, Settings | Exception] = {}
+  return [
+    _usable(item, resolve, known) if isinstance(item, Request) else item
+    for item in items
+  ]
+
+
+def _usable(
+  request: Request,
+  resolve: Callable[[Request, float | None], Settings],
+  known: dict[Any, Settings | Exception],
+) -> Item:
+  try:
+    ratio = inputs.ratio(dict(request.pictures))
+    names = tuple(name for name, _ in request.pictures)
+    key = (request.settings, bool(request.negative_prompt), names, ratio)
+    if key not in known:
+      known[key] = _settings_or_error(resolve, request, ratio)
+    settings = known[key]
+    if isinstance(settings, Exception):
+      raise settings
+  except (ValueError, TypeError) as error:
+    return refusal(request, error)
+  if settings == request.settings:
+    return request
+  return dataclasses.replace(request, settings=settings)
+
+
+def refusal(request: Request, error: Exception) -> Problem:
+  """Returns what stands in place of a request that cannot be served."""
+  reason = str(error).rstrip(".")
+  return Problem(request.origin, request.line, reason, request.count)
 
 
 def _settings_or_error(
   resolve: Callable[[Request, float | None], Settings],
   request: Request,
   ratio: float | None,
-) -> Settings | ValueError:
+) -> Settings | Exception:
   try:
     return resolve(request, ratio)
-  except ValueError as error:
+  except (ValueError, TypeError) as error:
     return error
+
+
+def _check_text(name: str, text: str) -> None:
+  try:
+    text.encode()
+  except UnicodeEncodeError as error:
+    raise ValueError(
+      f"{name} is no valid text: it has half of a surrogate pair, "
+      f"{text[error.start]!a}, at position {error.start}"
+    ) from error
 
 
 def report(problems: Sequence[Problem], *, some_left: bool) -> None:
@@ -354,26 +412,36 @@ def _check_header(path: epath.Path, names: list[str]) -> None:
 def _csv_record(header: list[str], row: list[str]) -> dict[str, Any]:
   if len(row) != len(header):
     raise ValueError(f"expected {len(header)} cells, got {len(row)}")
+  cells = dict(zip(header, row, strict=True))
   record = {}
-  for name, cell in zip(header, row, strict=True):
+  for name, cell in cells.items():
     try:
       cell.encode()
     except UnicodeEncodeError as error:
       raise ValueError("the line is not UTF-8") from error
-    if cell.strip():
-      record[name] = _named(name, cell, fields.parse)
+    try:
+      if cell.strip():
+        record[name] = _named(name, cell, fields.parse)
+    except ValueError as error:
+      count = cells.get(_COUNT, "").strip()
+      raise _UnreadableError(
+        error, int(count) if count.isdecimal() else None
+      ) from error
   # An empty cell says nothing, but an image needs a prompt.
   return {"prompt": ""} | record
 
 
 def _converted(record: Mapping[str, Any]) -> dict[str, Any]:
-  if unknown := sorted(set(record) - _KNOWN):
-    raise ValueError(_unknown_message(unknown))
-  return {
-    name: _named(name, value, fields.convert)
-    for name, value in record.items()
-    if value is not None or fields.is_optional(_TYPES[name])
-  }
+  try:
+    if unknown := sorted(set(record) - _KNOWN):
+      raise ValueError(_unknown_message(unknown))
+    return {
+      name: _named(name, value, fields.convert)
+      for name, value in record.items()
+      if value is not None or fields.is_optional(_TYPES[name])
+    }
+  except ValueError as error:
+    raise _UnreadableError(error, record.get(_COUNT)) from error
 
 
 def _named(name: str, value: Any, read: Callable[[Any, Any], Any]) -> Any:

@@ -15,6 +15,7 @@ from jaxtyping import Float
 
 from sana_jax import images as images_lib
 from sana_jax import pipeline as pipeline_lib
+from sana_jax.bulk import decodings as decodings_lib
 from sana_jax.bulk import inputs, metadata, requests, sinks
 from sana_jax.bulk import manifest as manifest_lib
 from sana_jax.bulk import plan as plan_lib
@@ -44,6 +45,7 @@ class Runner:
 
   Attributes:
     description: see `metadata.describe_run`.
+    decodings: those that the plan was checked with.
     selection: None: each image is the only candidate.
     stop: says whether to end after the unit at hand.
     on_unit: called with the names of the files of a finished unit.
@@ -55,6 +57,7 @@ class Runner:
   manifest: manifest_lib.Manifest
   meter: meter_lib.Meter
   description: Mapping[str, Any]
+  decodings: decodings_lib.Decodings
   selection: Selection | None
   stop: Callable[[], bool]
   on_unit: Callable[[Sequence[str]], None]
@@ -64,7 +67,6 @@ class Runner:
 
     Raises:
       OSError: something cannot be written.
-      ValueError: the pipeline refuses its arguments.
     """
     failed: list[int] = []
     # One thread writes, in order; encoding, which takes longer, has many.
@@ -89,11 +91,14 @@ class Runner:
 
     Raises:
       FloatingPointError: an image came out as no number.
-      UnusablePictureError: a picture to begin with cannot be read.
+      ValueError: a picture to begin with cannot be read, or the pipeline
+        refuses its arguments.
     """
-    if self.selection is not None:
-      return [self._best(image, self.selection) for image in batch.images]
     images = batch.images
+    decoding = self.decodings.plan(images[0].settings, batch.size).decoding
+    how = {decodings_lib.NAME: decodings_lib.describe(decoding.tiling)}
+    if self.selection is not None:
+      return [self._best(image, self.selection, how) for image in images]
     # Filled up, so that the last batch needs no compilation of its own.
     filled = images + images[-1:] * (batch.size - len(images))
     loaded = self._load_pictures(filled)
@@ -107,16 +112,24 @@ class Runner:
       **images[0].settings,
     )
     return [
-      Made(image, pixels, {**digests, "batch_size": batch.size})
+      Made(image, pixels, {**digests, **how, "batch_size": batch.size})
       for image, pixels, digests in zip(
         images, output.images, loaded.digests, strict=False
       )
     ]
 
-  def _best(self, image: plan_lib.Image, selection: Selection) -> Made:
+  def _best(
+    self,
+    image: plan_lib.Image,
+    selection: Selection,
+    how: Mapping[str, Any],
+  ) -> Made:
     """Makes the candidates of an image, and returns the best.
 
     It gets the number of that candidate, which makes it again.
+
+    Args:
+      how: it is decoded.
     """
     loaded = self._load_pictures([image])
     best = pipeline_lib.best_of(
@@ -136,6 +149,7 @@ class Runner:
       best.output.images[0],
       {
         **loaded.digests[0],
+        **how,
         "batch_size": selection.count,
         "score": float(best.scores.max()),
       },
@@ -158,6 +172,7 @@ def resolve_settings(
     ratio: height / width of the image to begin with.
 
   Raises:
+    TypeError: there is no such setting.
     ValueError: what the pipeline would refuse.
   """
   changes = dict(request.settings)
@@ -229,7 +244,7 @@ class _UnitRun:
       for batch in self._unit.batches:
         try:
           made = self._runner.make_images(batch)
-        except (FloatingPointError, inputs.UnusablePictureError) as error:
+        except (FloatingPointError, ValueError) as error:
           failed += [image.index for image in batch.images]
           parts.append(background.submit(self._fail, batch, str(error)))
           written.append(parts[-1])
@@ -251,7 +266,8 @@ class _UnitRun:
     for made, sample in zip(batch, samples, strict=True):
       self._writer.add(sample)
       digest = hashlib.sha256(sample.png).hexdigest()
-      self._lines.append(_line(made.image) | {"sha256": digest})
+      how = {decodings_lib.NAME: made.details[decodings_lib.NAME]}
+      self._lines.append(_line(made.image) | how | {"sha256": digest})
 
   def _encode(self, made: Made) -> sinks.Sample:
     image, pixels, details = made

@@ -189,15 +189,17 @@ def make_sink(
   directory: storage.Directory,
   *,
   num_images: int,
-  num_units: int,
+  unit_name: Callable[[int], str],
 ) -> Sink:
-  """Returns what makes writers in one of FORMATS."""
+  """Returns what makes writers in one of FORMATS.
+
+  Args:
+    unit_name: names the shard of a unit, without its ending.
+  """
   if output_format == "png":
     return lambda number: PngWriter(directory, num_images)
   writer, suffix = _SHARDS[output_format]
-  return lambda number: writer(
-    directory, f"images-{number:05d}-of-{num_units:05d}.{suffix}"
-  )
+  return lambda number: writer(directory, f"{unit_name(number)}.{suffix}")
 
 
 def png_name(index: int, prompt: str, num_images: int) -> str:

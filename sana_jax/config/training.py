@@ -91,7 +91,7 @@ _OF_EMOJI = (
   *("data_dir", "split"),
   *("keyword_probability", "keywords_only_probability"),
 )
-_OF_FITTING = ("buckets", "crop", "random_flip")
+_OF_FITTING = ("buckets", "crop", "random_flip", "verify")
 _OF_CAPTIONS = (
   *("caption_method", "caption_temperature", "caption_threshold"),
   "caption_proportions",
@@ -148,6 +148,9 @@ class DataConfig(Config):
     caption_proportions: weight of every caption name.
     crop: "center" or "random".
     random_flip: True mirrors every other picture.
+    verify: decode every picture once before training, and leave out those that
+      are broken; False reads their headers only, and a picture that turns out
+      to be broken stops the run.
     num_threads: that read and decode on a host; with workers, on each.
     num_workers: processes that read and decode; 0: none but this one.
   """
@@ -170,6 +173,7 @@ class DataConfig(Config):
   )
   crop: str = "center"
   random_flip: bool = False
+  verify: bool = False
   num_threads: int = 4
   num_workers: int = 0
 

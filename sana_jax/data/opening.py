@@ -25,10 +25,12 @@ class Opened(NamedTuple):
 
   Attributes:
     shapes: (height, width) of pictures in pixels.
+    reports: what of each source is used.
   """
 
   batches: loader.HostBatches
   shapes: tuple[buckets.Shape, ...]
+  reports: tuple[buckets.EpochReport, ...]
 
 
 def open_pictures(
@@ -56,7 +58,7 @@ def open_pictures(
     for place in config.places
   ]
   bucketing = buckets.sort(
-    [_sizes(source, config.num_threads) for source in opened],
+    [_sizes(source, config) for source in opened],
     [place.weight for place in config.places],
     buckets.table(config.buckets, config.image_size, multiple),
     config.max_buckets,
@@ -110,11 +112,15 @@ def _planned(
   for line in buckets.describe(bucketing, plans):
     logging.info("%s", line)
   batches = loader.planned_batches(plans, batch_size, reader)
-  return Opened(batches, bucketing.shapes)
+  return Opened(batches, bucketing.shapes, bucketing.reports)
 
 
-def _sizes(source: records.Source, num_threads: int) -> buckets.Sizes:
-  found = scan.scan(source, num_threads=max(num_threads, 1))
+def _sizes(
+  source: records.Source, config: config_lib.DataConfig
+) -> buckets.Sizes:
+  found = scan.scan(
+    source, num_threads=max(config.num_threads, 1), verify=config.verify
+  )
   problems = {i: p for i, p in enumerate(found.problem) if p is not None}
   return buckets.Sizes(source.name, found.height, found.width, problems)
 

@@ -69,7 +69,10 @@ class PictureReader:
         resample=self.resample,
       )
     except ValueError as error:
-      raise ValueError(f"{name}, {record.key}: {error}") from error
+      raise ValueError(
+        f"{name}, {record.key}: {error} Remove the picture, or set "
+        "data.verify=True to find all such pictures first and leave them out."
+      ) from error
 
 
 @dataclasses.dataclass(frozen=True)

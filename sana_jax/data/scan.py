@@ -85,10 +85,15 @@ def load(path: epath.PathLike, source: records.Source) -> Scan:
   return result
 
 
-def scan(source: records.Source, *, num_threads: int = 16) -> Scan:
+def scan(
+  source: records.Source, *, num_threads: int = 16, verify: bool = False
+) -> Scan:
   """Reads the header of every picture.
 
   Records that cannot be read do not end it; they have a `problem`.
+
+  Args:
+    verify: decode the pictures as well, which finds those that are cut off.
   """
   if num_threads < 1:
     raise ValueError(f"num_threads must be at least 1, got {num_threads}.")
@@ -98,7 +103,9 @@ def scan(source: records.Source, *, num_threads: int = 16) -> Scan:
     futures.ThreadPoolExecutor(num_threads) as pool,
     tqdm.tqdm(total=len(source), desc="scan", unit="img") as progress,
   ):
-    for sizes in pool.map(lambda start: _measure(source, start), starts):
+    for sizes in pool.map(
+      lambda start: _measure(source, start, verify), starts
+    ):
       for size, trouble in sizes:
         height.append(size[0])
         width.append(size[1])
@@ -122,12 +129,15 @@ def fingerprint(keys: Iterable[str]) -> str:
 
 
 def _measure(
-  source: records.Source, start: int
+  source: records.Source, start: int, verify: bool = False
 ) -> list[tuple[tuple[int, int], str | None]]:
   found = []
   for index in range(start, min(start + _CHUNK, len(source))):
     try:
-      found.append((_size(source, index), None))
+      size = _size(source, index)
+      if verify:
+        transforms.decode(source[index].image)
+      found.append((size, None))
     except (OSError, ValueError) as error:
       found.append(((0, 0), str(error)))
   return found

@@ -150,6 +150,18 @@ def save(path: epath.PathLike, lora: Lora) -> None:
   path.write_bytes(safetensors.numpy.save(tensors, metadata))
 
 
+def files_of(path: epath.PathLike) -> list[epath.Path]:
+  """Lists the files that `load` reads.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+  """
+  path = _find(epath.Path(path))
+  if path.name == _PEFT_FILE:
+    return [path, path.parent / _PEFT_CONFIG]
+  return [path]
+
+
 def _find(path: epath.Path) -> epath.Path:
   if path.is_file():
     return path

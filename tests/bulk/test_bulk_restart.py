@@ -58,7 +58,6 @@ def command(checkpoint, prompts, tmp_path_factory):
     f"--compilation_cache_dir={cache}",
     "--num_inference_steps=40",
     "--batch_size=4",
-    "--images_per_shard=20",
     "--seed=3",
   ]
 
@@ -88,8 +87,17 @@ def start(command, *more) -> subprocess.Popen:
   )
 
 
+def format_flags(output_format) -> list[str]:
+  flags = [f"--output_format={output_format}"]
+  return flags if output_format == "png" else [*flags, "--images_per_shard=20"]
+
+
 def contents(directory) -> dict[str, bytes]:
-  return {path.name: path.read_bytes() for path in directory.iterdir()}
+  found = {path.name: path.read_bytes() for path in directory.iterdir()}
+  # What was free when the run began is another number each time.
+  run_json = json.loads(found["run.json"])
+  assert run_json.pop("available_bytes") > 0
+  return found | {"run.json": json.dumps(run_json).encode()}
 
 
 def pixels(directory) -> dict[str, np.ndarray]:
@@ -109,9 +117,7 @@ def whole(command, tmp_path_factory):
     if output_format not in made:
       path = tmp_path_factory.mktemp(output_format)
       begin = time.monotonic()
-      done = run(
-        command, f"--output_dir={path}", f"--output_format={output_format}"
-      )
+      done = run(command, f"--output_dir={path}", *format_flags(output_format))
       assert done.returncode == 3, done.stderr
       assert "prompts.jsonl:6: broken JSON" in done.stderr
       made[output_format] = (path, time.monotonic() - begin)
@@ -138,7 +144,7 @@ def test_a_run_that_is_killed_again_and_again_makes_the_same_files(
   for attempt in range(100):
     size = manifest.stat().st_size if manifest.exists() else 0
     process = start(
-      command, f"--output_dir={tmp_path}", f"--output_format={output_format}"
+      command, f"--output_dir={tmp_path}", *format_flags(output_format)
     )
     # Most kills hit the work itself: a start takes most of the time.
     if attempt % 4 == 3:
@@ -156,7 +162,8 @@ def test_a_run_that_is_killed_again_and_again_makes_the_same_files(
   assert contents(tmp_path) == contents(expected)
   lines = (tmp_path / "manifest.jsonl").read_text().splitlines()
   indices = sorted(json.loads(line)["index"] for line in lines)
-  assert indices == list(range(200))
+  # The sixth line is bad: five of two images are before it.
+  assert indices == [i for i in range(201) if i != 10]
 
 
 def test_two_hosts_make_what_one_makes(command, whole, tmp_path):
@@ -172,6 +179,38 @@ def test_two_hosts_make_what_one_makes(command, whole, tmp_path):
   assert manifests == [f"manifest-0000{i}-of-00002.jsonl" for i in range(2)]
   ours, theirs = pixels(tmp_path), pixels(expected)
   assert len(ours) == 200
+  assert ours.keys() == theirs.keys()
+  for name, image in ours.items():
+    np.testing.assert_array_equal(image, theirs[name])
+
+
+def test_processes_of_a_slurm_job_share_the_work(command, whole, tmp_path):
+  expected, _ = whole("png")
+  # What a job of two tasks on one node has in its environment.
+  slurm = {
+    "SLURM_JOB_ID": str(os.getpid()),
+    "SLURM_STEP_NODELIST": "localhost",
+    "SLURM_NTASKS": "2",
+  }
+  processes = [
+    subprocess.Popen(
+      [*command, f"--output_dir={tmp_path}", "--distributed"],
+      stdout=subprocess.DEVNULL,
+      stderr=subprocess.PIPE,
+      text=True,
+      env=os.environ
+      | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+      | slurm
+      | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
+    )
+    for rank in range(2)
+  ]
+  for process in processes:
+    _, errors = process.communicate()
+    assert process.returncode == 3, errors
+  manifests = sorted(path.name for path in tmp_path.glob("*.jsonl"))
+  assert manifests == [f"manifest-0000{i}-of-00002.jsonl" for i in range(2)]
+  ours, theirs = pixels(tmp_path), pixels(expected)
   assert ours.keys() == theirs.keys()
   for name, image in ours.items():
     np.testing.assert_array_equal(image, theirs[name])
@@ -202,7 +241,7 @@ def test_an_image_depends_on_neither_batch_nor_devices(
 
 def test_sigterm_ends_a_run_after_the_unit_at_hand(command, whole, tmp_path):
   expected, _ = whole("webdataset")
-  more = [f"--output_dir={tmp_path}", "--output_format=webdataset"]
+  more = [f"--output_dir={tmp_path}", *format_flags("webdataset")]
   process = subprocess.Popen(
     [*command, *more],
     stdout=subprocess.DEVNULL,
@@ -227,7 +266,7 @@ def test_a_full_disk_is_said_in_one_line_and_a_restart_continues(
 ):
   expected, _ = whole("webdataset")
   size = max(path.stat().st_size for path in expected.glob("*.tar"))
-  more = [f"--output_dir={tmp_path}", "--output_format=webdataset"]
+  more = [f"--output_dir={tmp_path}", *format_flags("webdataset")]
   limited = ["bash", "-c", f'ulimit -f {size // 2 // 1024}; exec "$@"', "bash"]
   done = run([*limited, *command], *more)
   assert done.returncode == 1, done.stderr

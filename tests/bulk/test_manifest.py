@@ -111,13 +111,17 @@ def test_lines_of_a_unit_that_comes_out_differently_are_exchanged(
   assert to_do(directory, images) == []
 
 
-def test_failed_images_are_remembered(directory, images):
+def test_units_with_failures_are_tried_again(directory, images):
   with manifest.Manifest(directory, images) as opened:
     lines = [{"index": i, "error": "NaN"} for i in images.indices(0)]
     opened.append(0, lines)
+    assert opened.units_to_do == [1, 2, 3]  # not in the same process
+    opened.append(1, make_unit(directory, images, 1))
   with manifest.Manifest(directory, images) as opened:
-    assert opened.failed_images == [0, 1, 2]
-    assert opened.units_to_do == [1, 2, 3]
+    assert opened.units_to_do == [0, 2, 3]
+    assert opened.count() == (10, 3)
+    opened.append(0, make_unit(directory, images, 0))
+  assert to_do(directory, images) == [2, 3]
 
 
 def test_hosts_have_their_own_manifests(directory, images):
@@ -148,10 +152,12 @@ def test_temporary_files_of_a_killed_process_go_away(directory, images):
   assert not directory.temporary("x").exists()
 
 
-def claim(directory, identity=None, *, new_files=(), overwrite=False):
-  manifest.claim(
+def claim(directory, identity=None, *, new_files=(), overwrite=False, **values):
+  return manifest.claim(
     directory,
     IDENTITY | (identity or {}),
+    start=values.pop("start", {"available_bytes": 1, "left_out": []}),
+    **values,
     new_files=new_files,
     overwrite=overwrite,
   )
@@ -167,6 +173,26 @@ def test_a_directory_belongs_to_one_run(directory):
   ):
     claim(directory, {"seed": 2})
   assert (directory.path / "run.json").read_bytes() == before
+
+
+def test_what_a_run_began_with_stays(directory):
+  begin = {"available_bytes": 5, "left_out": [{"item": 3, "images": 1}]}
+  assert manifest.read_run(directory) is None
+  run = claim(directory, start=begin)
+  assert run == IDENTITY | begin | {"repairs": []}
+  assert claim(directory) == run == manifest.read_run(directory)
+
+
+def test_mended_lines_are_added_and_stay_as_they_are(directory):
+  claim(directory)
+  first = {"items": [3], "requests_sha256": "a"}
+  second = {"items": [1], "requests_sha256": "b"}
+  assert claim(directory, repairs=[first])["repairs"] == [first]
+  assert claim(directory, repairs=[first, second])["repairs"] == [first, second]
+  assert manifest.read_run(directory)["repairs"] == [first, second]
+  changed = first | {"requests_sha256": "c"}
+  with pytest.raises(FileExistsError, match="were mended have changed since"):
+    claim(directory, repairs=[changed, second])
 
 
 def test_files_of_others_are_not_overwritten(directory):

@@ -30,7 +30,10 @@ def pipe(request, tokenizer):
 def describe(pipe, settings, **values):
   image = plan.Image(9, "a cät", "", 5, 2, settings, {})._replace(**values)
   run = metadata.describe_run(
-    pipe, epath.Path("/models/tiny"), "ab" * 32, {"dtype": "float32"}
+    pipe,
+    epath.Path("/models/tiny"),
+    {"checkpoint_sha256": "ab" * 32},
+    {"dtype": "float32"},
   )
   return metadata.describe_image(pipe, image, {**run, "batch_size": 4}), run
 
@@ -69,6 +72,8 @@ def test_differences_are_named(pipe):
   first, second = metadata.differences(description, changed)
   assert "gives another model: checkpoint_sha256 was abab" in first
   assert "dtype was float32, is bfloat16" in second
+  (only,) = metadata.differences(description, run | {"lora_sha256": ["ef"]})
+  assert "--lora is another: lora_sha256 was None, is ['ef']" in only
   older = {k: v for k, v in description.items() if k != "jax"}
   (only,) = metadata.differences(older, run)
   assert "jax was None" in only

@@ -134,6 +134,46 @@ def test_seeds_and_numbers_of_images():
   ]
 
 
+def test_bad_lines_keep_numbers_free(random_plan):
+  rng = np.random.default_rng(0)
+  items = list(random_plan.items)
+  bad = set(rng.choice(len(items), 10, replace=False).tolist())
+  for i in bad:
+    items[i] = requests.Problem("f", i + 1, "no", items[i].count)
+  p = plan.make_plan(
+    items,
+    seed=random_plan.seed,
+    batch_size=random_plan.batch_size,
+    images_per_unit=random_plan.images_per_unit,
+  )
+  assert p.num_images == random_plan.num_images
+  bad_prompts = {f"prompt {i}" for i in bad}
+  expected = [i for i in random_plan.images() if i.prompt not in bad_prompts]
+  assert list(p.images()) == expected
+  assert sorted(images(units(p))) == expected
+  # Mended, they follow in units of their own.
+  generations = [int(i in bad) for i in range(len(items))]
+  mended = plan.make_plan(
+    random_plan.items,
+    generations=generations,
+    seed=random_plan.seed,
+    batch_size=random_plan.batch_size,
+    images_per_unit=random_plan.images_per_unit,
+  )
+  assert units(mended, range(p.num_units)) == units(p)
+  assert mended.fingerprint() == p.fingerprint()
+  assert mended.fingerprint(1) != p.fingerprint(1)
+  assert list(mended.images()) == list(random_plan.images())
+  late = images(units(mended, range(p.num_units, mended.num_units)))
+  assert {image.prompt for image in late} == bad_prompts
+  count = mended.num_units - p.num_units
+  assert mended.unit_name(0) == f"images-00000-of-{p.num_units:05d}"
+  assert mended.unit_name(p.num_units) == f"repaired-1-00000-of-{count:05d}"
+  assert [k.size for k in mended.kinds()][: len(p.kinds())] == [
+    k.size for k in p.kinds()
+  ]
+
+
 @pytest.mark.parametrize(
   "change",
   [
@@ -162,14 +202,14 @@ def test_the_fingerprint_sees_every_change_of_a_request(change):
 @pytest.mark.parametrize(
   ("values", "message"),
   [
-    ({"requests": []}, "There is no prompt"),
+    ({"items": []}, "There is no prompt"),
     ({"batch_size": 0}, r"batch_size \(0\)"),
     ({"images_per_unit": 0}, r"images_per_shard \(0\)"),
     ({"seed": -1}, "seed must be in"),
   ],
 )
 def test_impossible_plans_are_refused(values, message):
-  defaults = {"requests": [requests.Request("f", 1, "a")]}
+  defaults = {"items": [requests.Request("f", 1, "a")]}
   with pytest.raises(ValueError, match=message):
     plan.make_plan(**defaults | values)
 

@@ -31,6 +31,11 @@ def reasons(items) -> dict[int, str]:
   return {i.line: i.reason for i in items if isinstance(i, requests.Problem)}
 
 
+def split(items):
+  good = [i for i in items if isinstance(i, requests.Request)]
+  return good, [i for i in items if isinstance(i, requests.Problem)]
+
+
 def good_lines(items) -> list[int]:
   return [i.line for i in items if isinstance(i, requests.Request)]
 
@@ -109,6 +114,10 @@ def test_bad_json_lines_are_named_and_the_rest_goes_on(tmp_path):
       '{"prompt": "a", "image_index": -1, "num_images_per_prompt": 5}',
       "image_index must be",
     ),
+    20: ('{"prompt": "a", "image": ""}', "image: expected the path of a"),
+    21: ('{"prompt": "a", "num_inference_steps": "2"}', "number, got '2'"),
+    22: ('{"prompt": "a", "guidance_interval": "0.2"}', "numbers, got '0.2'"),
+    23: ('{"prompt": "a", "height": 1e400}', "whole number, got inf"),
   }
   good = '{"prompt": "a", "seed": null, "height": 8.0, "width": null}'
   lines = [good, *(line for line, _ in bad.values()), "", good]
@@ -123,6 +132,22 @@ def test_bad_json_lines_are_named_and_the_rest_goes_on(tmp_path):
     assert reason in found[line]
   problem = next(i for i in items if isinstance(i, requests.Problem))
   assert str(problem).startswith(f"{path}:2: broken JSON")
+
+
+def test_bad_lines_leave_room_for_the_images_that_they_would_make(tmp_path):
+  path = tmp_path / "a.jsonl"
+  path.write_text(
+    '{"prompt": "a", "num_images_per_prompt": 4, "sed": 1}\n'
+    '{"prompt": "a", "num_images_per_prompt": 5, "seed": -1}\n'
+    '{"prompt": "a", "num_images_per_prompt": "6"}\n'
+    '{"prompt": "a", "num_images_per_prompt": 0}\n'
+    '{"prompt": "a", "num_images_per_prompt": 1000000, "seed": -1}\n'
+    '{"prompt": "a", "num_images_per_prompt": 7'
+  )
+  assert [i.count for i in read(path, count=2)] == [4, 5, 2, 2, 2, 2]
+  with (tmp_path / "a.csv").open("w") as file:
+    file.write("prompt,num_images_per_prompt,seed\na,3,x\na,4,-1\na,y,\n")
+  assert [i.count for i in read(tmp_path / "a.csv")] == [3, 4, 1]
 
 
 def test_bad_csv_rows_are_named_by_their_first_line(tmp_path):
@@ -224,7 +249,9 @@ def test_what_a_checkpoint_refuses_is_found_once_for_each_kind():
       raise ValueError("height 7 is odd.")
     return (("height", 8),)
 
-  good, problems = requests.usable(rows, resolve)
+  items = requests.usable(rows, resolve)
+  assert [i.line for i in items] == [1, 2, 3, 4]
+  good, problems = split(items)
   assert asked == [1, 2, 4]
   assert [(r.line, r.settings) for r in good] == [
     (1, (("height", 8),)),
@@ -251,7 +278,7 @@ def test_a_line_with_a_picture_that_cannot_be_read_is_left_out(tmp_path):
     ratios.append(ratio)
     return request.settings
 
-  good, problems = requests.usable(rows, resolve)
+  good, problems = split(requests.usable(rows, resolve))
   assert [r.line for r in good] == [1]
   assert ratios == [0.5]
   assert "f:2: cannot read" in str(problems[0])

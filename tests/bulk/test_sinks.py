@@ -33,7 +33,10 @@ def samples(rng, count=5):
 def sink(path, output_format):
   path.mkdir(exist_ok=True)
   return sinks.make_sink(
-    output_format, storage.Directory(path), num_images=100, num_units=7
+    output_format,
+    storage.Directory(path),
+    num_images=100,
+    unit_name=lambda number: f"images-{number:05d}-of-00007",
   )
 
 

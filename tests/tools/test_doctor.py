@@ -1,7 +1,6 @@
 """The doctor finds every planted fault, nothing else, and changes nothing."""
 
 import hashlib
-import io
 import json
 import re
 
@@ -13,78 +12,7 @@ from sana_jax.data import sources
 from sana_jax.tools import contact_sheet, diagnosis, doctor
 from tests import pictures
 
-SIDE = 520  # A little more than the square bucket of 512.
-
-
-def planted(rng):
-  """A folder's files, and (code, key) of every fault in it."""
-
-  def picture(height=SIDE, width=SIDE):
-    return pictures.picture(rng, height, width)
-
-  def sixteen_bit():
-    values = np.asarray(picture().convert("L"), np.uint16) * 257
-    return pictures.encode(PIL.Image.fromarray(values), "PNG")
-
-  def animation():
-    buffer = io.BytesIO()
-    first, second = (picture().quantize(16) for _ in range(2))
-    first.save(buffer, "GIF", save_all=True, append_images=[second])
-    return buffer.getvalue()
-
-  exif = PIL.Image.Exif()
-  exif[0x0112] = 6
-  twin = picture()
-  whole = pictures.encode(picture())
-  files = {
-    "healthy.jpg": pictures.encode(picture()),
-    "wide 猫.webp": pictures.encode(picture(SIDE, 780), "WEBP"),
-    "truncated.jpg": whole[: len(whole) * 2 // 3],
-    "no_image.jpg": rng.bytes(2000),
-    "zero.png": b"",
-    "cmyk.jpg": pictures.encode(picture().convert("CMYK")),
-    "sixteen.png": sixteen_bit(),
-    "palette.png": pictures.encode(picture().quantize(64), "PNG"),
-    "moving.gif": animation(),
-    "really_a.png": pictures.encode(picture()),
-    "turned.jpg": pictures.encode(picture(SIDE, 700), exif=exif),
-    "ten_to_one.jpg": pictures.encode(picture(300, 3000)),
-    "tiny.jpg": pictures.encode(picture(90, 90)),
-    "twin_a.png": pictures.encode(twin, "PNG"),
-    "twin_b.jpg": pictures.encode(twin, quality=70),
-    "long.jpg": pictures.encode(picture()),
-    "empty.jpg": pictures.encode(picture()),
-    "bare.jpg": pictures.encode(picture()),
-    "garbled.jpg": pictures.encode(picture()),
-  }
-  for name in list(files):
-    stem = name.rpartition(".")[0]
-    files[f"{stem}.txt"] = f"a <b>picture</b> of {stem[:6]}".encode()
-  files["long.txt"] = b"cat " * 20_000
-  files["empty.txt"] = b" \n"
-  files["garbled.txt"] = b"\xff\xfe"
-  files["lonely.txt"] = b"nobody"
-  del files["bare.txt"]
-  faults = {
-    ("truncated", "truncated"),
-    ("unreadable", "no_image"),
-    ("unreadable", "zero"),
-    ("cmyk", "cmyk"),
-    ("sixteen_bit", "sixteen"),
-    ("palette", "palette"),
-    ("animated", "moving"),
-    ("wrong_extension", "really_a"),
-    ("rotated", "turned"),
-    ("extreme_aspect", "ten_to_one"),
-    ("tiny", "tiny"),
-    ("duplicate", "twin_b"),
-    ("long_caption", "long"),
-    ("empty_caption", "empty"),
-    ("missing_caption", "bare"),
-    ("unreadable_record", "garbled"),
-    ("orphan", "lonely.txt"),
-  }
-  return files, faults
+SIDE = pictures.SIDE
 
 
 def found(report):
@@ -110,7 +38,7 @@ def checksums(root):
 
 
 def test_every_planted_fault_is_found_in_every_format(tmp_path, rng, capsys):
-  files, faults = planted(rng)
+  files, faults = pictures.planted(rng)
   folder = pictures.write_folder(tmp_path / "folder", files)
   pictures.write_tar(tmp_path / "tars" / "0.tar", files)
   before = checksums(tmp_path)
@@ -133,7 +61,7 @@ def test_every_planted_fault_is_found_in_every_format(tmp_path, rng, capsys):
 
 
 def test_the_report_counts_buckets_and_escapes_captions(tmp_path, rng, capsys):
-  files, _ = planted(rng)
+  files, _ = pictures.planted(rng)
   folder = pictures.write_folder(tmp_path / "folder", files)
   code, out, _ = run(
     capsys,

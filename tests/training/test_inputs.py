@@ -12,6 +12,7 @@ from sana_jax.data import (
   buckets,
   captions,
   loader,
+  opening,
   readers,
   records,
   sampler,
@@ -21,6 +22,7 @@ from sana_jax.data import cache as cache_lib
 from sana_jax.pipeline import training_run
 from sana_jax.training import inputs, text_to_image
 from tests import caches, tiny
+from tests import pictures as picture_files
 from tests.precompute import sources
 
 COUNT, SIDE = 24, 32
@@ -44,6 +46,43 @@ def cache(checkpoint, pictures, tmp_path_factory):
   path = tmp_path_factory.mktemp("cache")
   caches.make_cache(path, checkpoint, pictures, SIDE)
   return path
+
+
+def test_broken_pictures_are_left_out_and_counted(checkpoint, tmp_path, rng):
+  files, _ = picture_files.planted(rng)
+  picture_files.write_folder(tmp_path, files)
+  config = make_config(checkpoint, path=str(tmp_path), verify=True)
+  opened = opening.open_pictures(
+    config.data,
+    multiple=4,
+    tokenize=lambda text: {"length": np.array([len(text)])},
+    batch_size=4,
+    seed=0,
+  )
+  # Truncated, no image, no bytes, and a caption that is not text.
+  (report,) = opened.reports
+  assert (report.read, report.used) == (19, 15)
+  assert sum(report.skipped.values()) == 4
+  seen = next(iter(opened.batches(loader.Host(), 0)))
+  assert seen["images"].shape == (4, SIDE, SIDE, 3)
+
+
+def test_a_broken_picture_stops_a_run_that_did_not_look(
+  checkpoint, tmp_path, rng
+):
+  files, _ = picture_files.planted(rng)
+  kept = {n: c for n, c in files.items() if n.startswith("truncated")}
+  picture_files.write_folder(tmp_path, kept)
+  config = make_config(checkpoint, path=str(tmp_path))
+  opened = opening.open_pictures(
+    config.data,
+    multiple=4,
+    tokenize=lambda text: {"length": np.array([len(text)])},
+    batch_size=4,
+    seed=0,
+  )
+  with pytest.raises(ValueError, match="truncated: .*set data.verify=True"):
+    next(iter(opened.batches(loader.Host(), 0)))
 
 
 def make_config(checkpoint, **data) -> config_lib.TextToImageConfig:
