@@ -74,6 +74,13 @@ class Finished:
       ) from error
 
 
+class _Unreadable(NamedTuple):
+  """A record that cannot be read, and why."""
+
+  key: str
+  reason: str
+
+
 class _Example(NamedTuple):
   """A record of the source as it goes into the shard, but for text states."""
 
@@ -200,11 +207,15 @@ class Maker(NamedTuple):
     """Reads and fits batches, one ahead of the one that is encoded."""
 
     def read(batch: plan_lib.Batch):
-      found = self.source.__getitems__(list(batch.indices))
       shape = self.plan.shapes[batch.bucket]
-      return batch, list(
-        workers.map(lambda record: (record, self.fit(record, shape)), found)
-      )
+
+      def fit(found: records.Record | _Unreadable):
+        if isinstance(found, _Unreadable):
+          return records.Record(found.key, b"", ()), found.reason
+        return found, self.fit(found, shape)
+
+      found = _read(self.source, batch.indices)
+      return batch, list(workers.map(fit, found))
 
     with (
       futures.ThreadPoolExecutor(1) as reader,
@@ -304,6 +315,25 @@ def _write_null_caption(
   buffer = io.BytesIO()
   np.save(buffer, encoders.null_caption().view(np.uint16))
   directory.write(cache.NULL_CAPTION, buffer.getvalue())
+
+
+def _read(
+  source: records.Source, indices: Sequence[int]
+) -> list[records.Record | _Unreadable]:
+  """Reads records together, or one by one where one of them cannot be."""
+  try:
+    return list(source.__getitems__(list(indices)))
+  except (OSError, ValueError):
+    return [_read_one(source, index) for index in indices]
+
+
+def _read_one(
+  source: records.Source, index: int
+) -> records.Record | _Unreadable:
+  try:
+    return source[index]
+  except (OSError, ValueError) as error:
+    return _Unreadable(_key(source, index), str(error))
 
 
 def _key(source: records.Source, index: int) -> str:

@@ -10,7 +10,7 @@ import pytest
 from sana_jax import storage
 from sana_jax.data import cache, cache_manifest
 from sana_jax.precompute import finalise, job, report, task
-from tests import tiny
+from tests import pictures, tiny
 from tests.precompute import sources
 
 COUNT = 11
@@ -229,3 +229,25 @@ def test_equal_pictures_have_a_psnr_of_100(rng):
 def test_the_filter_is_that_of_the_reference(side, resample, expected):
   what = make_task("x", image_size=side, resample=resample)
   assert what.filter == expected
+
+
+def test_a_folder_of_broken_files_becomes_a_cache(checkpoint, tmp_path, rng):
+  files, _ = pictures.planted(rng)
+  pictures.write_folder(tmp_path / "planted", files)
+  prepared = job.prepare(
+    task.Task(
+      source=str(tmp_path / "planted"),
+      checkpoint=str(checkpoint),
+      image_size=32,
+      buckets="square",
+    )
+  )
+  outcome = job.run(prepared, tmp_path / "cache", started=time.monotonic())
+  assert outcome.skipped == 4
+  source = cache.CachedSource(tmp_path / "cache")
+  assert len(source) == len(prepared.maker.source) - 4
+  reasons = source.manifest.skipped
+  assert {key for key in reasons if not key.startswith("record")} == {
+    *("no_image", "truncated", "zero"),
+  }
+  assert any("garbled.txt is not UTF-8" in why for why in reasons.values())
