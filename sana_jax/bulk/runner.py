@@ -75,12 +75,12 @@ class Runner:
       futures.ThreadPoolExecutor(os.cpu_count()) as encoders,
     ):
       written: list[futures.Future] = []
+      # Where this process began must not show: in batches of one size, what
+      # the encoder makes of a prompt does not depend on the others.
+      self.pipe.prompt_batch_size = self.plan.batch_size
       for number in self.manifest.units_to_do:
         if self.stop():
           break
-        # What was encoded before depends on where this process began; bits
-        # of the encoder's result may depend on what is encoded together.
-        self.pipe.forget_prompts()
         unit = _UnitRun(self, self.plan.unit(number), encoders)
         failed += unit.make(background, written)
       _wait(written)

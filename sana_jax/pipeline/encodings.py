@@ -34,12 +34,14 @@ class EncodingCache:
     complex_human_instruction: Sequence[str] | None,
     max_sequence_length: int,
     lowercase: bool,
+    batch_size: int | None,
   ) -> Condition:
-    """Returns one row a prompt; encodes those that are new, in one batch.
+    """Returns one row a prompt; encodes those that are new.
 
     Args:
-      encode: called with (input_ids, attention_mask) of the new prompts, filled
-        up to a power of two so that few sizes are compiled.
+      encode: called with (input_ids, attention_mask) of new prompts.
+      batch_size: how many at a time, the last ones filled up; None: all in one
+        batch, filled up to a power of two so that few sizes are compiled.
       encoder: rows made with another encoder are forgotten.
     """
     settings = (
@@ -53,8 +55,10 @@ class EncodingCache:
     wanted = {prompt: (prompt, settings) for prompt in prompts}
     new = [p for p, key in wanted.items() if key not in self._rows]
     found = {p: self._rows[k] for p, k in wanted.items() if k in self._rows}
-    if new:
-      filled = new + new[-1:] * ((1 << (len(new) - 1).bit_length()) - len(new))
+    size = batch_size or 1 << max(len(new) - 1, 0).bit_length()
+    for start in range(0, len(new), size):
+      batch = new[start : start + size]
+      filled = batch + batch[-1:] * (size - len(batch))
       tokens = text.tokenize_prompts(
         tokenizer,
         filled,
@@ -63,7 +67,7 @@ class EncodingCache:
         lowercase=lowercase,
       )
       arrays = [np.asarray(array) for array in encode(*tokens)]
-      found |= {p: tuple(a[i] for a in arrays) for i, p in enumerate(new)}
+      found |= {p: tuple(a[i] for a in arrays) for i, p in enumerate(batch)}
     for prompt, key in wanted.items():
       # A copy: a row must not keep the whole batch alive.
       self._rows.setdefault(key, tuple(a.copy() for a in found[prompt]))

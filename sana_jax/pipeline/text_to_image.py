@@ -54,6 +54,8 @@ class SanaPipeline:
       whole if that fits.
     memory: what may be done to fit into the memory of the devices.
     devices: None: all devices of this process.
+    prompt_batch_size: encodes so many prompts at a time, filled up, so that
+      what one gives does not depend on the others; None: all new ones at once.
   """
 
   tokenizer: text.Tokenizer
@@ -72,6 +74,7 @@ class SanaPipeline:
   tiling: tiling_lib.Tiling | None = None
   memory: memory_lib.Policy = memory_lib.Policy()
   devices: Sequence[jax.Device] | None = None
+  prompt_batch_size: int | None = None
 
   def __post_init__(self):
     checks.check_components(
@@ -144,10 +147,6 @@ class SanaPipeline:
       ValueError: `tokenizer_directory` is None.
     """
     files.save(path, self)
-
-  def forget_prompts(self) -> None:
-    """Forgets the states of prompts, which are kept for calls to come."""
-    self._encodings = encodings.EncodingCache()
 
   @property
   def used_devices(self) -> list[jax.Device]:
@@ -493,6 +492,7 @@ class SanaPipeline:
       complex_human_instruction=instruction,
       max_sequence_length=settings.max_sequence_length,
       lowercase=settings.lowercase,
+      batch_size=self.prompt_batch_size,
     )
     checks.check_finite("text encoder", condition.states)
     return condition

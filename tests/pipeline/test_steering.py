@@ -536,3 +536,14 @@ def test_settings_a_checkpoint_was_not_made_for_warn(
 def test_sprint_refuses_what_needs_a_second_branch(sprint):
   with pytest.raises(ValueError, match="pag_scale cannot be used"):
     sprint("a cat", pag_scale=2.0)
+
+
+def test_in_batches_of_one_size_a_prompt_does_not_feel_the_others(tokenizer):
+  pipe = tiny.make_pipeline(tokenizer)
+  pipe.prompt_batch_size = 4
+  prompts = ["a cat", "a red apple", "a table", "a green cat on a table", "a"]
+  together = pipe.encode_prompt(prompts)
+  fresh = dataclasses.replace(pipe)
+  for i in (3, 0, 4):
+    alone = fresh.encode_prompt([prompts[i]])
+    np.testing.assert_array_equal(alone.states[0], together.states[i])
