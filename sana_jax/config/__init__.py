@@ -8,6 +8,7 @@ from sana_jax.config.base import (
   Config,
   from_dict,
 )
+from sana_jax.config.data import DataConfig, SourceConfig
 from sana_jax.config.models import (
   DCAEConfig,
   Gemma2Config,
@@ -26,15 +27,13 @@ from sana_jax.config.models import (
   sana_sprint_600m,
   sana_sprint_1600m,
 )
-from sana_jax.config.training import (
+from sana_jax.config.optim import OptimConfig
+from sana_jax.config.recipes import (
   AutoencoderConfig,
-  DataConfig,
   FlowConfig,
-  OptimConfig,
-  SourceConfig,
   TextToImageConfig,
-  TrainConfig,
 )
+from sana_jax.config.training import TrainConfig
 
 __all__ = [
   "AutoencoderConfig",

@@ -5,35 +5,27 @@ log, sample, save. The batch of a step is a pure function of (seed, step), so
 the step number is all a resumed run needs to know about its input.
 """
 
-import json
 import math
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import optax
 from absl import logging
 from etils import epath
 
 from sana_jax import checkpoint, sharding
 from sana_jax import config as config_lib
 from sana_jax.data import loader
-from sana_jax.training import compilations, metrics, optim, preemption
-from sana_jax.training import step as step_lib
-
-# A run may be continued with other values of these; all else must stay.
-_MAY_CHANGE = frozenset(
-  {
-    *("num_steps", "log_every", "checkpoint_every", "checkpoints_to_keep"),
-    *("sample_every", "sample_prompts", "sample_steps"),
-    *("sample_guidance_scale", "mesh.data", "mesh.fsdp", "remat"),
-    *("scan_layers", "data.num_threads", "data.num_workers"),
-    # See `sampler.BatchSampler` for what this changes.
-    "data.sources.*.weight",
-  }
+from sana_jax.training import (
+  compilations,
+  metrics,
+  optim,
+  placement,
+  preemption,
 )
+from sana_jax.training import step as step_lib
+from sana_jax.training import workdir as workdir_lib
 
 
 class Recipe(NamedTuple):
@@ -76,7 +68,7 @@ def train(
   config.freeze()
   workdir = epath.Path(workdir)
   workdir.mkdir(parents=True, exist_ok=True)
-  claim_workdir(config, workdir)
+  workdir_lib.claim(config, workdir)
   mesh = sharding.make_mesh(config.mesh)
   key_init, key_train = jax.random.split(jax.random.key(config.seed))
   tx = optim.make_optimizer(config.optim, config.num_steps)
@@ -85,7 +77,8 @@ def train(
   )
   state, shardings = _restore_or_init(recipe, tx, key_init, mesh, checkpointer)
   frozen = sharding.place(
-    recipe.frozen, frozen_shardings(recipe.frozen, recipe.param_axes, mesh)
+    recipe.frozen,
+    placement.frozen_shardings(recipe.frozen, recipe.param_axes, mesh),
   )
   train_step = jax.jit(
     step_lib.make_train_step(recipe.loss_fn, tx, config.ema_decay),
@@ -129,7 +122,9 @@ def _run(
   config: config_lib.TrainConfig, recipe: Recipe, run: _Run
 ) -> step_lib.TrainState:
   state, step = run.state, int(run.state.step)
-  batches = global_batches(recipe.batches, config, run.mesh, first_step=step)
+  batches = placement.global_batches(
+    recipe.batches, config, run.mesh, first_step=step
+  )
   chrono = metrics.Chrono(step, config.num_steps, config.batch_size)
   compiled = compilations.Compilations(recipe.num_shapes, recipe.name_shape)
   with preemption.stop_request() as requested:
@@ -188,7 +183,7 @@ def _restore_or_init(recipe, tx, key, mesh, checkpointer):
   abstract = jax.eval_shape(
     lambda key: step_lib.init_state(recipe.init(key), tx), key
   )
-  shardings = state_shardings(abstract, tx, recipe.param_axes, mesh)
+  shardings = placement.state_shardings(abstract, tx, recipe.param_axes, mesh)
   step = checkpointer.latest_step()
   if step is None:
     logging.info("starting from scratch")
@@ -207,126 +202,6 @@ def _restore_or_init(recipe, tx, key, mesh, checkpointer):
   )
   logging.info("resuming from step %d", step)
   return checkpointer.restore(step, placed), shardings
-
-
-def state_shardings(abstract, tx, param_axes, mesh):
-  """Shards moments and average like their parameters, the rest replicated.
-
-  Optimiser states must be placed explicitly: they start as zeros, which depend
-  on no sharded input, so jit alone would put them all on one device.
-  """
-  params = {
-    name: sharding.param_shardings(module, param_axes[name], mesh)
-    for name, module in abstract.params.items()
-  }
-  replicated = sharding.replicated(mesh)
-  opt_state = optax.tree.map_params(
-    tx,
-    lambda _, place: place,
-    abstract.opt_state,
-    params,
-    transform_non_params=lambda _: replicated,
-  )
-  return step_lib.TrainState(replicated, params, params, opt_state)
-
-
-def frozen_shardings(frozen, param_axes, mesh):
-  """Shards frozen components like trained ones; what has no rows is whole."""
-  replicated = sharding.replicated(mesh)
-  return {
-    name: sharding.param_shardings(arrays, param_axes[name], mesh)
-    if name in param_axes
-    else jax.tree.map(lambda _: replicated, arrays)
-    for name, arrays in frozen.items()
-  }
-
-
-def global_batches(
-  batches: loader.HostBatches,
-  config: config_lib.TrainConfig,
-  mesh: jax.sharding.Mesh,
-  *,
-  first_step: int,
-) -> Iterator[Any]:
-  """Yields the batches of step `first_step`, `first_step` + 1, ...
-
-  Every process reads its rows of a batch, in the order of the processes; the
-  global batch of a step is the same whatever their number.
-
-  Raises:
-    ValueError: the batch does not divide over the devices.
-  """
-  if config.batch_size % mesh.size:
-    raise ValueError(
-      f"batch_size ({config.batch_size}) must be a multiple of the number of "
-      f"devices ({mesh.size})."
-    )
-  host = loader.Host(
-    jax.process_index(),
-    jax.process_count(),
-    config.data.num_threads,
-    config.data.num_workers,
-  )
-  place = sharding.batch_sharding(mesh)
-  for batch in batches(host, first_step):
-    yield jax.tree.map(
-      lambda x: jax.make_array_from_process_local_data(place, x), batch
-    )
-
-
-def claim_workdir(config: config_lib.TrainConfig, workdir: epath.Path) -> None:
-  """Writes config.json, or checks that the run there is this run.
-
-  Raises:
-    ValueError: it is another; all differences are listed.
-  """
-  path = workdir / "config.json"
-  ours = _flatten(json.loads(config.to_json()))
-  if path.exists():
-    # A run of an earlier version had what are the defaults of newer fields.
-    theirs = _flatten(json.loads(type(config)().to_json()))
-    theirs |= _flatten(json.loads(path.read_text()))
-    differing = [
-      f"{name} ({theirs.get(name)} there, {ours.get(name)} here)"
-      for name in sorted(ours.keys() | theirs.keys())
-      if re.sub(r"\.\d+\.", ".*.", name) not in _MAY_CHANGE
-      and ours.get(name) != theirs.get(name)
-    ]
-    if differing:
-      raise ValueError(
-        f"{workdir} holds a run with another config; differing: "
-        f"{', '.join(differing)}. Use another --workdir, or the same values."
-      )
-    before = theirs["num_steps"]
-    if before != config.num_steps and config.optim.schedule == "cosine":
-      logging.warning(
-        "num_steps was %d, now %d: the learning rate jumps to the cosine that "
-        "ends there",
-        *(before, config.num_steps),
-      )
-  if jax.process_index() == 0:
-    # Renamed into place: neither another process nor a run that follows a
-    # killed one sees half a file.
-    partial = workdir / "config.json.partial"
-    partial.write_text(config.to_json())
-    partial.replace(path)
-
-
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-  """Turns nested dicts into one with names such as "optim.peak_lr".
-
-  Dicts in lists are named by their place: "data.sources.0.path".
-  """
-  flat = {}
-  for name, value in values.items():
-    # An empty list is one of dicts, too, and has no names.
-    if isinstance(value, list) and (not value or isinstance(value[0], dict)):
-      value = {str(place): item for place, item in enumerate(value)}
-    if isinstance(value, dict):
-      flat |= _flatten(value, f"{prefix}{name}.")
-    else:
-      flat[prefix + name] = value
-  return flat
 
 
 def _check_finite(step: int, scalars: dict[str, Any]) -> None:

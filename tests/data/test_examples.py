@@ -7,7 +7,7 @@ import pytest
 from sana_jax import config as config_lib
 from sana_jax import sharding
 from sana_jax.data import emoji, examples, loader
-from sana_jax.training import loop
+from sana_jax.training import placement
 
 HELDOUT = 80
 
@@ -90,7 +90,7 @@ def test_processes_read_one_global_batch_between_them(
       jax, "make_array_from_process_local_data", lambda _, values: values
     )
     numbers = dataset.map(lambda item: {"n": item["latents"][0, 0, 0]})
-    batches = loop.global_batches(
+    batches = placement.global_batches(
       loader.example_batches(numbers, 8), config, mesh, first_step=3
     )
     return [next(batches)["n"] for _ in range(3)]

@@ -15,6 +15,7 @@ from sana_jax import config as config_lib
 from sana_jax.data import loader
 from sana_jax.nn import layers
 from sana_jax.training import loop
+from sana_jax.training import workdir as workdir_lib
 
 AXES = (("kernel", ("embed", None)), ("bias", (None,)))
 
@@ -161,27 +162,27 @@ def test_the_weights_of_sources_may_change_and_nothing_else_of_them(tmp_path):
     )
     return make_config(data=config_lib.DataConfig(sources=sources))
 
-  loop.claim_workdir(config(1.0, 2.0), tmp_path)
-  loop.claim_workdir(config(1.5, 0.1), tmp_path)
+  workdir_lib.claim(config(1.0, 2.0), tmp_path)
+  workdir_lib.claim(config(1.5, 0.1), tmp_path)
   with pytest.raises(
     ValueError, match=r"data.sources.0.path \(a there, b here"
   ):
-    loop.claim_workdir(config(1.0, 2.0, path="b"), tmp_path)
+    workdir_lib.claim(config(1.0, 2.0, path="b"), tmp_path)
   with pytest.raises(ValueError, match=r"data.sources.2.path \(None there"):
-    loop.claim_workdir(config(1.0, 2.0, 3.0), tmp_path)
+    workdir_lib.claim(config(1.0, 2.0, 3.0), tmp_path)
 
 
 def test_a_run_of_a_version_without_some_fields_goes_on(tmp_path):
   path = tmp_path / "config.json"
-  loop.claim_workdir(make_config(), tmp_path)
+  workdir_lib.claim(make_config(), tmp_path)
   values = json.loads(path.read_text())
   del values["data"]["max_buckets"]
   path.write_text(json.dumps(values))
-  loop.claim_workdir(make_config(), tmp_path)
+  workdir_lib.claim(make_config(), tmp_path)
   path.write_text(json.dumps(values))
   other = make_config(data=config_lib.DataConfig(max_buckets=3))
   with pytest.raises(ValueError, match=r"max_buckets \(10 there, 3 here\)"):
-    loop.claim_workdir(other, tmp_path)
+    workdir_lib.claim(other, tmp_path)
 
 
 def test_each_shape_of_batches_is_compiled_once(tmp_path, caplog):

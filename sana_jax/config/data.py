@@ -1,0 +1,153 @@
+"""What a run is trained on."""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+
+from sana_jax.config.base import Config, require
+
+CAPTION_METHODS = (
+  *("first", "random", "proportion"),
+  *("clip_power", "clip_softmax"),
+)
+_OF_EMOJI = (
+  *("data_dir", "split"),
+  *("keyword_probability", "keywords_only_probability"),
+)
+_OF_FITTING = ("buckets", "crop", "random_flip", "verify")
+_OF_CAPTIONS = (
+  *("caption_method", "caption_temperature", "caption_threshold"),
+  "caption_proportions",
+)
+# Fields of DataConfig that do nothing, by where the data are from.
+_NO_EFFECT = {
+  "emoji": (*_OF_FITTING, *_OF_CAPTIONS),
+  "path": _OF_EMOJI,
+  "sources": _OF_EMOJI,
+  "cache": (*_OF_EMOJI, *_OF_FITTING),
+}
+
+
+@dataclasses.dataclass(kw_only=True)
+class SourceConfig(Config):
+  """Captioned pictures in one place.
+
+  Args:
+    kind: of files; "auto" looks at them.
+    split: of a data set that has splits.
+    weight: share of the samples, relative to the other sources.
+  """
+
+  path: str = ""
+  kind: str = "auto"
+  split: str | None = None
+  weight: float = 1.0
+
+
+@dataclasses.dataclass(kw_only=True)
+class DataConfig(Config):
+  """Captioned images: the bundled emoji, one's own pictures, or a cache.
+
+  With neither `path`, `sources` nor `cache`, it is the emoji.
+
+  Args:
+    data_dir: of emoji, the TFDS version directory; None: the bundled one.
+    split: of emoji, "train" or "heldout".
+    image_size: side in pixels of a square picture; emoji of another size are
+      an error.
+    keyword_probability: of emoji, share of captions that get keywords appended.
+    keywords_only_probability: of emoji, share of captions of keywords alone.
+    path: where pictures are, when they are in one place.
+    sources: where they are, when they are in several.
+    cache: directory of latents and text states that were computed before; no
+      picture is read, no encoder is run.
+    buckets: "square", or "aspect": pictures keep about their aspect ratio, and
+      about the area of the square; a cache has its own.
+    max_buckets: only so many shapes, the fullest, are kept: each is compiled.
+    caption_method: which of a picture's captions is taken; see
+      `sana_jax.data.captions`.
+    caption_temperature: of the methods that draw by score.
+    caption_threshold: captions of a lower score are not drawn.
+    caption_proportions: weight of every caption name.
+    crop: "center" or "random".
+    random_flip: True mirrors every other picture.
+    verify: decode every picture once before training, and leave out those that
+      are broken; False reads their headers only, and a picture that turns out
+      to be broken stops the run.
+    num_threads: that read and decode on a host; with workers, on each.
+    num_workers: processes that read and decode; 0: none but this one.
+  """
+
+  data_dir: str | None = None
+  split: str = "train"
+  image_size: int = 64
+  keyword_probability: float = 0.0
+  keywords_only_probability: float = 0.0
+  path: str | None = None
+  sources: tuple[SourceConfig, ...] = ()
+  cache: str | None = None
+  buckets: str = "square"
+  max_buckets: int = 10
+  caption_method: str = "first"
+  caption_temperature: float = 1.0
+  caption_threshold: float = 0.0
+  caption_proportions: dict[str, float] = dataclasses.field(
+    default_factory=dict
+  )
+  crop: str = "center"
+  random_flip: bool = False
+  verify: bool = False
+  num_threads: int = 4
+  num_workers: int = 0
+
+  @property
+  def places(self) -> tuple[SourceConfig, ...]:
+    """The sources of pictures, however they were given."""
+    return (
+      self.sources if self.path is None else (SourceConfig(path=self.path),)
+    )
+
+  def validate(self) -> None:
+    problems = [*self._misplaced(), *self._out_of_range()]
+    require(not problems, f"{'; '.join(problems)}.")
+
+  def _misplaced(self) -> Iterator[str]:
+    given = [n for n in ("path", "sources", "cache") if getattr(self, n)]
+    if len(given) > 1:
+      yield f"set one of data.path, data.sources and data.cache, got {given}"
+    # What would have no effect is a misunderstanding.
+    of = given[0] if given else "emoji"
+    defaults = DataConfig()
+    for name in _NO_EFFECT[of]:
+      if getattr(self, name) != getattr(defaults, name):
+        what = "the bundled emoji" if of == "emoji" else f"data.{of}"
+        yield f"data.{name} has no effect on {what}: leave it out"
+    for number, source in enumerate(self.sources):
+      name = f"data.sources[{number}]"
+      if not source.path:
+        yield f"{name}.path is empty"
+      if not 0 < source.weight < math.inf:
+        yield f"{name}.weight must be a positive number, got {source.weight}"
+
+  def _out_of_range(self) -> Iterator[str]:
+    choices = {
+      "buckets": ("square", "aspect"),
+      "crop": ("center", "random"),
+      "caption_method": CAPTION_METHODS,
+    }
+    for name, values in choices.items():
+      if getattr(self, name) not in values:
+        yield (
+          f"data.{name} must be one of {values}, got {getattr(self, name)!r}"
+        )
+    for name, least in (
+      *(("image_size", 1), ("max_buckets", 1)),
+      *(("num_threads", 0), ("num_workers", 0)),
+    ):
+      if getattr(self, name) < least:
+        yield f"data.{name} must be at least {least}, got {getattr(self, name)}"
+    if not 0 < self.caption_temperature < math.inf:
+      yield (
+        "data.caption_temperature must be a positive number, got "
+        f"{self.caption_temperature}"
+      )

@@ -1,0 +1,78 @@
+"""A work directory belongs to one run."""
+
+import json
+import re
+from typing import Any
+
+import jax
+from absl import logging
+from etils import epath
+
+from sana_jax import config as config_lib
+
+# A run may be continued with other values of these; all else must stay.
+_MAY_CHANGE = frozenset(
+  {
+    *("num_steps", "log_every", "checkpoint_every", "checkpoints_to_keep"),
+    *("sample_every", "sample_prompts", "sample_steps"),
+    *("sample_guidance_scale", "mesh.data", "mesh.fsdp", "remat"),
+    *("scan_layers", "data.num_threads", "data.num_workers"),
+    # See `sampler.BatchSampler` for what this changes.
+    "data.sources.*.weight",
+  }
+)
+
+
+def claim(config: config_lib.TrainConfig, workdir: epath.Path) -> None:
+  """Writes config.json, or checks that the run there is this run.
+
+  Raises:
+    ValueError: it is another; all differences are listed.
+  """
+  path = workdir / "config.json"
+  ours = _flatten(json.loads(config.to_json()))
+  if path.exists():
+    # A run of an earlier version had what are the defaults of newer fields.
+    theirs = _flatten(json.loads(type(config)().to_json()))
+    theirs |= _flatten(json.loads(path.read_text()))
+    differing = [
+      f"{name} ({theirs.get(name)} there, {ours.get(name)} here)"
+      for name in sorted(ours.keys() | theirs.keys())
+      if re.sub(r"\.\d+\.", ".*.", name) not in _MAY_CHANGE
+      and ours.get(name) != theirs.get(name)
+    ]
+    if differing:
+      raise ValueError(
+        f"{workdir} holds a run with another config; differing: "
+        f"{', '.join(differing)}. Use another --workdir, or the same values."
+      )
+    before = theirs["num_steps"]
+    if before != config.num_steps and config.optim.schedule == "cosine":
+      logging.warning(
+        "num_steps was %d, now %d: the learning rate jumps to the cosine that "
+        "ends there",
+        *(before, config.num_steps),
+      )
+  if jax.process_index() == 0:
+    # Renamed into place: neither another process nor a run that follows a
+    # killed one sees half a file.
+    partial = workdir / "config.json.partial"
+    partial.write_text(config.to_json())
+    partial.replace(path)
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+  """Turns nested dicts into one with names such as "optim.peak_lr".
+
+  Dicts in lists are named by their place: "data.sources.0.path".
+  """
+  flat = {}
+  for name, value in values.items():
+    # An empty list is one of dicts, too, and has no names.
+    if isinstance(value, list) and (not value or isinstance(value[0], dict)):
+      value = {str(place): item for place, item in enumerate(value)}
+    if isinstance(value, dict):
+      flat |= _flatten(value, f"{prefix}{name}.")
+    else:
+      flat[prefix + name] = value
+  return flat
