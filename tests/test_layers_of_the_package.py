@@ -9,7 +9,10 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "sana_jax"
 
 # A module may import from lower layers and from its own package.
 LAYERS = (
-  {"config", "typing", "tree", "compilation_cache", "storage", "termination"},
+  {
+    *("config", "typing", "tree", "compilation_cache", "storage"),
+    *("termination", "hardware"),
+  },
   {"sharding", "ops", "resolution", "flops"},
   {"nn"},
   {"models", "diffusion"},

@@ -20,10 +20,10 @@ from sana_jax.data import loader
 from sana_jax.training import (
   compilations,
   metrics,
-  optim,
   placement,
   preemption,
 )
+from sana_jax.training import program as program_lib
 from sana_jax.training import step as step_lib
 from sana_jax.training import workdir as workdir_lib
 
@@ -71,19 +71,20 @@ def train(
   workdir_lib.claim(config, workdir)
   mesh = sharding.make_mesh(config.mesh)
   key_init, key_train = jax.random.split(jax.random.key(config.seed))
-  tx = optim.make_optimizer(config.optim, config.num_steps)
+  program = program_lib.make_program(
+    config,
+    init=recipe.init,
+    param_axes=recipe.param_axes,
+    loss_fn=recipe.loss_fn,
+    mesh=mesh,
+  )
   checkpointer = checkpoint.Checkpointer(
     workdir, keep=config.checkpoints_to_keep
   )
-  state, shardings = _restore_or_init(recipe, tx, key_init, mesh, checkpointer)
+  state = _restore_or_init(program, key_init, checkpointer)
   frozen = sharding.place(
     recipe.frozen,
     placement.frozen_shardings(recipe.frozen, recipe.param_axes, mesh),
-  )
-  train_step = jax.jit(
-    step_lib.make_train_step(recipe.loss_fn, tx, config.ema_decay),
-    donate_argnums=0,
-    out_shardings=(shardings, sharding.replicated(mesh)),
   )
   writer = metrics.MetricWriter(
     workdir, enabled=jax.process_index() == 0, first_step=int(state.step)
@@ -92,7 +93,7 @@ def train(
     state = _run(
       config,
       recipe,
-      _Run(state, frozen, key_train, mesh, train_step, checkpointer, writer),
+      _Run(state, frozen, key_train, mesh, program.step, checkpointer, writer),
     )
     checkpointer.wait()
     if int(state.step) >= config.num_steps:
@@ -178,30 +179,13 @@ def _sample(recipe, run, state, step) -> None:
     run.writer.images(step, recipe.sample(*whole))
 
 
-def _restore_or_init(recipe, tx, key, mesh, checkpointer):
-  """Returns the state, born sharded, and its shardings."""
-  abstract = jax.eval_shape(
-    lambda key: step_lib.init_state(recipe.init(key), tx), key
-  )
-  shardings = placement.state_shardings(abstract, tx, recipe.param_axes, mesh)
+def _restore_or_init(program, key, checkpointer) -> step_lib.TrainState:
   step = checkpointer.latest_step()
   if step is None:
     logging.info("starting from scratch")
-    # Jitted, so that large parameters are born sharded on the devices.
-    init = jax.jit(
-      lambda key: step_lib.init_state(recipe.init(key), tx),
-      out_shardings=shardings,
-    )
-    return init(key), shardings
-  placed = jax.tree.map(
-    lambda leaf, place: jax.ShapeDtypeStruct(
-      leaf.shape, leaf.dtype, sharding=place
-    ),
-    abstract,
-    shardings,
-  )
+    return program.init(key)
   logging.info("resuming from step %d", step)
-  return checkpointer.restore(step, placed), shardings
+  return checkpointer.restore(step, program.state)
 
 
 def _check_finite(step: int, scalars: dict[str, Any]) -> None:

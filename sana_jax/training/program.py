@@ -1,0 +1,68 @@
+"""What is compiled for a run: by the loop, and by whoever plans one."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import optax
+
+from sana_jax import config as config_lib
+from sana_jax import sharding
+from sana_jax.training import optim, placement
+from sana_jax.training import step as step_lib
+
+
+class Program(NamedTuple):
+  """The functions of a run, jitted for a mesh; nothing is computed yet.
+
+  Attributes:
+    tx: the optimiser.
+    init: key -> TrainState, born sharded.
+    step: (state, frozen, key, batch) -> (TrainState, metrics); donates state.
+    state: abstract TrainState, shardings included.
+  """
+
+  tx: optax.GradientTransformation
+  init: Callable[[jax.Array], step_lib.TrainState]
+  step: Callable[..., tuple[step_lib.TrainState, step_lib.Metrics]]
+  state: step_lib.TrainState
+
+
+def make_program(
+  config: config_lib.TrainConfig,
+  *,
+  init: Callable[[jax.Array], dict[str, Any]],
+  param_axes: Mapping[str, sharding.ParamAxes],
+  loss_fn: step_lib.LossFn,
+  mesh: jax.sharding.Mesh,
+) -> Program:
+  """Builds the functions of a run.
+
+  Args:
+    init: key -> {component name: module}.
+    param_axes: {component name: sharding rows of that module}.
+    loss_fn: (params, frozen, key, batch) -> (loss, scalars).
+  """
+  tx = optim.make_optimizer(config.optim, config.num_steps)
+
+  def init_state(key: jax.Array) -> step_lib.TrainState:
+    return step_lib.init_state(init(key), tx)
+
+  abstract = jax.eval_shape(init_state, jax.random.key(0))
+  shardings = placement.state_shardings(abstract, tx, param_axes, mesh)
+  state = jax.tree.map(
+    lambda leaf, place: jax.ShapeDtypeStruct(
+      leaf.shape, leaf.dtype, sharding=place
+    ),
+    abstract,
+    shardings,
+  )
+  step = jax.jit(
+    step_lib.make_train_step(loss_fn, tx, config.ema_decay),
+    donate_argnums=0,
+    # Pinned: what XLA would choose for the outputs of step 1 may differ from
+    # the inputs, and step 2 would be compiled again.
+    out_shardings=(shardings, sharding.replicated(mesh)),
+  )
+  # Jitted, so that large parameters are born sharded on the devices.
+  return Program(tx, jax.jit(init_state, out_shardings=shardings), step, state)
