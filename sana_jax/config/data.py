@@ -25,7 +25,11 @@ _NO_EFFECT = {
   "path": _OF_EMOJI,
   "sources": _OF_EMOJI,
   "cache": (*_OF_EMOJI, *_OF_FITTING),
+  # How pictures and captions would be read is left alone: any run can be
+  # timed on noise, with nothing changed but this.
+  "synthetic": _OF_EMOJI,
 }
+_ORIGINS = tuple(name for name in _NO_EFFECT if name != "emoji")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -48,7 +52,7 @@ class SourceConfig(Config):
 class DataConfig(Config):
   """Captioned images: the bundled emoji, one's own pictures, or a cache.
 
-  With neither `path`, `sources` nor `cache`, it is the emoji.
+  With neither `path`, `sources`, `cache` nor `synthetic`, it is the emoji.
 
   Args:
     data_dir: of emoji, the TFDS version directory; None: the bundled one.
@@ -61,6 +65,9 @@ class DataConfig(Config):
     sources: where they are, when they are in several.
     cache: directory of latents and text states that were computed before; no
       picture is read, no encoder is run.
+    synthetic: noise in place of latents and text states, in the shape of
+      `model.sample_size`; no file is read, and neither samples nor an export
+      are made. It measures how fast a run is, and no more.
     buckets: "square", or "aspect": pictures keep about their aspect ratio, and
       about the area of the square; a cache has its own.
     max_buckets: only so many shapes, the fullest, are kept: each is compiled.
@@ -86,6 +93,7 @@ class DataConfig(Config):
   path: str | None = None
   sources: tuple[SourceConfig, ...] = ()
   cache: str | None = None
+  synthetic: bool = False
   buckets: str = "square"
   max_buckets: int = 10
   caption_method: str = "first"
@@ -112,9 +120,12 @@ class DataConfig(Config):
     require(not problems, f"{'; '.join(problems)}.")
 
   def _misplaced(self) -> Iterator[str]:
-    given = [n for n in ("path", "sources", "cache") if getattr(self, n)]
+    given = [name for name in _ORIGINS if getattr(self, name)]
     if len(given) > 1:
-      yield f"set one of data.path, data.sources and data.cache, got {given}"
+      yield (
+        "set one of data.path, data.sources, data.cache and data.synthetic, "
+        f"got {given}"
+      )
     # What would have no effect is a misunderstanding.
     of = given[0] if given else "emoji"
     defaults = DataConfig()

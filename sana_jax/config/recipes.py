@@ -76,7 +76,9 @@ class TextToImageConfig(TrainConfig):
       f"text_encoder.hidden_size ({self.text_encoder.hidden_size}).",
     )
     require(
-      self.train_text_encoder or self.text_encoder_path is not None,
+      self.train_text_encoder
+      or self.text_encoder_path is not None
+      or self.data.synthetic,
       "text_encoder_path is None: give the pretrained text encoder's "
       "directory, or set train_text_encoder=True.",
     )
@@ -84,8 +86,15 @@ class TextToImageConfig(TrainConfig):
       not (self.train_text_encoder and self.data.cache),
       "data.cache holds text states, so train_text_encoder must be False.",
     )
+    require(
+      not (self.train_text_encoder and self.data.synthetic),
+      "data.synthetic makes text states, so train_text_encoder must be False.",
+    )
     for name in ("autoencoder", "tokenizer", "sample_prompts"):
-      require(bool(getattr(self, name)), f"{name} is empty: set it.")
+      require(
+        bool(getattr(self, name)) or self.data.synthetic,
+        f"{name} is empty: set it.",
+      )
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -109,7 +118,7 @@ class AutoencoderConfig(TrainConfig):
   def validate(self) -> None:
     super().validate()
     require(
-      not self.data.places and not self.data.cache,
-      "an autoencoder is trained on emoji; leave out data.path, data.sources "
-      "and data.cache.",
+      not (self.data.places or self.data.cache or self.data.synthetic),
+      "an autoencoder is trained on emoji; leave out data.path, data.sources, "
+      "data.cache and data.synthetic.",
     )

@@ -39,8 +39,10 @@ class Recipe(NamedTuple):
     loss_fn: (params, frozen, key, batch) -> (loss, scalars).
     batches: a host's part of the batches of all steps.
     sample: (averaged params, frozen) -> uint8 picture to look at; called, like
-      `export`, by one process, with arrays that this process holds whole.
-    export: (averaged params, frozen, directory) -> None; the run's product.
+      `export`, by one process, with arrays that this process holds whole;
+      None: there is nothing to look at.
+    export: (averaged params, frozen, directory) -> None; the run's product;
+      None: it has none.
     num_shapes: how many shapes batches may have; each is compiled.
     name_shape: what the shape of a batch is called in the log.
   """
@@ -50,8 +52,8 @@ class Recipe(NamedTuple):
   frozen: dict[str, Any]
   loss_fn: step_lib.LossFn
   batches: loader.HostBatches
-  sample: Callable[[Any, Any], np.ndarray]
-  export: Callable[[Any, Any, epath.Path], None]
+  sample: Callable[[Any, Any], np.ndarray] | None
+  export: Callable[[Any, Any, epath.Path], None] | None
   num_shapes: int = 1
   name_shape: Callable[[Any], str] = compilations.name_leaves
 
@@ -96,7 +98,7 @@ def train(
       _Run(state, frozen, key_train, mesh, program.step, checkpointer, writer),
     )
     checkpointer.wait()
-    if int(state.step) >= config.num_steps:
+    if recipe.export is not None and int(state.step) >= config.num_steps:
       whole = sharding.gather((state.ema, frozen))
       if jax.process_index() == 0:
         recipe.export(*whole, workdir / "export")
@@ -174,6 +176,8 @@ def _log(config, run, chrono, step, scalars) -> None:
 
 
 def _sample(recipe, run, state, step) -> None:
+  if recipe.sample is None:
+    return
   whole = sharding.gather((state.ema, run.frozen))
   if jax.process_index() == 0:
     run.writer.images(step, recipe.sample(*whole))

@@ -1,12 +1,13 @@
 """The recipe that trains a SanaTransformer on latents of a fixed DCAE."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
@@ -23,7 +24,13 @@ from sana_jax.weights import components
 
 
 def make_recipe(config: config_lib.TextToImageConfig) -> loop.Recipe:
-  """Loads what stays fixed, opens the data, and builds the rest."""
+  """Loads what stays fixed, opens the data, and builds the rest.
+
+  Noise needs nothing that is fixed, and nothing is made of what it trains.
+  """
+  if config.data.synthetic:
+    inputs = inputs_lib.from_synthetic(config)
+    return _recipe(config, inputs, inputs.frozen, sample=None, export=None)
   autoencoder, autoencoder_config = components.load_autoencoder(
     config.autoencoder
   )
@@ -72,6 +79,25 @@ def make_recipe(config: config_lib.TextToImageConfig) -> loop.Recipe:
     output = updated_pipeline(params, frozen)(config.sample_prompts, seed=0)
     return images_lib.to_uint8(images_lib.grid(output.images))
 
+  return _recipe(
+    config,
+    inputs,
+    inputs.frozen | _frozen(config, tokenizer, inputs),
+    sample=sample,
+    export=lambda params, frozen, path: updated_pipeline(
+      params, frozen
+    ).save_pretrained(path),
+  )
+
+
+def _recipe(
+  config: config_lib.TextToImageConfig,
+  inputs: inputs_lib.Inputs,
+  frozen: dict[str, Any],
+  *,
+  sample: Callable[[Any, Any], np.ndarray] | None,
+  export: Callable[[Any, Any, epath.Path], None] | None,
+) -> loop.Recipe:
   return loop.Recipe(
     init=lambda key: init_params(config, key),
     param_axes={
@@ -79,15 +105,13 @@ def make_recipe(config: config_lib.TextToImageConfig) -> loop.Recipe:
       "text_encoder": gemma2.PARAM_AXES,
       "autoencoder": dc_ae.PARAM_AXES,
     },
-    frozen=inputs.frozen | _frozen(config, tokenizer, inputs),
+    frozen=frozen,
     loss_fn=functools.partial(
       flow_loss, config=config, condition=inputs.condition
     ),
     batches=inputs.batches,
     sample=sample,
-    export=lambda params, frozen, path: updated_pipeline(
-      params, frozen
-    ).save_pretrained(path),
+    export=export,
     num_shapes=inputs.num_shapes,
     name_shape=lambda batch: "x".join(map(str, inputs.size_of(batch))),
   )
