@@ -18,8 +18,8 @@ from sana_jax import text as text_lib
 from sana_jax.diffusion import flow, schedules
 from sana_jax.models import dc_ae, gemma2, sana
 from sana_jax.pipeline import training_run
+from sana_jax.training import initial, loop
 from sana_jax.training import inputs as inputs_lib
-from sana_jax.training import loop
 from sana_jax.weights import components
 
 
@@ -31,6 +31,7 @@ def make_recipe(config: config_lib.TextToImageConfig) -> loop.Recipe:
   if config.data.synthetic:
     inputs = inputs_lib.from_synthetic(config)
     return _recipe(config, inputs, inputs.frozen, sample=None, export=None)
+  config = training_run.located(config)
   autoencoder, autoencoder_config = components.load_autoencoder(
     config.autoencoder
   )
@@ -114,6 +115,9 @@ def _recipe(
     export=export,
     num_shapes=inputs.num_shapes,
     name_shape=lambda batch: "x".join(map(str, inputs.size_of(batch))),
+    initial=None
+    if config.init_from is None
+    else functools.partial(initial.load, config),
   )
 
 
@@ -129,7 +133,10 @@ def init_params(
   }
   params = {
     "transformer": sana.SanaTransformer.from_config(
-      config.model, rngs=nnx.Rngs(key_transformer), **build
+      config.model,
+      rngs=nnx.Rngs(key_transformer),
+      fp16_clamp=config.fp16_clamp,
+      **build,
     )
   }
   if config.train_text_encoder:
