@@ -25,6 +25,7 @@ from sana_jax.training import (
   preemption,
 )
 from sana_jax.training import program as program_lib
+from sana_jax.training import scalars as scalars_lib
 from sana_jax.training import step as step_lib
 from sana_jax.training import workdir as workdir_lib
 
@@ -173,7 +174,7 @@ def _step(run, state, batch, compiled, chrono):
 
 def _log(config, run, chrono, step, scalars) -> None:
   _check_finite(step, scalars)
-  values = {name: float(value) for name, value in scalars.items()}
+  values = scalars_lib.to_floats(scalars)
   values |= chrono.tick(step)
   run.writer.scalars(step, values)
   metrics.log_line(step, config.num_steps, values)
