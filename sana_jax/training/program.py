@@ -72,6 +72,7 @@ def make_program(
     # Pinned: what XLA would choose for the outputs of step 1 may differ from
     # the inputs, and step 2 would be compiled again.
     out_shardings=(shardings, sharding.replicated(mesh)),
+    compiler_options=config.hardware.compiler_options or None,
   )
   # Jitted, so that large parameters are born sharded on the devices.
   return Program(tx, jax.jit(init_state, out_shardings=shardings), step, state)
