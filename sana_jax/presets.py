@@ -15,14 +15,14 @@ from sana_jax import hardware
 # (github.com/AI-Hypercomputer/maxtext), here those that let the gathering of
 # sharded parameters run beside the computation.
 _TPU_OPTIONS = {
-  "xla_enable_async_all_gather": "true",
-  "xla_tpu_enable_async_collective_fusion": "true",
-  "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
-  "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",
-  "xla_tpu_overlap_compute_collective_tc": "true",
+  "xla_enable_async_all_gather": True,
+  "xla_tpu_enable_async_collective_fusion": True,
+  "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
+  "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
+  "xla_tpu_overlap_compute_collective_tc": True,
 }
 # Source: docs.jax.dev/en/latest/gpu_performance_tips.html.
-_GPU_OPTIONS = {"xla_gpu_enable_latency_hiding_scheduler": "true"}
+_GPU_OPTIONS = {"xla_gpu_enable_latency_hiding_scheduler": True}
 
 _NAME = re.compile(r"([a-z]\w*)-([1-9]\d*)(?:x([1-9]\d*))?")
 # Devices that parameters are spread over at most: in a slice, 64 is the largest
@@ -116,7 +116,8 @@ def apply(
     return config
   target = parse(name)
   layout = lay_out(config, target)
-  config.mesh = layout.mesh
+  # All axes, so that flags can change each.
+  config.mesh = dict.fromkeys(config.mesh, 1) | layout.mesh
   config.optim.accumulation = layout.accumulation
   config.remat = "full"
   config.hardware.preset = name

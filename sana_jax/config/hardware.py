@@ -16,7 +16,9 @@ class HardwareConfig(Config):
   """
 
   preset: str | None = None
-  compiler_options: dict[str, str] = dataclasses.field(default_factory=dict)
+  compiler_options: dict[str, bool | int | str] = dataclasses.field(
+    default_factory=dict
+  )
 
   def validate(self) -> None:
     wrong = [n for n in self.compiler_options if not n.startswith("xla_")]
