@@ -10,11 +10,12 @@ import sys
 
 import jax
 from absl import app, flags, logging
+from etils import epath
 from ml_collections import config_flags
 
-from sana_jax import compilation_cache, sharding
+from sana_jax import compilation_cache, presets, sharding
 from sana_jax import config as config_lib
-from sana_jax.training import autoencoder, loop, text_to_image
+from sana_jax.training import autoencoder, loop, stages, text_to_image
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "File with get_config(); fields: --config.batch_size=8."
@@ -65,15 +66,21 @@ def _make_recipe(config: config_lib.Config) -> loop.Recipe:
   if type(config) not in _RECIPES:
     # Where the file could not be read, any access raises an OSError saying why.
     getattr(config, "seed", None)
+    kinds = [*_RECIPES, config_lib.StagesConfig]
     raise ValueError(
       f"get_config() of --config must return one of "
-      f"{', '.join(cls.__name__ for cls in _RECIPES)}, got "
+      f"{', '.join(cls.__name__ for cls in kinds)}, got "
       f"{type(config).__name__}."
     )
   config.freeze()
+  logging.info("%s", presets.describe(config))
   # Before any work: a mesh that does not fit the devices is an error.
   sharding.make_mesh(config.mesh)
   return _RECIPES[type(config)](config)
+
+
+def _train(config: config_lib.Config, workdir: epath.PathLike):
+  return loop.train(config, workdir, _make_recipe(config))
 
 
 def main(argv: list[str]) -> None:
@@ -91,7 +98,10 @@ def main(argv: list[str]) -> None:
     jax.default_backend(),
   )
   try:
-    loop.train(config, _WORKDIR.value, _make_recipe(config))
+    if isinstance(config, config_lib.StagesConfig):
+      stages.train(config, _WORKDIR.value, _train)
+    else:
+      _train(config, _WORKDIR.value)
   except (ValueError, OSError, FloatingPointError) as error:
     logging.error("%s", " ".join(str(error).split()))
     logging.debug("raised here (--verbosity=1 shows it)", exc_info=True)

@@ -183,11 +183,11 @@ def test_a_complete_training_config_is_valid():
     ),
     (
       pictures(keyword_probability=0.5, split="heldout"),
-      "(?s)data.split has no effect on data.path.*keyword_probability has no",
+      "data.split, data.keyword_probability have no effect on data.path: leave",
     ),
     (
       config_lib.DataConfig(crop="random", caption_method="random"),
-      "(?s)data.crop has no effect on the bundled emoji.*data.caption_method",
+      "data.crop, data.caption_method have no effect on the bundled emoji, ",
     ),
     (
       config_lib.DataConfig(cache="c", random_flip=True),

@@ -32,6 +32,7 @@ from sana_jax.config.optim import OptimConfig
 from sana_jax.config.recipes import (
   AutoencoderConfig,
   FlowConfig,
+  StagesConfig,
   TextToImageConfig,
 )
 from sana_jax.config.training import TrainConfig
@@ -49,6 +50,7 @@ __all__ = [
   "SanaConfig",
   "SanaControlNetConfig",
   "SourceConfig",
+  "StagesConfig",
   "TextToImageConfig",
   "TrainConfig",
   "dc_ae_lite",

@@ -29,6 +29,10 @@ _NO_EFFECT = {
   # timed on noise, with nothing changed but this.
   "synthetic": _OF_EMOJI,
 }
+_THE_EMOJI = (
+  "the bundled emoji, which are trained on without data.path, data.sources, "
+  "data.cache or data.synthetic: set one of these, or leave out"
+)
 _ORIGINS = tuple(name for name in _NO_EFFECT if name != "emoji")
 
 
@@ -129,18 +133,16 @@ class DataConfig(Config):
       )
     # What would have no effect is a misunderstanding.
     of = given[0] if given else "emoji"
-    what = (
-      f"data.{of}"
-      if given
-      else (
-        "the bundled emoji, which it is without data.path, data.sources, "
-        "data.cache and data.synthetic"
-      )
-    )
     defaults = DataConfig()
-    for name in _NO_EFFECT[of]:
-      if getattr(self, name) != getattr(defaults, name):
-        yield f"data.{name} has no effect on {what}: leave it out"
+    idle = [
+      f"data.{name}"
+      for name in _NO_EFFECT[of]
+      if getattr(self, name) != getattr(defaults, name)
+    ]
+    if idle:
+      what = f"data.{of}: leave out" if given else _THE_EMOJI
+      verb = "have" if idle[1:] else "has"
+      yield f"{', '.join(idle)} {verb} no effect on {what}"
     for number, source in enumerate(self.sources):
       name = f"data.sources[{number}]"
       if not source.path:

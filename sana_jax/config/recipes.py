@@ -1,6 +1,7 @@
 """What can be trained: a config for every recipe."""
 
 import dataclasses
+import re
 
 from sana_jax.config.base import Config, require
 from sana_jax.config.models import DCAEConfig, Gemma2Config, SanaConfig
@@ -136,3 +137,27 @@ class AutoencoderConfig(TrainConfig):
       "an autoencoder is trained on emoji; leave out data.path, data.sources, "
       "data.cache and data.synthetic.",
     )
+
+
+@dataclasses.dataclass(kw_only=True)
+class StagesConfig(Config):
+  """Runs one after the other, each from the average of the one before.
+
+  Args:
+    stages: by name, in their order; each has a directory of that name in the
+      work directory. One that has an `init_from` begins with that instead.
+  """
+
+  stages: dict[str, TextToImageConfig] = dataclasses.field(default_factory=dict)
+
+  def validate(self) -> None:
+    require(bool(self.stages), "stages is empty: it needs a run.")
+    for name, stage in self.stages.items():
+      require(
+        re.fullmatch(r"\w[\w.-]*", name) is not None,
+        f"stages has {name!r}, which is no name of a directory.",
+      )
+      try:
+        stage.freeze()
+      except ValueError as error:
+        raise ValueError(f"stage {name!r}: {error}") from error

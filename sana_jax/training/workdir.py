@@ -15,8 +15,12 @@ _MAY_CHANGE = frozenset(
   {
     *("num_steps", "log_every", "checkpoint_every", "checkpoints_to_keep"),
     *("sample_every", "sample_prompts", "sample_steps"),
-    *("sample_guidance_scale", "mesh.data", "mesh.fsdp", "remat"),
+    *("sample_guidance_scale", "remat"),
     *("scan_layers", "data.num_threads", "data.num_workers"),
+    # Read once, when a run begins.
+    "init_from",
+    # The gradient is the same, up to rounding.
+    "optim.accumulation",
     # See `sampler.BatchSampler` for what this changes.
     "data.sources.*.weight",
   }
@@ -39,6 +43,7 @@ def claim(config: config_lib.TrainConfig, workdir: epath.Path) -> None:
       f"{name} ({theirs.get(name)} there, {ours.get(name)} here)"
       for name in sorted(ours.keys() | theirs.keys())
       if re.sub(r"\.\d+\.", ".*.", name) not in _MAY_CHANGE
+      and not name.startswith(("hardware.", "mesh."))
       and ours.get(name) != theirs.get(name)
     ]
     if differing:

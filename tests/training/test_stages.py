@@ -1,0 +1,174 @@
+"""Stages follow one another, each from what the one before has learned."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from configs import stages_sana_1600m
+from sana_jax import checkpoint, sharding
+from sana_jax import config as config_lib
+from sana_jax.training import loop, program, stages, text_to_image
+from sana_jax.training import step as step_lib
+from tests import tiny
+
+FIELDS = len(step_lib.TrainState._fields)
+
+
+def make_stage(grid: int, **changes) -> config_lib.TextToImageConfig:
+  values = {
+    "model": tiny.transformer_config(sample_size=grid, num_layers=1),
+    "text_encoder": tiny.text_encoder_config(300),
+    "max_sequence_length": tiny.LENGTH,
+    "data": config_lib.DataConfig(synthetic=True, image_size=4 * grid),
+    "batch_size": 8,
+    "num_steps": 2,
+    "dtype": "float32",
+    "remat": "none",
+    "ema_decay": 0.5,
+  }
+  stage = config_lib.TextToImageConfig(**values | changes)
+  stage.optim.warmup_steps = 0
+  return stage
+
+
+def make_config(**last) -> config_lib.StagesConfig:
+  return config_lib.StagesConfig(
+    stages={
+      "small": make_stage(4),
+      "large": make_stage(8, num_steps=4, **last),
+    }
+  )
+
+
+def train_one(config, workdir):
+  return loop.train(config, workdir, text_to_image.make_recipe(config))
+
+
+def stop_at(step: int):
+  """Trains as `train_one` does, but is stopped in the second stage."""
+
+  def train(config, workdir):
+    if workdir.name == "large":
+      config = dataclasses.replace(config, num_steps=step)
+    return train_one(config, workdir)
+
+  return train
+
+
+def average(workdir, config):
+  abstract = program.make_program(
+    config,
+    init=lambda key: text_to_image.init_params(config, key),
+    param_axes=text_to_image.make_recipe(config).param_axes,
+    loss_fn=lambda *_: None,
+    mesh=sharding.make_mesh({"data": -1, "fsdp": 1}),
+  ).state.ema
+  return checkpoint.restore_part(workdir, "ema", abstract)
+
+
+def assert_equal(found, expected):
+  for a, b in zip(
+    jax.tree.leaves(found), jax.tree.leaves(expected), strict=True
+  ):
+    np.testing.assert_array_equal(a, b)
+
+
+def ending(calls, **steps):
+  """A way to train that notes what it is given, and ends at these steps."""
+
+  def train(config, workdir):
+    calls.append((workdir.name, config.init_from))
+    workdir.mkdir(parents=True, exist_ok=True)
+    step = steps.get(workdir.name, config.num_steps)
+    return step_lib.TrainState(np.int32(step), *[None] * (FIELDS - 1))
+
+  return train
+
+
+def test_stages_follow_and_finished_ones_are_passed_over(tmp_path):
+  calls = []
+  small = str(tmp_path / "small")
+  stages.train(make_config(), tmp_path, ending(calls, large=3))
+  assert calls == [("small", None), ("large", small)]
+  assert not (tmp_path / "large" / "finished.json").exists()
+  stages.train(make_config(), tmp_path, ending(calls))
+  assert calls[2:] == [("large", small)]
+  finished = tmp_path / "large" / "finished.json"
+  assert json.loads(finished.read_text()) == {"step": 4}
+  stages.train(make_config(), tmp_path, ending(calls))
+  assert len(calls) == 3
+
+
+def test_a_stage_that_is_stopped_or_made_longer_is_trained(tmp_path):
+  calls = []
+  stages.train(make_config(), tmp_path, ending(calls, small=1))
+  assert calls == [("small", None)]
+  stages.train(make_config(), tmp_path, ending(calls))
+  longer = make_config(init_from="elsewhere")
+  longer.stages["large"].num_steps = 5
+  stages.train(longer, tmp_path, ending(calls))
+  assert calls[3:] == [("large", "elsewhere")]
+
+
+@pytest.mark.slow
+def test_a_stopped_chain_goes_on_and_ends_as_an_undisturbed_one(tmp_path):
+  stages.train(make_config(), tmp_path / "whole", train_one)
+  stages.train(make_config(), tmp_path / "stopped", stop_at(3))
+  assert not (tmp_path / "stopped" / "large" / "finished.json").exists()
+  calls = []
+
+  def train(config, workdir):
+    calls.append((workdir.name, config.init_from))
+    return train_one(config, workdir)
+
+  stages.train(make_config(), tmp_path / "stopped", train)
+  assert calls == [("large", str(tmp_path / "stopped" / "small"))]
+  large = make_config().stages["large"]
+  assert_equal(
+    average(tmp_path / "stopped" / "large", large),
+    average(tmp_path / "whole" / "large", large),
+  )
+
+
+@pytest.mark.slow
+def test_a_stage_begins_with_the_average_of_the_one_before(tmp_path):
+  config = make_config()
+  config.stages["large"].optim.peak_lr = 1e-30  # Too little for any float32.
+  config.stages["large"].optim.weight_decay = 0.0
+  stages.train(config, tmp_path, train_one)
+  assert_equal(
+    average(tmp_path / "large", config.stages["large"]),
+    average(tmp_path / "small", config.stages["small"]),
+  )
+
+
+def test_the_published_stages_follow_one_another():
+  config = stages_sana_1600m.get_config("v5p-64")
+  sizes = [stage.data.image_size for stage in config.stages.values()]
+  assert sizes == [512, 1024, 2048, 4096]
+  for stage in config.stages.values():
+    assert stage.hardware.preset == "v5p-64"
+    stage.data.synthetic = True
+  config.freeze()
+
+
+@pytest.mark.parametrize(
+  ("config", "message"),
+  [
+    (config_lib.StagesConfig(), "stages is empty: it needs a run"),
+    (
+      config_lib.StagesConfig(stages={"a/b": make_stage(4)}),
+      "'a/b', which is no name of a directory",
+    ),
+    (
+      config_lib.StagesConfig(stages={"px": make_stage(4, batch_size=0)}),
+      "stage 'px': batch_size must be positive, got 0",
+    ),
+  ],
+)
+def test_what_cannot_be_is_said_before_anything_is_trained(config, message):
+  with pytest.raises(ValueError, match=message):
+    config.freeze()
