@@ -196,7 +196,7 @@ def describe(config: config_lib.TrainConfig) -> str:
   told = config.hardware.compiler_options
   options = " ".join(f"{name}={value}" for name, value in told.items())
   return (
-    f"hardware preset {config.hardware.preset}: "
+    f"preset {config.hardware.preset or 'none'}: "
     f"mesh {' '.join(f'{k}={v}' for k, v in config.mesh.items())}, batch "
     f"{config.batch_size} in {config.optim.accumulation} part(s), remat "
     f"{config.remat}, compiler options: {options or 'none'}"

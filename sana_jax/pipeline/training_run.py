@@ -62,11 +62,12 @@ def located(
       "in the layout of diffusers; of a work directory, name its export/."
     )
   places = {name: found.path / part for name, part in wanted.items()}
-  missing = [str(path) for path in places.values() if not path.is_dir()]
+  missing = {k: path for k, path in places.items() if not path.is_dir()}
   if missing:
     raise FileNotFoundError(
-      f"components ({config.components}) lacks {', '.join(missing)}; set "
-      f"{', '.join(wanted)} to directories that there are."
+      f"components ({config.components}) lacks "
+      f"{', '.join(map(str, missing.values()))}; set {', '.join(missing)} to "
+      "directories that there are."
     )
   return dataclasses.replace(config, **{k: str(v) for k, v in places.items()})
 

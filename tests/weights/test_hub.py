@@ -85,6 +85,13 @@ def test_only_what_loading_needs_is_downloaded(
   assert all(found[name] == FILES[name] for name in found)
 
 
+def test_only_the_weights_of_the_components_asked_for_are_downloaded(options):
+  found = contents(hub.download(REPO, components=["vae"], **options))
+  weights = {name for name in found if name.endswith(".safetensors")}
+  assert weights == {f"vae/{STEM}.safetensors"}
+  assert "text_encoder/config.json" in found
+
+
 def test_published_names_lead_to_their_repository(server, options):
   entry = zoo.find("Sana_1600M_1024px_BF16")
   server.repo = entry.diffusers_repo
