@@ -30,7 +30,9 @@ def state_shardings(abstract, tx, param_axes, mesh):
     params,
     transform_non_params=lambda _: replicated,
   )
-  return step_lib.TrainState(replicated, params, params, opt_state)
+  return step_lib.TrainState(
+    replicated, params, params, opt_state, skipped=replicated
+  )
 
 
 def frozen_shardings(frozen, param_axes, mesh):
@@ -42,6 +44,16 @@ def frozen_shardings(frozen, param_axes, mesh):
     else jax.tree.map(lambda _: replicated, arrays)
     for name, arrays in frozen.items()
   }
+
+
+def this_host(config: config_lib.TrainConfig) -> loader.Host:
+  """Returns which rows of a batch this process reads, and how."""
+  return loader.Host(
+    jax.process_index(),
+    jax.process_count(),
+    config.data.num_threads,
+    config.data.num_workers,
+  )
 
 
 def global_batches(
@@ -64,12 +76,7 @@ def global_batches(
       f"batch_size ({config.batch_size}) must be a multiple of the number of "
       f"devices ({mesh.size})."
     )
-  host = loader.Host(
-    jax.process_index(),
-    jax.process_count(),
-    config.data.num_threads,
-    config.data.num_workers,
-  )
+  host = this_host(config)
   place = sharding.batch_sharding(mesh)
   for batch in batches(host, first_step):
     yield jax.tree.map(

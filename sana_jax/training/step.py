@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-Metrics = dict[str, Float[Array, ""]]
+Metrics = dict[str, Float[Array, ""] | Int[Array, ""]]
 LossFn = Callable[[Any, Any, jax.Array, Any], tuple[Array, Metrics]]
 
 
@@ -19,13 +19,15 @@ class TrainState(NamedTuple):
   params: Any
   ema: Any
   opt_state: Any
+  skipped: Int[Array, ""]
 
 
 def init_state(params: Any, tx: optax.GradientTransformation) -> TrainState:
   """Starts at step 0 with the average equal to the parameters."""
   # A copy: the state is donated, and one buffer cannot be donated twice.
   ema = jax.tree.map(jnp.copy, params)
-  return TrainState(jnp.zeros((), jnp.int32), params, ema, tx.init(params))
+  zero = jnp.zeros((), jnp.int32)
+  return TrainState(zero, params, ema, tx.init(params), jnp.zeros_like(zero))
 
 
 def make_train_step(
@@ -48,7 +50,18 @@ def make_train_step(
     time = state.step.astype(jnp.float32)
     decay = jnp.minimum(ema_decay, (1 + time) / (10 + time))
     ema = optax.incremental_update(params, state.ema, 1 - decay)
-    metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), **aux}
-    return TrainState(state.step + 1, params, ema, opt_state), metrics
+    norm = optax.tree.norm(grads)
+    bad = ~(jnp.isfinite(loss) & jnp.isfinite(norm))
+    params, ema, opt_state = jax.tree.map(
+      lambda new, old: jnp.where(bad, old, new),
+      (params, ema, opt_state),
+      (state.params, state.ema, state.opt_state),
+    )
+    skipped = bad.astype(jnp.int32)
+    metrics = {"loss": loss, "grad_norm": norm, "skipped": skipped, **aux}
+    new = TrainState(
+      state.step + 1, params, ema, opt_state, state.skipped + skipped
+    )
+    return new, metrics
 
   return train_step

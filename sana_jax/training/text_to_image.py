@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from sana_jax import config as config_lib
+from sana_jax import flops
 from sana_jax import images as images_lib
 from sana_jax import pipeline as pipeline_lib
 from sana_jax import text as text_lib
@@ -90,6 +91,15 @@ def make_recipe(config: config_lib.TextToImageConfig) -> loop.Recipe:
     ).save_pretrained(path),
     num_shapes=inputs.num_shapes,
     name_shape=lambda batch: "x".join(map(str, inputs.size_of(batch))),
+    name_batch=inputs.name_batch,
+    flops_per_image=lambda batch: flops.training(
+      flops.forward(
+        config.model,
+        *inputs.size_of(batch),
+        compression=autoencoder_config.spatial_compression,
+        text_length=config.max_sequence_length,
+      )
+    ),
   )
 
 
