@@ -22,7 +22,9 @@ ROWS = (("kernel", ("embed", None)), ("bias", (None,)))
 def make_state(seed: int = 0) -> step_lib.TrainState:
   line = layers.Linear(8, 3, rngs=nnx.Rngs(seed))
   line.bias[...] = jnp.arange(3.0) + seed
-  return step_lib.TrainState(jnp.int32(seed), {"line": line}, (), (), jnp.int32(0))
+  return step_lib.TrainState(
+    jnp.int32(seed), {"line": line}, (), (), jnp.int32(0)
+  )
 
 
 def abstract_state(state, mesh):

@@ -170,7 +170,7 @@ def test_a_complete_training_config_is_valid():
     ),
     (
       TRAIN(data=pictures(cache="c")),
-      r"one of data.path, data.sources and data.cache, got \['path', 'cache'\]",
+      r"data.cache and data.synthetic, got \['path', 'cache'\]",
     ),
     (
       config_lib.DataConfig(

@@ -14,18 +14,22 @@ _OF_EMOJI = (
   *("data_dir", "split"),
   *("keyword_probability", "keywords_only_probability"),
 )
-_OF_FITTING = ("buckets", "crop", "random_flip", "verify")
+_OF_FITTING = ("crop", "random_flip", "verify")
 _OF_CAPTIONS = (
   *("caption_method", "caption_temperature", "caption_threshold"),
   "caption_proportions",
 )
 # Fields of DataConfig that do nothing, by where the data are from.
 _NO_EFFECT = {
-  "emoji": (*_OF_FITTING, *_OF_CAPTIONS),
+  "emoji": ("buckets", *_OF_FITTING, *_OF_CAPTIONS),
   "path": _OF_EMOJI,
   "sources": _OF_EMOJI,
   "cache": (*_OF_EMOJI, *_OF_FITTING),
+  # How pictures and captions would be read is left alone: any run can be
+  # timed on noise, with nothing changed but this.
+  "synthetic": _OF_EMOJI,
 }
+_ORIGINS = tuple(name for name in _NO_EFFECT if name != "emoji")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -48,7 +52,7 @@ class SourceConfig(Config):
 class DataConfig(Config):
   """Captioned images: the bundled emoji, one's own pictures, or a cache.
 
-  With neither `path`, `sources` nor `cache`, it is the emoji.
+  With neither `path`, `sources`, `cache` nor `synthetic`, it is the emoji.
 
   Args:
     data_dir: of emoji, the TFDS version directory; None: the bundled one.
@@ -61,8 +65,12 @@ class DataConfig(Config):
     sources: where they are, when they are in several.
     cache: directory of latents and text states that were computed before; no
       picture is read, no encoder is run.
+    synthetic: noise in place of latents and text states, in the shape of
+      `model.sample_size`; no file is read, and neither samples nor an export
+      are made. It measures how fast a run is, and no more.
     buckets: "square", or "aspect": pictures keep about their aspect ratio, and
-      about the area of the square; a cache has its own.
+      about the area of the square. A cache must have been made so; None: the
+      shapes that the cache has, of pictures "square".
     max_buckets: only so many shapes, the fullest, are kept: each is compiled.
     caption_method: which of a picture's captions is taken; see
       `sana_jax.data.captions`.
@@ -86,7 +94,8 @@ class DataConfig(Config):
   path: str | None = None
   sources: tuple[SourceConfig, ...] = ()
   cache: str | None = None
-  buckets: str = "square"
+  synthetic: bool = False
+  buckets: str | None = None
   max_buckets: int = 10
   caption_method: str = "first"
   caption_temperature: float = 1.0
@@ -112,15 +121,25 @@ class DataConfig(Config):
     require(not problems, f"{'; '.join(problems)}.")
 
   def _misplaced(self) -> Iterator[str]:
-    given = [n for n in ("path", "sources", "cache") if getattr(self, n)]
+    given = [name for name in _ORIGINS if getattr(self, name)]
     if len(given) > 1:
-      yield f"set one of data.path, data.sources and data.cache, got {given}"
+      yield (
+        "set one of data.path, data.sources, data.cache and data.synthetic, "
+        f"got {given}"
+      )
     # What would have no effect is a misunderstanding.
     of = given[0] if given else "emoji"
+    what = (
+      f"data.{of}"
+      if given
+      else (
+        "the bundled emoji, which it is without data.path, data.sources, "
+        "data.cache and data.synthetic"
+      )
+    )
     defaults = DataConfig()
     for name in _NO_EFFECT[of]:
       if getattr(self, name) != getattr(defaults, name):
-        what = "the bundled emoji" if of == "emoji" else f"data.{of}"
         yield f"data.{name} has no effect on {what}: leave it out"
     for number, source in enumerate(self.sources):
       name = f"data.sources[{number}]"
@@ -131,7 +150,7 @@ class DataConfig(Config):
 
   def _out_of_range(self) -> Iterator[str]:
     choices = {
-      "buckets": ("square", "aspect"),
+      "buckets": (None, "square", "aspect"),
       "crop": ("center", "random"),
       "caption_method": CAPTION_METHODS,
     }

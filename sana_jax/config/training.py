@@ -6,6 +6,7 @@ from sana_jax.config.anomalies import AnomalyConfig
 from sana_jax.config.base import Config, require
 from sana_jax.config.checkpointing import CheckpointConfig
 from sana_jax.config.data import DataConfig
+from sana_jax.config.hardware import HardwareConfig
 from sana_jax.config.optim import OptimConfig
 
 
@@ -37,6 +38,7 @@ class TrainConfig(Config):
   mesh: dict[str, int] = dataclasses.field(
     default_factory=lambda: {"data": -1, "fsdp": 1}
   )
+  hardware: HardwareConfig = dataclasses.field(default_factory=HardwareConfig)
   dtype: str = "bfloat16"
   remat: str = "full"
   scan_layers: bool = True

@@ -1,8 +1,9 @@
-"""Three ways to a batch that a transformer is trained on.
+"""Four ways to a batch that a transformer is trained on.
 
 The bundled emoji are encoded once and stay in memory; pictures are decoded on
-the host and encoded in the step; a cache holds latents and text states. Each
-way says how batches are read, and what the step makes of one.
+the host and encoded in the step; a cache holds latents and text states, and
+noise may stand for them. Each way says how batches are read, and what the step
+makes of one.
 """
 
 import functools
@@ -16,9 +17,10 @@ from absl import logging
 from jaxtyping import Array, Bool, Float
 
 from sana_jax import config as config_lib
+from sana_jax import resolution
 from sana_jax import text as text_lib
+from sana_jax.data import buckets, examples, loader, opening, readers, synthetic
 from sana_jax.data import cache as cache_lib
-from sana_jax.data import examples, loader, opening, readers
 from sana_jax.data import names as names_lib
 from sana_jax.models import dc_ae
 from sana_jax.pipeline import options
@@ -156,6 +158,7 @@ def from_cache(
     text_encoder_sha256=files.weights_sha256(config.text_encoder_path),
     lowercase=True,
   )
+  _check_shapes(source, config.data, compression * config.model.patch_size)
   opened = opening.open_cache(
     source, config.data, batch_size=config.batch_size, seed=config.seed
   )
@@ -174,6 +177,90 @@ def from_cache(
     ),
     name_batch=opened.name_batch,
   )
+
+
+def _check_shapes(
+  source: cache_lib.CachedSource, config: config_lib.DataConfig, multiple: int
+) -> None:
+  if config.buckets is None:
+    return
+  shapes = source.manifest.settings.buckets
+  table = buckets.table(config.buckets, config.image_size, multiple)
+  strange = sorted(set(shapes) - set(table.values()))
+  if strange:
+    raise ValueError(
+      f"{source.name} has pictures of (height, width) {strange[:3]}, "
+      f"{len(strange)} shapes of {len(shapes)} that data.buckets="
+      f"{config.buckets!r} does not have; leave data.buckets out, or make the "
+      f"cache with --buckets={config.buckets}."
+    )
+
+
+def from_synthetic(config: config_lib.TextToImageConfig) -> Inputs:
+  """Draws noise in the shapes of a cache; no file is read.
+
+  Raises:
+    ValueError: pictures of data.image_size would have another latent grid.
+  """
+  side, grid = config.data.image_size, config.model.sample_size
+  published = grid in resolution.SAMPLE_SIZES
+  if side % grid or (published and side != grid * resolution.COMPRESSION):
+    raise ValueError(
+      f"data.image_size ({side}) does not fit model.sample_size ({grid}), the "
+      "latent grid that data.synthetic has; at 32 pixels per latent it is "
+      f"{grid * resolution.COMPRESSION}."
+    )
+  batch = abstract_batch(config, grid, grid)
+  logging.info(
+    "training on noise, so there will be neither samples nor an export: %s",
+    ", ".join(f"{name} {leaf.shape}" for name, leaf in batch.items()),
+  )
+  noise = synthetic.open_noise(
+    *(batch["latents"].shape[1:], batch["text"].shape[1:]),
+    batch_size=config.batch_size,
+    seed=config.seed,
+  )
+  null = abstract_frozen(config)["null_text"]
+  return Inputs(
+    noise,
+    frozen={
+      "null_text": np.zeros(null.shape, null.dtype),
+      "null_text_mask": readers.null_mask(null.shape[1]),
+    },
+    condition=cached_conditions,
+    encodes_text=False,
+    num_shapes=1,
+    size_of=lambda batch: (side, side),
+  )
+
+
+def abstract_batch(
+  config: config_lib.TextToImageConfig, height: int, width: int
+) -> dict[str, jax.ShapeDtypeStruct]:
+  """Returns the shapes of a global batch of `cached_conditions`.
+
+  Args:
+    height: of the latents, not of the pictures; so is `width`.
+  """
+  size, length = config.batch_size, config.max_sequence_length
+  text = (size, length, config.model.caption_channels)
+  latents = (size, height, width, config.model.in_channels)
+  return {
+    "latents": jax.ShapeDtypeStruct(latents, jnp.bfloat16),
+    "text": jax.ShapeDtypeStruct(text, jnp.bfloat16),
+    "text_mask": jax.ShapeDtypeStruct(text[:2], bool),
+  }
+
+
+def abstract_frozen(
+  config: config_lib.TextToImageConfig,
+) -> dict[str, jax.ShapeDtypeStruct]:
+  """Returns the shapes of what `cached_conditions` needs beside a batch."""
+  text = (1, config.max_sequence_length, config.model.caption_channels)
+  return {
+    "null_text": jax.ShapeDtypeStruct(text, jnp.bfloat16),
+    "null_text_mask": jax.ShapeDtypeStruct(text[:2], bool),
+  }
 
 
 def tokens_to_conditions(params, frozen, batch, config) -> Conditions:

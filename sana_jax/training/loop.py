@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from etils import epath
@@ -33,6 +34,7 @@ from sana_jax.training import (
   wandb_sink,
 )
 from sana_jax.training import program as program_lib
+from sana_jax.training import scalars as scalars_lib
 from sana_jax.training import step as step_lib
 from sana_jax.training import workdir as workdir_lib
 
@@ -57,6 +59,8 @@ class Recipe(NamedTuple):
     name_batch: see `names.NameBatch`; None: records have no names.
     flops_per_image: operations that a batch of this shape costs per image, for
       the model itself (no rematerialisation); None: they are not known.
+    initial: abstract parameters, shardings included -> what a run begins with
+      in place of `init`'s random ones, so structured and placed.
   """
 
   init: Callable[[jax.Array], dict[str, Any]]
@@ -70,6 +74,7 @@ class Recipe(NamedTuple):
   name_shape: Callable[[Any], str] = compilations.name_leaves
   name_batch: names.NameBatch | None = None
   flops_per_image: Callable[[Any], float] | None = None
+  initial: Callable[[dict[str, Any]], dict[str, Any]] | None = None
 
 
 _KINDS = {
@@ -138,7 +143,7 @@ class _Pending(NamedTuple):
   """
 
   step: int
-  scalars: step_lib.Metrics
+  scalars: scalars_lib.Scalars
   flops: float | None
 
 
@@ -289,12 +294,9 @@ class _Run:
     is_last = step == self._config.num_steps
     logged = is_last or step % self._config.log_every == 0
     names = scalars if logged else {"loss", "skipped", *self._best_names()}
-    values = {
-      name: float(value)
-      for name, value in jax.device_get(
-        {name: scalars[name] for name in scalars if name in names}
-      ).items()
-    }
+    values = scalars_lib.to_floats(
+      {name: scalars[name] for name in scalars if name in names}
+    )
     if flops is not None:
       self._chrono.count(flops)
     skipped = values.pop("skipped") > 0
@@ -398,8 +400,14 @@ class _Run:
             self._writer.images(self._step, picture, suffix)
 
   def _load(self, step: int | None) -> step_lib.TrainState:
-    if step is None:
-      logging.info("starting from scratch")
-      return self._program.init(self._key_init)
-    logging.info("resuming from step %d", step)
-    return self._checkpointer.restore(step, self._program.state)
+    if step is not None:
+      logging.info("resuming from step %d", step)
+      return self._checkpointer.restore(step, self._program.state)
+    logging.info("starting at step 0")
+    state = self._program.init(self._key_init)
+    if self._recipe.initial is None:
+      return state
+    # Dropped first: there may not be room for both.
+    state = state._replace(params=None, ema=None)
+    params = self._recipe.initial(self._program.state.params)
+    return state._replace(params=params, ema=jax.tree.map(jnp.copy, params))

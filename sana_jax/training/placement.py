@@ -4,15 +4,15 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import optax
 
 from sana_jax import config as config_lib
 from sana_jax import sharding
 from sana_jax.data import loader
+from sana_jax.training import optim
 from sana_jax.training import step as step_lib
 
 
-def state_shardings(abstract, tx, param_axes, mesh):
+def state_shardings(abstract, param_axes, mesh):
   """Shards moments and average like their parameters, the rest replicated.
 
   Optimiser states must be placed explicitly: they start as zeros, which depend
@@ -23,16 +23,10 @@ def state_shardings(abstract, tx, param_axes, mesh):
     for name, module in abstract.params.items()
   }
   replicated = sharding.replicated(mesh)
-  opt_state = optax.tree.map_params(
-    tx,
-    lambda _, place: place,
-    abstract.opt_state,
-    params,
-    transform_non_params=lambda _: replicated,
+  opt_state = optim.state_shardings(
+    abstract.opt_state, abstract.params, params, mesh
   )
-  return step_lib.TrainState(
-    replicated, params, params, opt_state, skipped=replicated
-  )
+  return step_lib.TrainState(replicated, params, params, opt_state, replicated)
 
 
 def frozen_shardings(frozen, param_axes, mesh):

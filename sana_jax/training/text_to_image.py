@@ -1,12 +1,13 @@
 """The recipe that trains a SanaTransformer on latents of a fixed DCAE."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
@@ -18,13 +19,29 @@ from sana_jax import text as text_lib
 from sana_jax.diffusion import flow, schedules
 from sana_jax.models import dc_ae, gemma2, sana
 from sana_jax.pipeline import training_run
+from sana_jax.training import initial, loop
 from sana_jax.training import inputs as inputs_lib
-from sana_jax.training import loop
+from sana_jax.training import scalars as scalars_lib
 from sana_jax.weights import components
+
+# Of the noise levels that the loss is also reported for.
+_NUM_BINS = 5
 
 
 def make_recipe(config: config_lib.TextToImageConfig) -> loop.Recipe:
-  """Loads what stays fixed, opens the data, and builds the rest."""
+  """Loads what stays fixed, opens the data, and builds the rest.
+
+  Noise needs nothing that is fixed, and nothing is made of what it trains.
+  """
+  if config.data.synthetic:
+    inputs = inputs_lib.from_synthetic(config)
+    return _recipe(
+      *(config, inputs, inputs.frozen),
+      sample=None,
+      export=None,
+      compression=config.data.image_size // config.model.sample_size,
+    )
+  config = training_run.located(config)
   autoencoder, autoencoder_config = components.load_autoencoder(
     config.autoencoder
   )
@@ -73,6 +90,27 @@ def make_recipe(config: config_lib.TextToImageConfig) -> loop.Recipe:
     output = updated_pipeline(params, frozen)(config.sample_prompts, seed=0)
     return images_lib.to_uint8(images_lib.grid(output.images))
 
+  return _recipe(
+    config,
+    inputs,
+    inputs.frozen | _frozen(config, tokenizer, inputs),
+    sample=sample,
+    export=lambda params, frozen, path: updated_pipeline(
+      params, frozen
+    ).save_pretrained(path),
+    compression=autoencoder_config.spatial_compression,
+  )
+
+
+def _recipe(
+  config: config_lib.TextToImageConfig,
+  inputs: inputs_lib.Inputs,
+  frozen: dict[str, Any],
+  *,
+  sample: Callable[[Any, Any], np.ndarray] | None,
+  export: Callable[[Any, Any, epath.Path], None] | None,
+  compression: int,
+) -> loop.Recipe:
   return loop.Recipe(
     init=lambda key: init_params(config, key),
     param_axes={
@@ -80,15 +118,13 @@ def make_recipe(config: config_lib.TextToImageConfig) -> loop.Recipe:
       "text_encoder": gemma2.PARAM_AXES,
       "autoencoder": dc_ae.PARAM_AXES,
     },
-    frozen=inputs.frozen | _frozen(config, tokenizer, inputs),
+    frozen=frozen,
     loss_fn=functools.partial(
       flow_loss, config=config, condition=inputs.condition
     ),
     batches=inputs.batches,
     sample=sample,
-    export=lambda params, frozen, path: updated_pipeline(
-      params, frozen
-    ).save_pretrained(path),
+    export=export,
     num_shapes=inputs.num_shapes,
     name_shape=lambda batch: "x".join(map(str, inputs.size_of(batch))),
     name_batch=inputs.name_batch,
@@ -96,10 +132,13 @@ def make_recipe(config: config_lib.TextToImageConfig) -> loop.Recipe:
       flops.forward(
         config.model,
         *inputs.size_of(batch),
-        compression=autoencoder_config.spatial_compression,
+        compression=compression,
         text_length=config.max_sequence_length,
       )
     ),
+    initial=None
+    if config.init_from is None
+    else functools.partial(initial.load, config),
   )
 
 
@@ -115,7 +154,10 @@ def init_params(
   }
   params = {
     "transformer": sana.SanaTransformer.from_config(
-      config.model, rngs=nnx.Rngs(key_transformer), **build
+      config.model,
+      rngs=nnx.Rngs(key_transformer),
+      fp16_clamp=config.fp16_clamp,
+      **build,
     )
   }
   if config.train_text_encoder:
@@ -132,11 +174,12 @@ def flow_loss(
   batch: dict[str, Array],
   config: config_lib.TextToImageConfig,
   condition: inputs_lib.ConditionFn = inputs_lib.tokens_to_conditions,
-) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+) -> tuple[Float[Array, ""], scalars_lib.Scalars]:
   """Computes the rectified-flow loss with caption dropout.
 
   Loss = mean || model(x_sigma, T, text) - (noise - latents) ||^2, where a
-  dropped caption's text states are those of the empty caption.
+  dropped caption's text states are those of the empty caption. Tells the loss
+  by noise level, too.
 
   Args:
     condition: what makes latents and text states of the batch.
@@ -161,7 +204,24 @@ def flow_loss(
     text,
     text_mask,
   )
-  return flow.loss(prediction, flow.velocity(latents, noise)), {}
+  target = flow.velocity(latents, noise)
+  errors = flow.squared_error(prediction, target)
+  return flow.loss(prediction, target), loss_by_sigma(errors, sigma)
+
+
+def loss_by_sigma(
+  errors: Float[Array, "b"], sigma: Float[Array, "b"]
+) -> dict[str, scalars_lib.Ratio]:
+  """Splits the samples' losses into fifths of the noise levels."""
+  which = jnp.clip((_NUM_BINS * sigma).astype(jnp.int32), 0, _NUM_BINS - 1)
+  ratios = {}
+  for number in range(_NUM_BINS):
+    low, high = number / _NUM_BINS, (number + 1) / _NUM_BINS
+    inside = which == number
+    ratios[f"loss/sigma_{low:.1f}_{high:.1f}"] = scalars_lib.Ratio(
+      jnp.where(inside, errors, 0).sum(), inside.sum(dtype=jnp.float32)
+    )
+  return ratios
 
 
 def drop_captions(
