@@ -1,7 +1,9 @@
 """Trains what a config describes: train.py --config=configs/x.py --workdir=DIR.
 
 Running the same command again continues from the last checkpoint. On SIGTERM a
-checkpoint is saved first.
+checkpoint is saved first; SIGUSR1 profiles the next three steps. On a TPU pod,
+under Slurm or Open MPI, the same command on all hosts makes one run of them;
+elsewhere, --coordinator does.
 """
 
 import logging as std_logging
@@ -15,7 +17,15 @@ from ml_collections import config_flags
 
 from sana_jax import compilation_cache, presets, sharding
 from sana_jax import config as config_lib
-from sana_jax.training import autoencoder, loop, stages, text_to_image
+from sana_jax.training import (
+  autoencoder,
+  launch,
+  loop,
+  profiling,
+  stages,
+  text_to_image,
+  wandb_sink,
+)
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "File with get_config(); fields: --config.batch_size=8."
@@ -30,9 +40,29 @@ _CACHE = flags.DEFINE_string(
 )
 _DISTRIBUTED = flags.DEFINE_bool(
   "distributed",
-  False,
-  "Join the other processes of a TPU pod, Slurm job or Open MPI run; the "
-  "command is the same for all.",
+  None,
+  "True: it is an error if no other process is found; False: do not look.",
+)
+_COORDINATOR = flags.DEFINE_string(
+  "coordinator", None, "HOST:PORT of process 0, where nothing else tells it."
+)
+_NUM_PROCESSES = flags.DEFINE_integer(
+  "num_processes", None, "How many processes there are, with --coordinator."
+)
+_PROCESS_ID = flags.DEFINE_integer(
+  "process_id", None, "Number of this one, from 0, with --coordinator."
+)
+_JOIN_TIMEOUT = flags.DEFINE_integer(
+  "join_timeout", 300, "Seconds to wait for the other processes.", 1
+)
+_HEARTBEAT_TIMEOUT = flags.DEFINE_integer(
+  "heartbeat_timeout", 100, "Seconds until a silent process counts as dead.", 1
+)
+_PROFILE_STEPS = flags.DEFINE_string(
+  "profile_steps", None, "FIRST:LAST step to profile, to WORKDIR/profile."
+)
+_WANDB_PROJECT = flags.DEFINE_string(
+  "wandb_project", None, "Weights & Biases project that gets the metrics, too."
 )
 flags.mark_flags_as_required(["config", "workdir"])
 
@@ -79,17 +109,42 @@ def _make_recipe(config: config_lib.Config) -> loop.Recipe:
   return _RECIPES[type(config)](config)
 
 
-def _train(config: config_lib.Config, workdir: epath.PathLike):
-  return loop.train(config, workdir, _make_recipe(config))
+def _join_others() -> None:
+  if _DISTRIBUTED.value is False:
+    return
+  cluster = launch.find_cluster(
+    os.environ,
+    coordinator=_COORDINATOR.value,
+    num_processes=_NUM_PROCESSES.value,
+    process_id=_PROCESS_ID.value,
+  )
+  if cluster is not None:
+    launch.join(
+      cluster,
+      timeout=_JOIN_TIMEOUT.value,
+      heartbeat_timeout=_HEARTBEAT_TIMEOUT.value,
+    )
+  elif _DISTRIBUTED.value:
+    raise ValueError(
+      "--distributed, but neither a TPU pod, Slurm nor Open MPI tells of "
+      "another process; give --coordinator, --num_processes and --process_id."
+    )
 
 
-def main(argv: list[str]) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f"Unexpected arguments: {argv[1:]}.")
-  compilation_cache.enable(_CACHE.value, os.environ)
-  if _DISTRIBUTED.value:
-    jax.distributed.initialize()
-  _quiet_orbax()
+def _options() -> loop.Options:
+  if _WANDB_PROJECT.value is not None:
+    wandb_sink.check_installed()
+  steps = _PROFILE_STEPS.value
+  return loop.Options(
+    argv=sys.argv,
+    profile_steps=None if steps is None else profiling.parse_steps(steps),
+    wandb_project=_WANDB_PROJECT.value,
+  )
+
+
+def _run() -> None:
+  options = _options()
+  _join_others()
   config = _CONFIG.value
   logging.info(
     "%s on %d %s device(s)",
@@ -97,15 +152,30 @@ def main(argv: list[str]) -> None:
     jax.device_count(),
     jax.default_backend(),
   )
+
+  def train(config: config_lib.Config, workdir: epath.PathLike):
+    return loop.train(config, workdir, _make_recipe(config), options)
+
+  if isinstance(config, config_lib.StagesConfig):
+    stages.train(config, _WORKDIR.value, train)
+  else:
+    train(config, _WORKDIR.value)
+
+
+def main(argv: list[str]) -> None:
+  if len(argv) > 1:
+    raise app.UsageError(f"Unexpected arguments: {argv[1:]}.")
+  compilation_cache.enable(_CACHE.value, os.environ)
+  _quiet_orbax()
   try:
-    if isinstance(config, config_lib.StagesConfig):
-      stages.train(config, _WORKDIR.value, _train)
-    else:
-      _train(config, _WORKDIR.value)
-  except (ValueError, OSError, FloatingPointError) as error:
+    _run()
+  except MemoryError as error:
+    logging.error("%s", error)
+    launch.leave(1)
+  except (ValueError, OSError, FloatingPointError, ImportError) as error:
     logging.error("%s", " ".join(str(error).split()))
     logging.debug("raised here (--verbosity=1 shows it)", exc_info=True)
-    sys.exit(1)
+    launch.leave(1)
 
 
 if __name__ == "__main__":

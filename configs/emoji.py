@@ -55,7 +55,7 @@ def get_config() -> config_lib.TextToImageConfig:
   config.dtype = "float32"
   config.remat = "none"
   config.scan_layers = False
-  config.checkpoint_every = 500
+  config.checkpoint.every = 500
   config.sample_every = 1000
   config.sample_prompts = (
     "red apple",

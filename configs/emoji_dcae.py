@@ -34,6 +34,6 @@ def get_config() -> config_lib.AutoencoderConfig:
   config.dtype = "float32"
   config.remat = "none"
   config.scan_layers = False
-  config.checkpoint_every = 250
+  config.checkpoint.every = 250
   config.sample_every = 500
   return config

@@ -17,7 +17,7 @@ def get_config() -> config_lib.TextToImageConfig:
   config.text_encoder_path = f"{_MODEL}/text_encoder"
   config.data = config_lib.DataConfig(image_size=64, buckets="square")
   config.num_steps = 1000
-  config.checkpoint_every = 200
+  config.checkpoint.every = 200
   config.sample_every = 200
   config.sample_prompts = ("a red flower in a garden", "a cat", "a rocket")
   return config

@@ -5,36 +5,119 @@ Python class: `state/params/transformer/blocks/...`. A checkpoint that was not
 completely written is never seen, so a run may be killed at any moment.
 """
 
-from typing import Any
+import contextlib
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
+from absl import logging
 from etils import epath
+from orbax.checkpoint import checkpoint_managers
 
+from sana_jax import config as config_lib
 from sana_jax import tree
 
 
-class Checkpointer:
-  """Keeps the newest checkpoints of one run under `workdir/checkpoints`."""
+class _Save(NamedTuple):
+  """A checkpoint that is being written.
 
-  def __init__(self, workdir: epath.PathLike, *, keep: int):
+  Attributes:
+    waited: seconds that the caller spent on it.
+  """
+
+  step: int
+  started: float
+  waited: float
+
+
+class Checkpointer:
+  """Keeps the checkpoints of one run under `workdir/checkpoints`.
+
+  Args:
+    config: which of them stay.
+  """
+
+  def __init__(
+    self, workdir: epath.PathLike, config: config_lib.CheckpointConfig
+  ):
+    self._directory = epath.Path(workdir).absolute() / "checkpoints"
+    self._config = config
+    self._saving: _Save | None = None
+    best = config.keep_best > 0
     self._manager = ocp.CheckpointManager(
-      epath.Path(workdir).absolute() / "checkpoints",
+      self._directory,
       item_handlers={"state": ocp.StandardCheckpointHandler()},
-      options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
+      options=ocp.CheckpointManagerOptions(
+        create=True,
+        preservation_policy=_retention(config),
+        # Makes the manager store metrics beside the state.
+        best_fn=_rank(config) if best else None,
+        best_mode=config.best_mode,
+      ),
     )
 
   def latest_step(self) -> int | None:
     return self._manager.latest_step()
 
-  def save(self, step: int, state: Any) -> None:
-    """Writes in the background; a second save waits for the first."""
+  def steps(self) -> list[int]:
+    """Returns the steps of all complete checkpoints, in order."""
+    return sorted(self._manager.all_steps())
+
+  def save(
+    self, step: int, state: Any, metrics: Mapping[str, float] | None = None
+  ) -> None:
+    """Writes in the background; a second save waits for the first.
+
+    Args:
+      metrics: of the steps since the checkpoint before; needed where the best
+        checkpoints are kept.
+
+    Raises:
+      OSError: this checkpoint cannot be written, or the one before could not.
+      ValueError: `metrics` lacks the one that says which is best.
+    """
     if self._manager.latest_step() == step:
       return
+    ranked = self._ranked(metrics or {})
     nested = tree.to_nested_dict(state)
-    self._manager.save(
-      step, args=ocp.args.Composite(state=ocp.args.StandardSave(nested))
+    started = time.monotonic()
+    self.wait()
+    with self._failing_of(step):
+      self._manager.save(
+        step,
+        args=ocp.args.Composite(state=ocp.args.StandardSave(nested)),
+        metrics=ranked,
+      )
+    self._saving = _Save(step, started, time.monotonic() - started)
+
+  def poll(self) -> None:
+    """Says when the last save is done; to be called often.
+
+    Raises:
+      OSError: it failed.
+    """
+    if self._saving is not None and not self._manager.is_saving_in_progress():
+      # Only waiting raises what went wrong: `check_for_errors` stays silent.
+      self.wait()
+
+  def wait(self) -> None:
+    """Waits until the last save is done.
+
+    Raises:
+      OSError: it failed.
+    """
+    if self._saving is None:
+      return
+    with self._failing_of(self._saving.step):
+      self._manager.wait_until_finished()
+    step, started, waited = self._saving
+    logging.info(
+      "saved checkpoint %d in %.1f s, of which training waited %.1f s",
+      *(step, time.monotonic() - started, waited),
     )
+    self._saving = None
 
   def restore(self, step: int, abstract: Any) -> Any:
     """Reads a state into the structure, dtypes and shardings of `abstract`.
@@ -56,11 +139,55 @@ class Checkpointer:
     """True on all hosts at the same step once one of them got SIGTERM."""
     return self._manager.reached_preemption(step)
 
-  def wait(self) -> None:
-    self._manager.wait_until_finished()
-
   def close(self) -> None:
     self._manager.close()
+
+  def _ranked(self, metrics: Mapping[str, float]) -> dict[str, float] | None:
+    name = self._config.best_metric
+    if self._config.keep_best == 0:
+      return None
+    if name not in metrics:
+      raise ValueError(
+        f"checkpoint.best_metric {name!r} is not measured; there are "
+        f"{', '.join(sorted(metrics))}."
+      )
+    return {name: float(metrics[name])}
+
+  @contextlib.contextmanager
+  def _failing_of(self, step: int) -> Iterator[None]:
+    """Makes one kind of error of all that writing may raise."""
+    try:
+      yield
+    # Orbax passes on whatever a thread of its raised.
+    except Exception as error:
+      self._saving = None
+      raise OSError(
+        f"checkpoint {step} could not be written to {self._directory} "
+        f"({type(error).__name__}: {error}); the earlier ones are intact. Make "
+        f"room or mend the permissions, and run the same command again."
+      ) from error
+
+
+def _retention(
+  config: config_lib.CheckpointConfig,
+) -> checkpoint_managers.PreservationPolicy:
+  policies = [checkpoint_managers.LatestN(config.keep)]
+  if config.keep_every:
+    policies.append(checkpoint_managers.EveryNSteps(config.keep_every))
+  if config.keep_best:
+    policies.append(
+      checkpoint_managers.BestN(
+        get_metric_fn=_rank(config),
+        reverse=config.best_mode == "min",
+        n=config.keep_best,
+        keep_checkpoints_without_metrics=False,
+      )
+    )
+  return checkpoint_managers.AnyPreservationPolicy(policies)
+
+
+def _rank(config: config_lib.CheckpointConfig):
+  return lambda metrics: metrics[config.best_metric]
 
 
 def restore_part(

@@ -36,7 +36,7 @@ def get_config():
   config.optim.schedule = "cosine"
   config.latent_noise = 0.1
   config.log_every = 1
-  config.checkpoint_every = 2
+  config.checkpoint.every = 2
   config.sample_every = 24
   config.mesh = {"data": 2, "fsdp": 4}
   config.dtype = "float32"
@@ -166,7 +166,7 @@ def test_sigterm_saves_the_step_and_leaves_with_success(
   config, whole, tmp_path
 ):
   # Nothing but the signal makes this run save.
-  rare = "--config.checkpoint_every=1000"
+  rare = "--config.checkpoint.every=1000"
   first = start(config, tmp_path, rare)
   wait_for(tmp_path / "metrics.jsonl", first)
   first.terminate()
@@ -196,7 +196,7 @@ def test_two_processes_train_one_model(config, whole, tmp_path):
       start(
         *(config, tmp_path, "--distributed"),
         *("--config.mesh.data=1", "--config.mesh.fsdp=8"),
-        "--config.checkpoint_every=1000",
+        "--config.checkpoint.every=1000",
         **slurm,
         SLURM_PROCID=str(rank),
         SLURM_LOCALID=str(rank),

@@ -32,7 +32,7 @@ def get_config(directory):
   config.num_steps = {steps}
   config.batch_size = 8
   config.log_every = 1
-  config.checkpoint_every = 4
+  config.checkpoint.every = 4
   config.mesh = {{"data": 2, "fsdp": 4}}
   config.dtype = "float32"
   config.remat = "none"
@@ -162,7 +162,7 @@ def test_training_from_a_cache_has_the_losses_of_training_from_pictures(
   )
   job.run(prepared, tmp_path / "cache", started=time.monotonic())
   config = f"{base}/config.py:{base}"
-  few = ("--config.num_steps=6", "--config.checkpoint_every=6")
+  few = ("--config.num_steps=6", "--config.checkpoint.every=6")
   online, cached = (
     test_train.start(config, tmp_path / name, f"--config.data.{flag}", *few)
     for name, flag in (

@@ -4,10 +4,12 @@ A config is editable until `freeze()`; an unknown name is an error in both
 phases. Files in `configs/` import this module and `sana_jax.presets` only.
 """
 
+from sana_jax.config.anomalies import AnomalyConfig
 from sana_jax.config.base import (
   Config,
   from_dict,
 )
+from sana_jax.config.checkpointing import CheckpointConfig
 from sana_jax.config.data import DataConfig, SourceConfig
 from sana_jax.config.hardware import HardwareConfig
 from sana_jax.config.models import (
@@ -38,7 +40,9 @@ from sana_jax.config.recipes import (
 from sana_jax.config.training import TrainConfig
 
 __all__ = [
+  "AnomalyConfig",
   "AutoencoderConfig",
+  "CheckpointConfig",
   "Config",
   "DCAEConfig",
   "DataConfig",

@@ -2,7 +2,9 @@
 
 import dataclasses
 
+from sana_jax.config.anomalies import AnomalyConfig
 from sana_jax.config.base import Config, require
+from sana_jax.config.checkpointing import CheckpointConfig
 from sana_jax.config.data import DataConfig
 from sana_jax.config.hardware import HardwareConfig
 from sana_jax.config.optim import OptimConfig
@@ -16,7 +18,6 @@ class TrainConfig(Config):
     ema_decay: of the averaged parameters that are sampled and exported.
     mesh: sizes of the axes "data" (copies) and "fsdp" (shards of parameters);
       one -1 takes the devices that are left.
-    checkpoints_to_keep: older checkpoints are deleted.
     dtype: compute dtype; parameters and optimiser state stay float32.
     remat: "none", "full" or "dots" (see nn/stack.py).
     scan_layers: False unrolls the blocks: faster on CPU, slower to compile.
@@ -29,8 +30,10 @@ class TrainConfig(Config):
   data: DataConfig = dataclasses.field(default_factory=DataConfig)
   ema_decay: float = 0.9999
   log_every: int = 20
-  checkpoint_every: int = 500
-  checkpoints_to_keep: int = 2
+  checkpoint: CheckpointConfig = dataclasses.field(
+    default_factory=CheckpointConfig
+  )
+  anomalies: AnomalyConfig = dataclasses.field(default_factory=AnomalyConfig)
   sample_every: int = 500
   mesh: dict[str, int] = dataclasses.field(
     default_factory=lambda: {"data": -1, "fsdp": 1}
@@ -41,10 +44,7 @@ class TrainConfig(Config):
   scan_layers: bool = True
 
   def validate(self) -> None:
-    for name in (
-      *("num_steps", "batch_size", "log_every", "sample_every"),
-      *("checkpoint_every", "checkpoints_to_keep"),
-    ):
+    for name in ("num_steps", "batch_size", "log_every", "sample_every"):
       value = getattr(self, name)
       require(value > 0, f"{name} must be positive, got {value}.")
     require(

@@ -84,6 +84,13 @@ def caption_examples(
   )
 
 
+def names(config: config_lib.DataConfig, seed: int) -> grain.MapDataset:
+  """Names the records of the examples, in the same order."""
+  source = load_source(config)
+  found = [source[i]["name"] for i in range(len(source))]
+  return grain.MapDataset.source(found).seed(seed).shuffle().repeat()
+
+
 class _Zipped:
   """Records with their latents; records are decoded once and kept."""
 

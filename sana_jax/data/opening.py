@@ -1,5 +1,6 @@
 """From a config to batches: sources opened, scanned, sorted and planned."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -11,6 +12,7 @@ from sana_jax.data import (
   buckets,
   captions,
   loader,
+  names,
   readers,
   records,
   sampler,
@@ -26,11 +28,13 @@ class Opened(NamedTuple):
   Attributes:
     shapes: (height, width) of pictures in pixels.
     reports: what of each source is used.
+    name_batch: see `names.NameBatch`.
   """
 
   batches: loader.HostBatches
   shapes: tuple[buckets.Shape, ...]
   reports: tuple[buckets.EpochReport, ...]
+  name_batch: names.NameBatch
 
 
 def open_pictures(
@@ -72,7 +76,7 @@ def open_pictures(
     flip=config.random_flip,
     resample=resolution.reference_filter(config.image_size),
   )
-  return _planned(bucketing, reader, batch_size, seed)
+  return _planned(bucketing, reader, opened, batch_size, seed)
 
 
 def open_cache(
@@ -99,12 +103,13 @@ def open_cache(
       *(source.name, len(skipped), next(iter(skipped.items()))),
     )
   reader = readers.CacheReader(source, _selection(config))
-  return _planned(bucketing, reader, batch_size, seed)
+  return _planned(bucketing, reader, [source], batch_size, seed)
 
 
 def _planned(
   bucketing: buckets.Bucketing,
   reader: loader.ReadFn,
+  opened: Sequence[records.Source | cache_lib.CachedSource],
   batch_size: int,
   seed: int,
 ) -> Opened:
@@ -112,7 +117,10 @@ def _planned(
   for line in buckets.describe(bucketing, plans):
     logging.info("%s", line)
   batches = loader.planned_batches(plans, batch_size, reader)
-  return Opened(batches, bucketing.shapes, bucketing.reports)
+  return Opened(
+    *(batches, bucketing.shapes, bucketing.reports),
+    names.of_plans(plans, opened),
+  )
 
 
 def _sizes(

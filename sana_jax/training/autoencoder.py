@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
 from sana_jax import config as config_lib
-from sana_jax.data import examples, loader
+from sana_jax.data import examples, loader, names
 from sana_jax.models import dc_ae
 from sana_jax.training import loop
 from sana_jax.weights import components
@@ -66,6 +66,9 @@ def make_recipe(config: config_lib.AutoencoderConfig) -> loop.Recipe:
     ),
     sample=sample,
     export=export,
+    name_batch=names.of_examples(
+      examples.names(config.data, config.seed), config.batch_size
+    ),
   )
 
 

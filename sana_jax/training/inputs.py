@@ -21,6 +21,7 @@ from sana_jax import resolution
 from sana_jax import text as text_lib
 from sana_jax.data import buckets, examples, loader, opening, readers, synthetic
 from sana_jax.data import cache as cache_lib
+from sana_jax.data import names as names_lib
 from sana_jax.models import dc_ae
 from sana_jax.pipeline import options
 from sana_jax.weights import files
@@ -57,6 +58,7 @@ class Inputs(NamedTuple):
     encodes_text: whether `condition` needs a text encoder.
     num_shapes: how many there are.
     size_of: a batch -> the (height, width) of its pictures.
+    name_batch: see `names.NameBatch`; None: records have no names.
   """
 
   batches: loader.HostBatches
@@ -65,6 +67,7 @@ class Inputs(NamedTuple):
   encodes_text: bool
   num_shapes: int
   size_of: Callable[[dict[str, Any]], tuple[int, int]]
+  name_batch: names_lib.NameBatch | None = None
 
 
 def from_emoji(
@@ -90,6 +93,9 @@ def from_emoji(
     encodes_text=True,
     num_shapes=1,
     size_of=lambda batch: (side, side),
+    name_batch=names_lib.of_examples(
+      examples.names(config.data, config.seed), config.batch_size
+    ),
   )
 
 
@@ -120,6 +126,7 @@ def from_pictures(
     encodes_text=True,
     num_shapes=len(opened.shapes),
     size_of=lambda batch: batch["images"].shape[1:3],
+    name_batch=opened.name_batch,
   )
 
 
@@ -168,6 +175,7 @@ def from_cache(
     size_of=lambda batch: tuple(
       compression * side for side in batch["latents"].shape[1:3]
     ),
+    name_batch=opened.name_batch,
   )
 
 

@@ -5,8 +5,8 @@ log, sample, save. The batch of a step is a pure function of (seed, step), so
 the step number is all a resumed run needs to know about its input.
 """
 
-import math
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,12 +17,21 @@ from etils import epath
 
 from sana_jax import checkpoint, sharding
 from sana_jax import config as config_lib
-from sana_jax.data import loader
+from sana_jax.data import loader, names
 from sana_jax.training import (
+  anomalies,
   compilations,
+  feeding,
+  launch,
   metrics,
+  out_of_memory,
   placement,
   preemption,
+  profiling,
+  run_record,
+  speed,
+  suspects,
+  wandb_sink,
 )
 from sana_jax.training import program as program_lib
 from sana_jax.training import scalars as scalars_lib
@@ -47,6 +56,9 @@ class Recipe(NamedTuple):
       None: it has none.
     num_shapes: how many shapes batches may have; each is compiled.
     name_shape: what the shape of a batch is called in the log.
+    name_batch: see `names.NameBatch`; None: records have no names.
+    flops_per_image: operations that a batch of this shape costs per image, for
+      the model itself (no rematerialisation); None: they are not known.
     initial: abstract parameters, shardings included -> what a run begins with
       in place of `init`'s random ones, so structured and placed.
   """
@@ -60,156 +72,342 @@ class Recipe(NamedTuple):
   export: Callable[[Any, Any, epath.Path], None] | None
   num_shapes: int = 1
   name_shape: Callable[[Any], str] = compilations.name_leaves
+  name_batch: names.NameBatch | None = None
+  flops_per_image: Callable[[Any], float] | None = None
   initial: Callable[[dict[str, Any]], dict[str, Any]] | None = None
 
 
+_KINDS = {
+  "skipped": "loss or gradient is not finite, the update is skipped",
+  "spike": "the loss is a spike",
+}
+
+
+class Options(NamedTuple):
+  """What one start of a run is told, and is no part of its config.
+
+  Attributes:
+    argv: the command, for `run.json`.
+    profile_steps: first and last step to be profiled.
+    wandb_project: where the metrics go, too.
+  """
+
+  argv: Sequence[str] = ()
+  profile_steps: tuple[int, int] | None = None
+  wandb_project: str | None = None
+
+
 def train(
-  config: config_lib.TrainConfig, workdir: epath.PathLike, recipe: Recipe
+  config: config_lib.TrainConfig,
+  workdir: epath.PathLike,
+  recipe: Recipe,
+  options: Options = Options(),  # noqa: B008 (immutable)
 ) -> step_lib.TrainState:
   """Trains until `config.num_steps`, continuing what `workdir` holds.
 
+  With several processes, an error ends this one at once, so that the others,
+  which cannot go on without it, end soon.
+
   Raises:
     ValueError: `workdir` belongs to a run with another config.
-    FloatingPointError: the loss is not finite.
+    OSError: a checkpoint could not be written.
+    MemoryError: a step does not fit the devices.
+    FloatingPointError: too many steps were bad; see `anomalies.py`.
   """
   config.freeze()
   workdir = epath.Path(workdir)
   workdir.mkdir(parents=True, exist_ok=True)
   workdir_lib.claim(config, workdir)
-  mesh = sharding.make_mesh(config.mesh)
-  key_init, key_train = jax.random.split(jax.random.key(config.seed))
-  program = program_lib.make_program(
-    config,
-    init=recipe.init,
-    param_axes=recipe.param_axes,
-    loss_fn=recipe.loss_fn,
-    mesh=mesh,
-  )
-  checkpointer = checkpoint.Checkpointer(
-    workdir, keep=config.checkpoints_to_keep
-  )
-  state = _restore_or_init(program, key_init, checkpointer, recipe.initial)
-  frozen = sharding.place(
-    recipe.frozen,
-    placement.frozen_shardings(recipe.frozen, recipe.param_axes, mesh),
-  )
-  writer = metrics.MetricWriter(
-    workdir, enabled=jax.process_index() == 0, first_step=int(state.step)
-  )
-  try:
-    state = _run(
+  with contextlib.ExitStack() as stack:
+    if jax.process_index() == 0:
+      stack.enter_context(run_record.logging_to(workdir / "run.log"))
+    stop = stack.enter_context(preemption.stop_request())
+    try:
+      run = _Run(config, workdir, recipe, options, stop, stack)
+      run.make_steps()
+      run.finish()
+    except Exception as error:
+      message = launch.explain_peer_failure(error)
+      if message is None:
+        raise
+      logging.error("%s", message)
+      launch.leave(1)
+    return run.state
+
+
+class _Pending(NamedTuple):
+  """A step whose results were not looked at yet.
+
+  Attributes:
+    flops: None: the step is not to count for the speed.
+  """
+
+  step: int
+  scalars: scalars_lib.Scalars
+  flops: float | None
+
+
+class _Run:
+  """One process's run.
+
+  The results of a step are looked at after the next one was dispatched, so
+  that devices do not wait for Python.
+  """
+
+  def __init__(self, config, workdir, recipe, options, stop, stack):
+    self._config, self._workdir, self._recipe = config, workdir, recipe
+    self._stop = stop
+    self._mesh = sharding.make_mesh(config.mesh)
+    self._key_init, self._key = jax.random.split(jax.random.key(config.seed))
+    self._program = program_lib.make_program(
       config,
-      recipe,
-      _Run(state, frozen, key_train, mesh, program.step, checkpointer, writer),
+      init=recipe.init,
+      param_axes=recipe.param_axes,
+      loss_fn=recipe.loss_fn,
+      mesh=self._mesh,
     )
-    checkpointer.wait()
-    if recipe.export is not None and int(state.step) >= config.num_steps:
-      whole = sharding.gather((state.ema, frozen))
+    self._checkpointer = checkpoint.Checkpointer(workdir, config.checkpoint)
+    stack.callback(self._checkpointer.close)
+    self.state = self._load(self._checkpointer.latest_step())
+    self._step = int(self.state.step)
+    self._pending: _Pending | None = None
+    self._open_input(stack)
+    self._open_outputs(options, stack)
+
+  def _open_input(self, stack) -> None:
+    config, recipe = self._config, self._recipe
+    self._frozen = sharding.place(
+      recipe.frozen,
+      placement.frozen_shardings(recipe.frozen, recipe.param_axes, self._mesh),
+    )
+    self._feed = feeding.Feed(
+      placement.global_batches(
+        recipe.batches, config, self._mesh, first_step=self._step
+      )
+    )
+    stack.callback(self._feed.close)
+    self._compiled = compilations.Compilations(
+      recipe.num_shapes, recipe.name_shape
+    )
+
+  def _open_outputs(self, options: Options, stack) -> None:
+    config, is_first = self._config, jax.process_index() == 0
+    sink = None
+    if is_first:
+      run_record.add_start(
+        *(self._workdir, self._mesh),
+        first_step=self._step,
+        argv=options.argv,
+      )
+    if is_first and options.wandb_project is not None:
+      sink = wandb_sink.WandbSink(
+        self._workdir, options.wandb_project, config.to_dict()
+      )
+    self._writer = metrics.MetricWriter(
+      self._workdir, enabled=is_first, first_step=self._step, sink=sink
+    )
+    stack.callback(self._writer.close)
+    self._watch = anomalies.Watch(
+      *(config.anomalies, self._workdir),
+      first_step=self._step,
+      writes=is_first,
+    )
+    self._best = metrics.Mean(config.checkpoint.best_metric)
+    self._profiler = profiling.Profiler(self._workdir, options.profile_steps)
+    stack.enter_context(self._profiler.listening())
+    self._chrono = speed.Chrono(
+      *(self._step, config.num_steps, config.batch_size, self._mesh.size)
+    )
+
+  def make_steps(self) -> None:
+    """Trains until the last step, or until this run is asked to stop."""
+    while self._step < self._config.num_steps:
+      # This looks at `stop` all the time while it waits.
+      batch = self._feed.next(self._stop.is_set)
+      if batch is not None:
+        self._advance(batch)
+        if self._watch.wants_rollback():
+          self._roll_back()
+      if batch is None or self._checkpointer.reached_preemption(self._step):
+        self._save(always=True)
+        logging.warning("asked to stop: saved step %d", self._step)
+        return
+      last = self._step == self._config.num_steps
+      if last or self._step % self._config.checkpoint.every == 0:
+        self._save(always=last)
+      if last or self._step % self._config.sample_every == 0:
+        self._sample()
+
+  def finish(self) -> None:
+    """Waits for the last checkpoint, and exports what is complete."""
+    with self._chrono.paused():
+      self._checkpointer.wait()
+    export = self._recipe.export
+    if export is None or self._step < self._config.num_steps:
+      return
+    whole = sharding.gather((self.state.ema, self._frozen))
+    if jax.process_index() == 0:
+      export(*whole, self._workdir / "export")
+      logging.info(
+        "exported the averaged model to %s", self._workdir / "export"
+      )
+
+  def _advance(self, batch: Any) -> None:
+    """Makes a step, and looks at the results of the one before."""
+    is_new = self._compiled.is_new(batch)
+    if is_new:
+      self._look()
+    self._profiler.before(self._step + 1)
+    explained = out_of_memory.explained(
+      *(self._program, self._frozen, batch),
+      remat=self._config.remat,
+      mesh=self._mesh,
+    )
+    # A step that compiles first does not count for the speed.
+    paused = self._chrono.paused() if is_new else contextlib.nullcontext()
+    trace = jax.profiler.StepTraceAnnotation("train", step_num=self._step + 1)
+    with explained, paused, trace:
+      self.state, scalars = self._program.step(
+        self.state, self._frozen, self._key, batch
+      )
+      if is_new:
+        jax.block_until_ready(scalars)
+    self._step += 1
+    self._compiled.count(self._program.step._cache_size())
+    self._profiler.after(self._step, scalars)
+    self._look()
+    flops = None if is_new else self._flops(batch)
+    self._pending = _Pending(self._step, scalars, flops)
+    self._checkpointer.poll()
+
+  def _flops(self, batch: Any) -> float:
+    per_image = self._recipe.flops_per_image
+    if per_image is None:
+      return 0.0
+    return per_image(batch) * self._config.batch_size
+
+  def _look(self) -> None:
+    """Waits for the pending step and looks at its results."""
+    if self._pending is None:
+      return
+    (step, scalars, flops), self._pending = self._pending, None
+    is_last = step == self._config.num_steps
+    logged = is_last or step % self._config.log_every == 0
+    names = scalars if logged else {"loss", "skipped", *self._best_names()}
+    values = scalars_lib.to_floats(
+      {name: scalars[name] for name in scalars if name in names}
+    )
+    if flops is not None:
+      self._chrono.count(flops)
+    skipped = values.pop("skipped") > 0
+    kind = self._watch.judge(step, values["loss"], skipped=skipped)
+    if kind is not None:
+      self._note(step, kind, values["loss"])
+    self._best.add(values)
+    if logged:
+      values["skipped"] = self._watch.skipped
+      values |= self._chrono.tick(step, self._feed.waited)
+      values |= speed.device_memory()
+      self._writer.scalars(step, values)
+      metrics.log_line(step, self._config.num_steps, values)
+
+  def _best_names(self) -> set[str]:
+    settings = self._config.checkpoint
+    return {settings.best_metric} if settings.keep_best else set()
+
+  def _note(self, step: int, kind: str, loss: float) -> None:
+    """Says and writes down which batch a bad step was made of."""
+    with self._chrono.paused():
+      found = suspects.find(
+        *(self._recipe.name_batch, self._recipe.batches),
+        placement.this_host(self._config)._replace(num_workers=0),
+        step - 1,
+      )
+    self._watch.note(
+      *(step, kind),
+      loss=str(loss),
+      broken=found.broken,
+      records=found.records,
+    )
+    logging.warning(
+      "step %d: %s, loss %g; not finite in the batch: %s; batch of %s",
+      *(step, _KINDS[kind], loss, ", ".join(found.broken) or "nothing"),
+      suspects.shorten(found.records),
+    )
+
+  def _roll_back(self) -> None:
+    """Returns to the last parameters before the bad steps; the data go on."""
+    settings = self._config.anomalies
+    if self._watch.is_exhausted():
+      path = self._workdir / anomalies.REPORT
       if jax.process_index() == 0:
-        recipe.export(*whole, workdir / "export")
-        logging.info("exported the averaged model to %s", workdir / "export")
-  finally:
-    checkpointer.close()
-    writer.close()
-  return state
+        anomalies.write_report(path, self._step, self._watch, self._config)
+      raise FloatingPointError(
+        f"step {self._step}: {settings.rollback_after} bad steps in a row "
+        f"after {self._watch.rollbacks} rollbacks; the run stops. {path} names "
+        f"the batches. The checkpoints are intact: lower optim.peak_lr or "
+        f"optim.clip_norm, set dtype='float32', mend the data, or raise "
+        f"anomalies.max_rollbacks, and run the same command again."
+      )
+    self._checkpointer.wait()
+    target = anomalies.rollback_target(
+      self._checkpointer.steps(),
+      first_bad=self._watch.first_bad,
+      every=self._config.checkpoint.every,
+    )
+    skipped, self._pending = int(self.state.skipped), None
+    # Two states may not fit.
+    jax.tree.map(lambda leaf: leaf.delete(), self.state)
+    state = self._load(target)
+    counts = sharding.place(
+      (np.int32(self._step), np.int32(skipped)),
+      (sharding.replicated(self._mesh),) * 2,
+    )
+    self.state = state._replace(step=counts[0], skipped=counts[1])
+    self._watch.note_rollback(self._step, target or 0)
+    logging.warning(
+      "%d bad steps in a row: the parameters of step %d go on at step %d "
+      "(rollback %d of at most %d)",
+      *(settings.rollback_after, target or 0, self._step),
+      *(self._watch.rollbacks, settings.max_rollbacks),
+    )
 
+  def _save(self, *, always: bool) -> None:
+    """Saves this step, unless it is one of several bad ones."""
+    self._look()
+    if self._step == 0 or (self._watch.first_bad is not None and not always):
+      return
+    settings = self._config.checkpoint
+    values = None
+    if settings.keep_best:
+      values = {settings.best_metric: self._best.take(settings.best_mode)}
+    with self._chrono.paused():
+      self._checkpointer.save(self._step, self.state, values)
 
-class _Run(NamedTuple):
-  """The objects of one process's run."""
+  def _sample(self) -> None:
+    """Writes pictures of the average and of the parameters themselves."""
+    if self._recipe.sample is None:
+      return
+    self._look()
+    with self._chrono.paused():
+      for suffix, params in (("", self.state.ema), ("_raw", self.state.params)):
+        if self._stop.is_set():
+          return
+        whole = sharding.gather((params, self._frozen))
+        if jax.process_index() == 0:
+          with self._stop.breaking_off():
+            picture = self._recipe.sample(*whole)
+            self._writer.images(self._step, picture, suffix)
 
-  state: step_lib.TrainState
-  frozen: Any
-  key: jax.Array
-  mesh: jax.sharding.Mesh
-  train_step: Callable[..., Any]
-  checkpointer: checkpoint.Checkpointer
-  writer: metrics.MetricWriter
-
-
-def _run(
-  config: config_lib.TrainConfig, recipe: Recipe, run: _Run
-) -> step_lib.TrainState:
-  state, step = run.state, int(run.state.step)
-  batches = placement.global_batches(
-    recipe.batches, config, run.mesh, first_step=step
-  )
-  chrono = metrics.Chrono(step, config.num_steps, config.batch_size)
-  compiled = compilations.Compilations(recipe.num_shapes, recipe.name_shape)
-  with preemption.stop_request() as requested:
-    while step < config.num_steps:
-      batch = next(batches)
-      state, scalars = _step(run, state, batch, compiled, chrono)
-      step += 1
-      last = step == config.num_steps
-      if last or step % config.log_every == 0:
-        _log(config, run, chrono, step, scalars)
-      stop = requested.is_set() or run.checkpointer.reached_preemption(step)
-      if stop or last or step % config.checkpoint_every == 0:
-        # A checkpoint of a broken state would replace the last good one.
-        _check_finite(step, scalars)
-        with chrono.paused():
-          run.checkpointer.save(step, state)
-      if stop:
-        logging.warning("asked to stop: saved step %d", step)
-        break
-      if last or step % config.sample_every == 0:
-        # Waits for the step, whose time is no pause.
-        _check_finite(step, scalars)
-        with chrono.paused():
-          _sample(recipe, run, state, step)
-  return state
-
-
-def _step(run, state, batch, compiled, chrono):
-  """Runs a step; one that compiles first does not count for the speed."""
-  if not compiled.is_new(batch):
-    state, scalars = run.train_step(state, run.frozen, run.key, batch)
-  else:
-    with chrono.paused(steps=1):
-      state, scalars = run.train_step(state, run.frozen, run.key, batch)
-      jax.block_until_ready(scalars)
-  compiled.count(run.train_step._cache_size())
-  return state, scalars
-
-
-def _log(config, run, chrono, step, scalars) -> None:
-  _check_finite(step, scalars)
-  values = scalars_lib.to_floats(scalars)
-  values |= chrono.tick(step)
-  run.writer.scalars(step, values)
-  metrics.log_line(step, config.num_steps, values)
-
-
-def _sample(recipe, run, state, step) -> None:
-  if recipe.sample is None:
-    return
-  whole = sharding.gather((state.ema, run.frozen))
-  if jax.process_index() == 0:
-    run.writer.images(step, recipe.sample(*whole))
-
-
-def _restore_or_init(
-  program, key, checkpointer, initial
-) -> step_lib.TrainState:
-  step = checkpointer.latest_step()
-  if step is None:
+  def _load(self, step: int | None) -> step_lib.TrainState:
+    if step is not None:
+      logging.info("resuming from step %d", step)
+      return self._checkpointer.restore(step, self._program.state)
     logging.info("starting at step 0")
-    state = program.init(key)
-    if initial is None:
+    state = self._program.init(self._key_init)
+    if self._recipe.initial is None:
       return state
     # Dropped first: there may not be room for both.
     state = state._replace(params=None, ema=None)
-    params = initial(program.state.params)
+    params = self._recipe.initial(self._program.state.params)
     return state._replace(params=params, ema=jax.tree.map(jnp.copy, params))
-  logging.info("resuming from step %d", step)
-  return checkpointer.restore(step, program.state)
-
-
-def _check_finite(step: int, scalars: dict[str, Any]) -> None:
-  values = {name: float(scalars[name]) for name in ("loss", "grad_norm")}
-  bad = {name: v for name, v in values.items() if not math.isfinite(v)}
-  if bad:
-    raise FloatingPointError(
-      f"step {step}: {bad} is not finite. The last checkpoint is intact; lower "
-      f"optim.peak_lr or optim.clip_norm, or set dtype='float32'."
-    )

@@ -1,27 +1,57 @@
 """Numbers of a run: JSON lines, TensorBoard and one readable line."""
 
-import contextlib
 import json
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Mapping
+from typing import Protocol
 
 import numpy as np
 import tensorboardX
 from absl import logging
 from etils import epath
+from jaxtyping import UInt8
 from PIL import Image
+
+# Names in the log; those of the files are longer.
+_SHORT = {"learning_rate": "lr"}
+_SHOWN_BELOW = frozenset(
+  {
+    *("images_per_second", "images_per_second_per_device", "seconds_left"),
+    *("seconds_per_step", "tflops_per_device", "mfu", "data_wait", "skipped"),
+    *("hbm_peak_gib", "hbm_limit_gib"),
+  }
+)
+
+
+class Sink(Protocol):
+  """Another place that the numbers of a run go to."""
+
+  def scalars(self, step: int, values: dict[str, float]) -> None: ...
+
+  def images(self, step: int, name: str, grid: np.ndarray) -> None: ...
+
+  def close(self) -> None: ...
 
 
 class MetricWriter:
   """Writes scalars and image grids under a work directory (process 0 only).
 
   Args:
+    sink: gets all of it, too.
     first_step: where the run goes on; what an earlier, killed process wrote
       about later steps is dropped, for they are run again.
   """
 
-  def __init__(self, workdir: epath.Path, *, enabled: bool, first_step: int):
-    self._enabled = enabled
+  def __init__(
+    self,
+    workdir: epath.Path,
+    *,
+    enabled: bool,
+    first_step: int,
+    sink: Sink | None = None,
+  ):
+    self._enabled, self._sink = enabled, sink
     if not enabled:
       return
     self._jsonl = workdir / "metrics.jsonl"
@@ -35,82 +65,105 @@ class MetricWriter:
   def scalars(self, step: int, values: dict[str, float]) -> None:
     if not self._enabled:
       return
-    row = {"step": step, "time": round(time.time(), 2), **values}
+    # JSON has no name for the others.
+    finite = {
+      name: v if math.isfinite(v) else None for name, v in values.items()
+    }
+    row = {"step": step, "time": round(time.time(), 2), **finite}
     with self._jsonl.open("a") as file:
       file.write(json.dumps(row) + "\n")
-    for name, value in values.items():
-      self._board.add_scalar(name, value, step)
+    for name, value in finite.items():
+      if value is not None:
+        self._board.add_scalar(name, value, step)
     self._board.flush()
+    if self._sink is not None:
+      self._sink.scalars(step, values)
 
-  def images(self, step: int, grid: np.ndarray) -> None:
-    """Writes a uint8 `[height, width, 3]` picture."""
+  def images(
+    self, step: int, grid: UInt8[np.ndarray, "h w 3"], suffix: str = ""
+  ) -> None:
+    """Writes a picture.
+
+    Args:
+      suffix: tells apart the pictures of a step.
+    """
     if not self._enabled:
       return
-    with (self._samples / f"step_{step:07d}.png").open("wb") as file:
+    name = f"samples{suffix}"
+    with (self._samples / f"step_{step:07d}{suffix}.png").open("wb") as file:
       Image.fromarray(grid).save(file, format="PNG")
-    self._board.add_image("samples", grid, step, dataformats="HWC")
+    self._board.add_image(name, grid, step, dataformats="HWC")
+    if self._sink is not None:
+      self._sink.images(step, name, grid)
 
   def close(self) -> None:
     if self._enabled:
       self._board.close()
+      if self._sink is not None:
+        self._sink.close()
 
 
-class Chrono:
-  """Speed and remaining time; the first interval (compiling) is left out."""
+class Mean:
+  """The mean of a metric over steps, those that are not finite left out."""
 
-  def __init__(self, first_step: int, num_steps: int, batch_size: int):
-    self._num_steps = num_steps
-    self._batch_size = batch_size
-    self._last = (first_step, time.monotonic())
-    self._started = False
-    self._paused, self._paused_steps = 0.0, 0
+  def __init__(self, name: str):
+    self._name = name
+    self._sum, self._count = 0.0, 0
 
-  @contextlib.contextmanager
-  def paused(self, *, steps: int = 0) -> Iterator[None]:
-    """Excludes what happens inside from the speed: saving, compiling.
+  def add(self, values: Mapping[str, float]) -> None:
+    value = values.get(self._name, math.nan)
+    if math.isfinite(value):
+      self._sum += value
+      self._count += 1
+
+  def take(self, mode: str) -> float:
+    """Returns the mean and starts anew; the worst value where there is none.
 
     Args:
-      steps: that are made inside.
+      mode: "min" or "max": which values are good.
     """
-    started = time.monotonic()
-    yield
-    self._paused += time.monotonic() - started
-    self._paused_steps += steps
-
-  def tick(self, step: int) -> dict[str, float]:
-    """Returns images per second and seconds left since the last tick."""
-    now = time.monotonic()
-    steps = step - self._last[0] - self._paused_steps
-    seconds = now - self._last[1] - self._paused
-    self._last, self._paused, self._paused_steps = (step, now), 0.0, 0
-    first, self._started = not self._started, True
-    if first or steps <= 0 or seconds <= 0:
-      return {}
-    per_step = seconds / steps
-    return {
-      "images_per_second": self._batch_size / per_step,
-      "seconds_per_step": per_step,
-      "seconds_left": (self._num_steps - step) * per_step,
-    }
+    worst = math.inf if mode == "min" else -math.inf
+    mean = self._sum / self._count if self._count else worst
+    self._sum, self._count = 0.0, 0
+    return mean
 
 
 def log_line(step: int, num_steps: int, values: dict[str, float]) -> None:
-  """Prints step, share done, values and time left on one line."""
-  left = values.get("seconds_left")
-  shown = " ".join(
-    f"{name} {value:.4g}"
+  """Prints what one wants to see of a step."""
+  logging.info("%s", format_line(step, num_steps, values))
+
+
+def format_line(step: int, num_steps: int, values: dict[str, float]) -> str:
+  """Formats step, share done, metrics, speed and time left as one line.
+
+  Metrics whose name has a "/" (parts of others) are left to the files.
+  """
+  parts = [f"step {step}/{num_steps} {100 * step / num_steps:.1f}%"]
+  parts += [
+    f"{_SHORT.get(name, name)} {value:.4g}"
     for name, value in values.items()
-    if name not in ("seconds_left", "seconds_per_step")
-  )
-  eta = "" if left is None else f" eta {_clock(left)}"
-  logging.info(
-    "step %d/%d %.1f%% %s%s",
-    step,
-    num_steps,
-    100 * step / num_steps,
-    shown,
-    eta,
-  )
+    if name not in _SHOWN_BELOW and "/" not in name
+  ]
+  if "skipped" in values and values["skipped"]:
+    parts.append(f"skipped {values['skipped']:.0f}")
+  if "images_per_second" in values:
+    per_device = values["images_per_second_per_device"]
+    parts.append(
+      f"images/s {values['images_per_second']:.4g} ({per_device:.4g}/device)"
+    )
+  if "tflops_per_device" in values:
+    parts.append(f"TFLOP/s/device {values['tflops_per_device']:.3g}")
+  if "mfu" in values:
+    parts.append(f"MFU {100 * values['mfu']:.1f}%")
+  if "data_wait" in values:
+    parts.append(f"data {100 * values['data_wait']:.1f}%")
+  if "hbm_peak_gib" in values:
+    limit = values.get("hbm_limit_gib")
+    of = "" if limit is None else f"/{limit:.1f}"
+    parts.append(f"HBM {values['hbm_peak_gib']:.1f}{of} GiB")
+  if "seconds_left" in values:
+    parts.append(f"eta {_clock(values['seconds_left'])}")
+  return " ".join(parts)
 
 
 def _drop_rows_after(path: epath.Path, step: int) -> None:

@@ -40,6 +40,16 @@ def frozen_shardings(frozen, param_axes, mesh):
   }
 
 
+def this_host(config: config_lib.TrainConfig) -> loader.Host:
+  """Returns which rows of a batch this process reads, and how."""
+  return loader.Host(
+    jax.process_index(),
+    jax.process_count(),
+    config.data.num_threads,
+    config.data.num_workers,
+  )
+
+
 def global_batches(
   batches: loader.HostBatches,
   config: config_lib.TrainConfig,
@@ -60,12 +70,7 @@ def global_batches(
       f"batch_size ({config.batch_size}) must be a multiple of the number of "
       f"devices ({mesh.size})."
     )
-  host = loader.Host(
-    jax.process_index(),
-    jax.process_count(),
-    config.data.num_threads,
-    config.data.num_workers,
-  )
+  host = this_host(config)
   place = sharding.batch_sharding(mesh)
   for batch in batches(host, first_step):
     yield jax.tree.map(

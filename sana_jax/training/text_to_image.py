@@ -12,6 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from sana_jax import config as config_lib
+from sana_jax import flops
 from sana_jax import images as images_lib
 from sana_jax import pipeline as pipeline_lib
 from sana_jax import text as text_lib
@@ -34,7 +35,12 @@ def make_recipe(config: config_lib.TextToImageConfig) -> loop.Recipe:
   """
   if config.data.synthetic:
     inputs = inputs_lib.from_synthetic(config)
-    return _recipe(config, inputs, inputs.frozen, sample=None, export=None)
+    return _recipe(
+      *(config, inputs, inputs.frozen),
+      sample=None,
+      export=None,
+      compression=config.data.image_size // config.model.sample_size,
+    )
   config = training_run.located(config)
   autoencoder, autoencoder_config = components.load_autoencoder(
     config.autoencoder
@@ -92,6 +98,7 @@ def make_recipe(config: config_lib.TextToImageConfig) -> loop.Recipe:
     export=lambda params, frozen, path: updated_pipeline(
       params, frozen
     ).save_pretrained(path),
+    compression=autoencoder_config.spatial_compression,
   )
 
 
@@ -102,6 +109,7 @@ def _recipe(
   *,
   sample: Callable[[Any, Any], np.ndarray] | None,
   export: Callable[[Any, Any, epath.Path], None] | None,
+  compression: int,
 ) -> loop.Recipe:
   return loop.Recipe(
     init=lambda key: init_params(config, key),
@@ -119,6 +127,15 @@ def _recipe(
     export=export,
     num_shapes=inputs.num_shapes,
     name_shape=lambda batch: "x".join(map(str, inputs.size_of(batch))),
+    name_batch=inputs.name_batch,
+    flops_per_image=lambda batch: flops.training(
+      flops.forward(
+        config.model,
+        *inputs.size_of(batch),
+        compression=compression,
+        text_length=config.max_sequence_length,
+      )
+    ),
     initial=None
     if config.init_from is None
     else functools.partial(initial.load, config),

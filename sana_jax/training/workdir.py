@@ -13,7 +13,7 @@ from sana_jax import config as config_lib
 # A run may be continued with other values of these; all else must stay.
 _MAY_CHANGE = frozenset(
   {
-    *("num_steps", "log_every", "checkpoint_every", "checkpoints_to_keep"),
+    *("num_steps", "log_every"),
     *("sample_every", "sample_prompts", "sample_steps"),
     *("sample_guidance_scale", "remat"),
     *("scan_layers", "data.num_threads", "data.num_workers"),
@@ -21,6 +21,13 @@ _MAY_CHANGE = frozenset(
     "init_from",
     # The gradient is the same, up to rounding.
     "optim.accumulation",
+    *("checkpoint.every", "checkpoint.keep", "checkpoint.keep_every"),
+    *("checkpoint.keep_best", "checkpoint.best_metric"),
+    "checkpoint.best_mode",
+    *("anomalies.rollback_after", "anomalies.max_rollbacks"),
+    *("anomalies.spike_factor", "anomalies.spike_window"),
+    # Of earlier versions, which the fields of `checkpoint` replaced.
+    *("checkpoint_every", "checkpoints_to_keep"),
     # See `sampler.BatchSampler` for what this changes.
     "data.sources.*.weight",
   }
