@@ -66,8 +66,7 @@ def _transformer(
   decision = components.trained_in_fp16(path, found)
   if decision.clamp != config.fp16_clamp:
     logging.warning(
-      "%s: %s. This run has fp16_clamp=%s: such weights draw something else "
-      "without it, others do not need it.",
+      "%s: %s, but this run has fp16_clamp=%s",
       *(path, decision.reason, config.fp16_clamp),
     )
   return _fill(abstract, found)

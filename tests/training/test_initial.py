@@ -162,6 +162,17 @@ def test_another_architecture_is_told_field_by_field(checkpoint):
     load(make_config(checkpoint, model=model))
 
 
+def test_a_clamp_that_does_not_fit_the_weights_is_warned_of(checkpoint, caplog):
+  params = load(make_config(checkpoint))
+  assert not params["transformer"].fp16_clamp
+  assert "fp16_clamp" not in caplog.text
+  params = load(make_config(checkpoint, fp16_clamp=True))
+  assert params["transformer"].fp16_clamp
+  assert (
+    "key norms): no clamping, but this run has fp16_clamp=True" in caplog.text
+  )
+
+
 def test_what_is_not_there_is_said(tmp_path):
   with pytest.raises(FileNotFoundError, match="does not exist; expected a dir"):
     load(make_config(tmp_path / "nothing"))
