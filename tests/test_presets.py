@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import topologies
 
 from sana_jax import config as config_lib
-from sana_jax import hardware, presets, sharding
+from sana_jax import hardware, presets
 from sana_jax.config import optim
 from sana_jax.training import text_to_image
 from tests import test_stage_configs
@@ -118,21 +119,40 @@ def test_options_are_named_as_the_compiler_names_them():
     config.freeze()
 
 
-@pytest.mark.parametrize("name", ["v5e-16", "h100-8"])
-def test_the_compiler_knows_the_options(name):
-  """Those of GPUs are known to XLA for CPUs, too; TPUs' to libtpu alone."""
-  config = get("sana_1600m_1024", name)
-  options = config.hardware.compiler_options
+def test_xla_knows_the_options_of_gpus():
+  """They are options of XLA itself, which it knows on CPUs too."""
+  options = get("sana_1600m_1024", "h100-8").hardware.compiler_options
   lowered = jax.jit(lambda x: x @ x).lower(np.ones((4, 4), np.float32))
-  if name.startswith("h100"):
-    lowered.compile(compiler_options=options)
-    with pytest.raises(jax.errors.JaxRuntimeError, match="No such compile opt"):
-      lowered.compile(compiler_options=options | {"xla_gpu_none": True})
-    return
+  lowered.compile(compiler_options=options)
+  with pytest.raises(
+    jax.errors.JaxRuntimeError, match="No such compile option"
+  ):
+    lowered.compile(compiler_options=options | {"xla_gpu_none": True})
+
+
+@pytest.mark.tpu_aot
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+def test_libtpu_knows_the_options_of_tpus(topology, monkeypatch):
   pytest.importorskip("libtpu")
-  bench = importlib.import_module("bench.topology")
-  mesh = bench.one_chip("v5e:2x2")
+  for name, value in {
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+  }.items():
+    monkeypatch.setenv(name, value)
+  options = get("sana_1600m_1024", "v5e-16").hardware.compiler_options
+  devices = topologies.get_topology_desc(
+    platform="tpu", topology_name=topology
+  ).devices
+  mesh = jax.sharding.Mesh(np.asarray(devices).reshape(-1), ("fsdp",))
   x = jax.ShapeDtypeStruct(
-    (8, 128), jnp.float32, sharding=sharding.replicated(mesh)
+    (256, 256),
+    jnp.bfloat16,
+    sharding=jax.sharding.NamedSharding(
+      mesh, jax.sharding.PartitionSpec("fsdp")
+    ),
   )
-  jax.jit(lambda x: x * 2).lower(x).compile(compiler_options=options)
+  # A jitted function with the options, as the step is.
+  jax.jit(lambda x: x @ x, compiler_options=options).lower(x).compile()
