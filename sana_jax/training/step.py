@@ -109,10 +109,12 @@ def group_of(name: str) -> str:
   """The part of a model that a parameter is in.
 
   "transformer/ffn" of "transformer/blocks/ffn/point/kernel": what all blocks
-  have alike is one part, and anything else is by what its component calls it.
+  have alike is one part, and so are all norms; anything else is by what its
+  component calls it.
   """
-  parts = [part for part in name.split("/") if part != "blocks"]
-  return "/".join(parts[:2])
+  component, *parts = [part for part in name.split("/") if part != "blocks"]
+  part = "norms" if "norm" in "".join(parts[:1]) else "/".join(parts[:1])
+  return f"{component}/{part}" if part else component
 
 
 def _told(
