@@ -55,7 +55,8 @@ def make_train_step(
   forgets the initialisation early; 0 keeps it equal to the parameters.
 
   When the loss or the norm of the gradient is not finite, parameters, optimiser
-  and average stay as they are; the step and `skipped` go on.
+  and average stay as they are; the step and `skipped` go on. (A choice between
+  old and new for every array; under lax.cond XLA keeps more of them at once.)
 
   Scalars: `loss`, `learning_rate` of this update, `skipped` (0 or 1),
   `param_norm` before the update, `grad_norm` before clipping and

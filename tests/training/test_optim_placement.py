@@ -136,7 +136,9 @@ def test_training_with_a_sharded_state_is_training_on_one_device(
   }
   losses = []
   for devices, axes in ((1, {"data": 1, "fsdp": 1}), (8, mesh_axes)):
-    program, mesh = make_program(name, devices, axes, accumulation=2)
+    program, mesh = make_program(
+      name, devices, axes, accumulation=2, frozen=("bias$",)
+    )
     place = sharding.batch_sharding(mesh)
     placed = jax.tree.map(lambda x, p=place: jax.device_put(x, p), batch)
     state = program.init(jax.random.key(3))
@@ -152,6 +154,8 @@ def test_training_with_a_sharded_state_is_training_on_one_device(
       state,
       program.state,
     )
+    start = program.init(jax.random.key(3)).params["m"]["blocks/bias"]
+    np.testing.assert_array_equal(state.params["m"]["blocks/bias"], start)
     losses.append(told)
   assert losses[0][-1] < losses[0][0]
   # Sums over devices are taken in another order; a code of 8 bits may then
