@@ -154,6 +154,55 @@ def test_a_complete_training_config_is_valid():
     (config_lib.OptimConfig(weight_decay=-0.1), "optim.weight_decay .*-0.1"),
     (config_lib.OptimConfig(b2=1.0), r"optim.b2 must be in \[0, 1\), got 1.0"),
     (config_lib.OptimConfig(final_lr_ratio=2.0), "final_lr_ratio .*got 2.0"),
+    (config_lib.OptimConfig(name="sgd"), "optim.name .*'came_8bit'.*'sgd'"),
+    (
+      config_lib.OptimConfig(batch_scaling="log"),
+      "optim.batch_scaling .*'sqrt'.*'log'",
+    ),
+    (
+      config_lib.OptimConfig(moment_dtype="int8"),
+      "optim.moment_dtype .*'bfloat16'.*'int8'",
+    ),
+    (
+      config_lib.OptimConfig(came_b3=0.99),
+      r"optim.came_b3 \(0.99\) has no effect with optim.name='adamw'",
+    ),
+    (
+      config_lib.OptimConfig(name="lion", b2=0.95, eps=1e-6),
+      r"optim.b2 \(0.95\) has no effect .*optim.eps \(1e-06\) has no effect",
+    ),
+    (
+      config_lib.OptimConfig(name="came", moment_dtype="bfloat16"),
+      "optim.moment_dtype .*no effect with optim.name='came'",
+    ),
+    (
+      config_lib.OptimConfig(final_lr_ratio=0.1),
+      "optim.final_lr_ratio .*no effect with optim.schedule='constant'",
+    ),
+    (
+      config_lib.OptimConfig(weight_decay=0.0, weight_decay_exclude=("bias",)),
+      "weight_decay_exclude has no effect without a weight_decay",
+    ),
+    (
+      config_lib.OptimConfig(schedule="wsd"),
+      "optim.decay_steps must be at least 1 .*got 0",
+    ),
+    (
+      config_lib.OptimConfig(accumulation=0),
+      "optim.accumulation must be at least 1, got 0",
+    ),
+    (
+      config_lib.OptimConfig(frozen=("blocks/(q",)),
+      r"optim.frozen has 'blocks/\(q', no regular expression",
+    ),
+    (
+      config_lib.OptimConfig(lr_multipliers={"head": 0.0}),
+      r"lr_multipliers\['head'\] must be a positive .*optim.frozen",
+    ),
+    (
+      TRAIN(batch_size=6, optim=config_lib.OptimConfig(accumulation=4)),
+      r"batch_size \(6\) must be a multiple of optim.accumulation \(4\)",
+    ),
     (TRAIN(num_steps=0), "num_steps must be positive, got 0"),
     (TRAIN(sample_every=0), "sample_every must be positive, got 0"),
     (TRAIN(mesh={"data": 8}), "mesh must have the axes .*{'data': 8}"),

@@ -48,6 +48,12 @@ class TrainConfig(Config):
       value = getattr(self, name)
       require(value > 0, f"{name} must be positive, got {value}.")
     require(
+      self.optim.accumulation < 1
+      or self.batch_size % self.optim.accumulation == 0,
+      f"batch_size ({self.batch_size}) must be a multiple of "
+      f"optim.accumulation ({self.optim.accumulation}).",
+    )
+    require(
       set(self.mesh) == {"data", "fsdp"},
       f"mesh must have the axes 'data' and 'fsdp', got {self.mesh}.",
     )

@@ -1,6 +1,6 @@
 """The gradient of a batch that is taken in parts."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -57,8 +57,8 @@ def value_and_grad(
   return accumulated
 
 
-def _reduce(aux: scalars_lib.Scalars) -> scalars_lib.Scalars:
-  """Sums ratios over the parts, and averages the rest."""
+def _reduce(aux: Mapping[str, Any]) -> scalars_lib.Scalars:
+  """Sums ratios over the parts, their first axis, and averages the rest."""
   return {
     name: jax.tree.map(jnp.sum, value)
     if isinstance(value, scalars_lib.Ratio)

@@ -55,7 +55,8 @@ def make_train_step(
   forgets the initialisation early; 0 keeps it equal to the parameters.
 
   When the loss or the norm of the gradient is not finite, parameters, optimiser
-  and average stay as they are; the step and `skipped` go on.
+  and average stay as they are; the step and `skipped` go on. (A choice between
+  old and new for every array; under lax.cond XLA keeps more of them at once.)
 
   Scalars: `loss`, `learning_rate` of this update, `skipped` (0 or 1),
   `param_norm` before the update, `grad_norm` before clipping and
@@ -109,10 +110,12 @@ def group_of(name: str) -> str:
   """The part of a model that a parameter is in.
 
   "transformer/ffn" of "transformer/blocks/ffn/point/kernel": what all blocks
-  have alike is one part, and anything else is by what its component calls it.
+  have alike is one part, and so are all norms; anything else is by what its
+  component calls it.
   """
-  parts = [part for part in name.split("/") if part != "blocks"]
-  return "/".join(parts[:2])
+  component, *parts = [part for part in name.split("/") if part != "blocks"]
+  part = "norms" if "norm" in "".join(parts[:1]) else "/".join(parts[:1])
+  return f"{component}/{part}" if part else component
 
 
 def _told(

@@ -1,6 +1,8 @@
 """The state of an optimiser is sharded like its parameters."""
 
+import collections
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -134,7 +136,9 @@ def test_training_with_a_sharded_state_is_training_on_one_device(
   }
   losses = []
   for devices, axes in ((1, {"data": 1, "fsdp": 1}), (8, mesh_axes)):
-    program, mesh = make_program(name, devices, axes, accumulation=2)
+    program, mesh = make_program(
+      name, devices, axes, accumulation=2, frozen=("bias$",)
+    )
     place = sharding.batch_sharding(mesh)
     placed = jax.tree.map(lambda x, p=place: jax.device_put(x, p), batch)
     state = program.init(jax.random.key(3))
@@ -150,11 +154,34 @@ def test_training_with_a_sharded_state_is_training_on_one_device(
       state,
       program.state,
     )
+    start = program.init(jax.random.key(3)).params["m"]["blocks/bias"]
+    np.testing.assert_array_equal(state.params["m"]["blocks/bias"], start)
     losses.append(told)
   assert losses[0][-1] < losses[0][0]
   # Sums over devices are taken in another order; a code of 8 bits may then
   # round to its neighbour.
   np.testing.assert_allclose(*losses, rtol=1e-3 if "8bit" in name else 2e-5)
+
+
+def test_blocks_of_8_bits_are_packed_where_their_elements_are():
+  """So CAME of 8 bits sends what CAME sends: means, and no matrix."""
+  sent = []
+  for name in ("came", "came_8bit"):
+    program, _ = make_program(name, 8, {"data": 1, "fsdp": 8})
+    state = program.state
+    text = (
+      jax.jit(program.tx.update)
+      .lower(state.params, state.opt_state, state.params)
+      .compile()
+      .as_text()
+    )
+    sent.append(
+      collections.Counter(
+        re.findall(r"(all-\w+|collective-\w+|reduce-scatter)\(", text)
+      )
+    )
+  assert sent[0] == sent[1]
+  assert set(sent[0]) == {"all-reduce"}
 
 
 def test_counts_are_on_every_device():

@@ -60,3 +60,15 @@ def test_the_least_and_the_largest_are_kept(rng):
   again = quantization.dequantize(quantization.quantize(x, -1), -1)
   np.testing.assert_array_equal(again.min(1), x.min(1))
   np.testing.assert_allclose(again.max(1), x.max(1), rtol=1e-6)
+
+
+@pytest.mark.parametrize("axis", [0, -1])
+def test_zeros_are_what_zeros_are_quantized_to(axis):
+  x = jnp.zeros((5000, 3))
+  made, expected = (
+    quantization.zeros(x.shape, axis),
+    quantization.quantize(x, axis),
+  )
+  for a, b in zip(made, expected, strict=True):
+    assert a.dtype == b.dtype
+    np.testing.assert_array_equal(a, b)

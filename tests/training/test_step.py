@@ -212,6 +212,20 @@ def test_norms_of_gradients_are_told_by_part_and_without_what_is_frozen(rng):
     assert float(told[name]) == pytest.approx(square**0.5), name
 
 
+@pytest.mark.parametrize(
+  ("name", "group"),
+  [
+    ("transformer/blocks/ffn/point/kernel", "transformer/ffn"),
+    ("transformer/patch_embed/projection/bias", "transformer/patch_embed"),
+    ("text_encoder/blocks/pre_mlp_norm/scale", "text_encoder/norms"),
+    ("text_encoder/norm/scale", "text_encoder/norms"),
+    ("w", "w"),
+  ],
+)
+def test_a_parameter_is_in_a_part_of_its_component(name, group):
+  assert step_lib.group_of(name) == group
+
+
 def test_means_of_no_samples_are_left_out():
   values = scalars_lib.to_floats(
     {

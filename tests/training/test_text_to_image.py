@@ -134,8 +134,7 @@ def test_the_loss_is_that_of_the_definition(
   config.flow.null_mask = null_mask
   config.flow.caption_dropout = dropout
   key = jax.random.key(4)
-  loss, scalars = compute_loss(models, inputs[1], key, inputs[0], config)
-  assert scalars == {}
+  loss, _ = compute_loss(models, inputs[1], key, inputs[0], config)
   # Batched and single products are summed in different orders.
   np.testing.assert_allclose(
     loss, written_out(models, inputs, key, config), rtol=1e-5
@@ -167,6 +166,41 @@ def test_a_dropped_caption_has_no_influence(checkpoint, models, inputs):
     for b in (batch, other)
   ]
   np.testing.assert_array_equal(*losses)
+
+
+def test_the_loss_is_told_by_noise_level(checkpoint, models, inputs):
+  config = make_config(checkpoint)
+  # Spread over the levels, so that several fifths have samples.
+  config.flow.logit_std = 3.0
+  loss, told = compute_loss(
+    models, inputs[1], jax.random.key(4), inputs[0], config
+  )
+  assert len([r for r in told.values() if r.count > 0]) > 1
+  assert set(told) == {
+    *("loss/sigma_0.0_0.2", "loss/sigma_0.2_0.4", "loss/sigma_0.4_0.6"),
+    *("loss/sigma_0.6_0.8", "loss/sigma_0.8_1.0"),
+  }
+  count = sum(float(ratio.count) for ratio in told.values())
+  total = sum(float(ratio.total) for ratio in told.values())
+  assert count == len(inputs[0]["input_ids"])
+  np.testing.assert_allclose(total / count, loss, rtol=1e-5)
+
+
+def test_a_sample_counts_for_the_fifth_its_noise_level_is_in():
+  told = text_to_image.loss_by_sigma(
+    jnp.array([1.0, 2.0, 4.0, 8.0]), jnp.array([0.0, 0.19, 0.65, 1.0])
+  )
+  means = {
+    name.removeprefix("loss/sigma_"): (float(r.total), float(r.count))
+    for name, r in told.items()
+  }
+  assert means == {
+    "0.0_0.2": (3, 2),
+    "0.2_0.4": (0, 0),
+    "0.4_0.6": (0, 0),
+    "0.6_0.8": (4, 1),
+    "0.8_1.0": (8, 1),
+  }
 
 
 def compute_loss(models, frozen, key, batch, config):

@@ -110,7 +110,9 @@ def _muon(
 
   A matrix has two named axes beside that of layers. So embeddings (of a
   vocabulary), tables of modulation, what goes from or to data, and convolutions
-  of more than one pixel are left to Adam.
+  of more than one pixel are left to Adam. A fused projection such as qkv is one
+  matrix. Where matrices are sharded, every device gathers them, a whole stack
+  at a time, and orthogonalises them all.
   """
 
   def label(name: str) -> str:

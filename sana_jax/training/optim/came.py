@@ -1,5 +1,6 @@
 """CAME, as SANA is trained with it, and with a first moment of 8 bits."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -112,14 +113,17 @@ def is_matrix(shape: tuple[int, ...]) -> bool:
 
 
 def _init(param: jax.Array, axis: int | None) -> State:
-  mu = jnp.zeros(param.shape, jnp.float32)
+  zeros = functools.partial(jnp.zeros, dtype=jnp.float32)
   if not is_matrix(param.shape):
-    return VectorState(mu, jnp.zeros(param.shape, jnp.float32))
-  row = jnp.zeros(param.shape[:-1], jnp.float32)
-  column = jnp.zeros((*param.shape[:-2], param.shape[-1]), jnp.float32)
-  if axis is not None:
-    mu = quantization.quantize(mu, axis)
-  return MatrixState(mu, row, column, row, column)
+    return VectorState(zeros(param.shape), zeros(param.shape))
+  row = param.shape[:-1]
+  column = (*param.shape[:-2], param.shape[-1])
+  mu = (
+    zeros(param.shape)
+    if axis is None
+    else quantization.zeros(param.shape, axis)
+  )
+  return MatrixState(mu, zeros(row), zeros(column), zeros(row), zeros(column))
 
 
 def _update(

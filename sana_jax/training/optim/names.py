@@ -11,7 +11,8 @@ import optax
 
 from sana_jax import sharding, tree
 
-AxesFn = Callable[[str], sharding.Axes]
+Axes = tuple[str | None, ...]
+AxesFn = Callable[[str], Axes]
 
 
 def axes_by_name(param_axes: Mapping[str, sharding.ParamAxes]) -> AxesFn:
@@ -21,7 +22,7 @@ def axes_by_name(param_axes: Mapping[str, sharding.ParamAxes]) -> AxesFn:
     param_axes: {component name: sharding rows of that module}.
   """
 
-  def axes_of(name: str) -> sharding.Axes:
+  def axes_of(name: str) -> Axes:
     component, _, rest = name.partition("/")
     for pattern, axes in param_axes.get(component, ()):
       if re.search(pattern, rest):

@@ -25,6 +25,20 @@ class Blocks(NamedTuple):
   minimum: Float[Array, "..."]
 
 
+def zeros(shape: tuple[int, ...], axis: int) -> Blocks:
+  """Returns what `quantize` makes of zeros, without computing it.
+
+  XLA would compute it while it compiles, for all parameters.
+  """
+  at = axis % len(shape)
+  blocks = (*shape[:at], _count(shape[at]), *shape[at + 1 :])
+  return Blocks(
+    jnp.zeros(shape, jnp.uint8),
+    jnp.zeros(blocks, jnp.float32),
+    jnp.zeros(blocks, jnp.float32),
+  )
+
+
 def quantize(x: Float[Array, "..."], axis: int) -> Blocks:
   """Rounds to 256 levels per block: an error of at most half a quantum.
 
@@ -58,11 +72,15 @@ def dequantize(blocks: Blocks, axis: int) -> Float[Array, "..."]:
   return _merge(values, at, blocks.codes.shape[at])
 
 
+def _count(length: int) -> int:
+  return -(-length // BLOCK_SIZE)
+
+
 def _split(x: jax.Array, axis: int) -> tuple[jax.Array, int]:
   """Splits an axis into (blocks, elements); the last repeats its last one."""
   at = axis % x.ndim
   length = x.shape[at]
-  count = -(-length // BLOCK_SIZE)
+  count = _count(length)
   size = -(-length // count)
   if count * size != length:
     widths = [(0, 0)] * x.ndim
