@@ -176,7 +176,6 @@ def test_all_differences_are_listed(checkpointer):
       "line": {"kernel": jax.ShapeDtypeStruct((8, 4), jnp.float32)},
       "scale": jax.ShapeDtypeStruct((2,), jnp.float32),
     },
-    "skipped": jax.ShapeDtypeStruct((), jnp.int32),
   }
   with pytest.raises(ValueError, match=r"checkpoint 1 .*3 differences") as info:
     checkpointer.restore(1, wanted)
