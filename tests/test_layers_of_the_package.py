@@ -19,7 +19,7 @@ LAYERS = (
   {"data", "text", "checkpoint", "weights", "images"},
   {"pipeline"},
   {"training", "bulk", "precompute"},
-  {"evaluation"},
+  {"evaluation", "plan"},
   {"tools"},
 )
 FORBIDDEN_NNX = {
