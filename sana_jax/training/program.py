@@ -42,6 +42,9 @@ def make_program(
     init: key -> {component name: module}.
     param_axes: {component name: sharding rows of that module}.
     loss_fn: (params, frozen, key, batch) -> (loss, scalars).
+
+  Raises:
+    ValueError: an axis of the mesh leaves most parameters whole.
   """
   tx = optim.make_optimizer(config.optim, config.num_steps)
 
@@ -49,6 +52,7 @@ def make_program(
     return step_lib.init_state(init(key), tx)
 
   abstract = jax.eval_shape(init_state, jax.random.key(0))
+  sharding.check_every_axis_cuts(abstract.params, param_axes, mesh)
   shardings = placement.state_shardings(abstract, tx, param_axes, mesh)
   state = jax.tree.map(
     lambda leaf, place: jax.ShapeDtypeStruct(
@@ -57,8 +61,21 @@ def make_program(
     abstract,
     shardings,
   )
+
+  def loss_of_shards(params, *args):
+    # The derivative of the constraint is one on the gradients: those of a
+    # parameter are cut like it before anything is made of them.
+    params = jax.lax.with_sharding_constraint(params, shardings.params)
+    return loss_fn(params, *args)
+
+  train_step = step_lib.make_train_step(loss_of_shards, tx, config.ema_decay)
+
+  def step_on_mesh(state, frozen, key, batch):
+    with sharding.use(mesh):
+      return train_step(state, frozen, key, batch)
+
   step = jax.jit(
-    step_lib.make_train_step(loss_fn, tx, config.ema_decay),
+    step_on_mesh,
     donate_argnums=0,
     # Pinned: what XLA would choose for the outputs of step 1 may differ from
     # the inputs, and step 2 would be compiled again.
