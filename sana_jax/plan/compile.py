@@ -11,7 +11,7 @@ import jax
 from sana_jax import config as config_lib
 from sana_jax import sharding
 from sana_jax.models import sana
-from sana_jax.training import budget, inputs, text_to_image
+from sana_jax.training import budget, inputs, placement, text_to_image
 from sana_jax.training import program as program_lib
 
 # How XLA says that a program needs more than there is.
@@ -64,12 +64,8 @@ def make_step(
     ValueError: a run of another kind, or a batch that the mesh does not divide.
   """
   check_config(config)
-  shards = batch_shards(mesh)
-  if config.batch_size % shards:
-    raise ValueError(
-      f"batch_size ({config.batch_size}) must be a multiple of {shards}, over "
-      f"which the mesh {dict(mesh.shape)} divides a batch."
-    )
+  batch = inputs.abstract_batch(config, *latent_size)
+  places = placement.batch_shardings(batch, mesh)
   program = program_lib.make_program(
     config,
     init=lambda key: text_to_image.init_params(config, key),
@@ -84,11 +80,10 @@ def make_step(
   whole = sharding.replicated(mesh)
   return Step(
     program,
-    _placed(
-      inputs.abstract_batch(config, *latent_size),
-      sharding.batch_sharding(mesh),
+    jax.tree.map(_placed, batch, places),
+    jax.tree.map(
+      lambda leaf: _placed(leaf, whole), inputs.abstract_frozen(config)
     ),
-    _placed(inputs.abstract_frozen(config), whole),
     _placed(jax.eval_shape(lambda: jax.random.key(0)), whole),
   )
 
@@ -134,11 +129,8 @@ def _memory(step: Step, stats: Any) -> dict[str, int]:
   return parts
 
 
-def _placed(abstract: Any, place: jax.sharding.NamedSharding) -> Any:
-  return jax.tree.map(
-    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-    abstract,
-  )
+def _placed(leaf: Any, place: jax.sharding.NamedSharding) -> Any:
+  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
 
 
 def check_config(config: config_lib.Config) -> None:
@@ -156,13 +148,3 @@ def check_config(config: config_lib.Config) -> None:
       "plan is for steps on latents and text states that were computed before: "
       "train_text_encoder must be False."
     )
-
-
-def batch_shards(mesh: Any) -> int:
-  """Returns over how many shards a mesh divides a batch."""
-  (axes,) = sharding.batch_sharding(mesh).spec or ((),)
-  names = (axes,) if isinstance(axes, str) else axes or ()
-  shards = 1
-  for name in names:
-    shards *= mesh.shape[name]
-  return shards

@@ -12,8 +12,9 @@ from typing import NamedTuple
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
 _ASSIGNMENT = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
 _CALLED = re.compile(
-  r"\b(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.\-]+)"
+  r"\b(?:calls|body|true_computation|false_computation)=%?([\w.\-]+)"
 )
+_APPLIED = re.compile(r"\bto_apply=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _NAME = re.compile(r"%?([\w.\-]+)$")
 _OPEN, _CLOSE = "([{", ")]}"
@@ -113,8 +114,13 @@ def executions(
 
 
 def called(instruction: Instruction) -> list[str]:
-  """Returns the computations an instruction runs; conditions are left out."""
+  """Returns the computations an instruction runs.
+
+  Conditions of loops, and what a reduction does with two numbers, are left out.
+  """
   names = _CALLED.findall(instruction.attributes)
+  if instruction.opcode == "call":
+    names += _APPLIED.findall(instruction.attributes)
   for branches in _BRANCHES.findall(instruction.attributes):
     names += [name.strip().lstrip("%") for name in branches.split(",")]
   return names

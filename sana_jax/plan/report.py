@@ -150,7 +150,8 @@ def _time(plan: Plan) -> list[str]:
   return [
     "",
     f"roofline: computing {times.compute:.3f} s (at {plan.efficiency:.0%} of "
-    f"the chip's peak), memory {times.memory:.3f} s, network {times.network:.3f} s",
+    f"the chip's peak), memory {times.memory:.3f} s, "
+    f"network {times.network:.3f} s",
     f"  at best {prediction.images_per_second:.1f} images/s, bound by "
     f"{times.bound}; {_images(plan.num_images)} images in "
     f"{prediction.hours:.1f} h, {prediction.chip_hours:,.0f} chip-hours",

@@ -19,7 +19,7 @@ from sana_jax import flops, hardware
 #   3 more projections in, out       2 (2 + 2 + 2)
 #   cross-attention                  2 (1 + 1)
 #   3 gated additions                3 (2 + 4 + 4)
-# and of the hidden width, `mlp_ratio` times wider, which has two halves at first:
+# and in values of the hidden width, `mlp_ratio` times as wide:
 #   expansion 2 (2), activation and depthwise 2 (2 + 2), gate 2 (2 + 1),
 #   contraction 2 (1)
 _PER_WIDTH = 12 + 8 + 8 + 12 + 4 + 30

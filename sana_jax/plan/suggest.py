@@ -12,7 +12,7 @@ import jax
 from jax.sharding import AbstractMesh, AxisType
 
 from sana_jax import config as config_lib
-from sana_jax import hardware
+from sana_jax import hardware, sharding
 from sana_jax.plan import compile as compile_lib
 from sana_jax.plan import roofline, theory
 from sana_jax.training import budget, placement
@@ -102,7 +102,7 @@ def _meshes(chips: int, num_slices: int) -> Iterator[AbstractMesh]:
     if chips % fsdp == 0 and data % num_slices == 0:
       yield AbstractMesh(
         (data, fsdp, 1, 1),
-        ("data", "fsdp", "tensor", "sequence"),
+        sharding.AXES,
         axis_types=(AxisType.Auto,) * 4,
       )
 
