@@ -32,18 +32,20 @@ def _gib(number: float) -> int:
   return int(number * 2**30)
 
 
-# Sources: the vendors' data sheets; the bytes are those XLA names when it runs
-# out of them (TPU), or 92 % of the memory, by its default (GPU).
+# Sources: the vendors' data sheets, for TPUs docs.cloud.google.com/tpu/docs
+# (v5e, v5p-training, v6e); the bytes are those XLA names when it runs out of
+# them (TPU), or 92 % of the memory, by its default (GPU). A ring along one axis
+# of a torus has 2 of the 4 links of v5e and v6e, or of the 6 of v5p.
 CHIPS: Mapping[str, Chip] = {
   "v5e": Chip(
-    *(197e12, _gib(15.75), 819e9, 90e9, 6.25e9),
+    *(197e12, _gib(15.75), 819e9, 200e9, 3.125e9),
     kinds=("TPU v5 lite", "TPU v5e"),
   ),
   "v5p": Chip(
-    *(459e12, _gib(95.74), 2765e9, 270e9, 12.5e9), kinds=("TPU v5", "TPU v5p")
+    *(459e12, _gib(95.74), 2765e9, 600e9, 6.25e9), kinds=("TPU v5", "TPU v5p")
   ),
   "v6e": Chip(
-    *(918e12, _gib(31.25), 1640e9, 180e9, 12.5e9),
+    *(918e12, _gib(31.25), 1640e9, 400e9, 12.5e9),
     kinds=("TPU v6 lite", "TPU v6e"),
   ),
   "a100": Chip(

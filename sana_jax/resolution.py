@@ -19,11 +19,14 @@ _LANCZOS_SIZES = (2048, 2880)
 
 
 @functools.cache
-def bins(sample_size: int) -> Mapping[float, tuple[int, int]]:
-  """Maps height / width to the (height, width) in pixels it is trained at.
+def bins(
+  sample_size: int, *, training: bool = False
+) -> Mapping[float, tuple[int, int]]:
+  """Maps height / width to the (height, width) in pixels it is sampled at.
 
   Args:
     sample_size: of the transformer's config.
+    training: True: what it is trained at, which is more at 512 and 1024 pixels.
 
   Raises:
     ValueError: no published checkpoint has this sample size.
@@ -36,7 +39,8 @@ def bins(sample_size: int) -> Mapping[float, tuple[int, int]]:
   asset = importlib.resources.files("sana_jax") / "assets/aspect_ratios.json"
   data = json.loads(asset.read_text(encoding="utf-8"))
   scale = _SCALES[sample_size]
-  left_out = data["not_at_512_and_1024"] if scale <= 2 else ()
+  fewer = scale <= 2 and not training
+  left_out = data["sampled_at_2048_and_4096_only"] if fewer else ()
   return {
     ratio: (scale * height, scale * width)
     for ratio, height, width in data["bins_512"]

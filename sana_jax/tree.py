@@ -1,5 +1,7 @@
 """Names for the leaves of a pytree: the paths used by tables and files."""
 
+import re
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -19,6 +21,11 @@ def map_with_names(function, tree: Any) -> Any:
   return jax.tree_util.tree_map_with_path(
     lambda path, leaf: function(_name(path), leaf), tree
   )
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+  """True when one of the regular expressions is found in the name."""
+  return any(re.search(pattern, name) for pattern in patterns)
 
 
 def to_nested_dict(tree: Any) -> dict[str, Any]:

@@ -13,7 +13,7 @@ LAYERS = (
     *("config", "typing", "tree", "compilation_cache", "storage"),
     *("termination", "hardware"),
   },
-  {"sharding", "resolution", "flops"},
+  {"sharding", "resolution", "flops", "presets"},
   {"ops"},
   {"nn"},
   {"models", "diffusion"},
@@ -93,6 +93,6 @@ def test_only_the_stable_part_of_nnx_is_used(path):
   assert not used & FORBIDDEN_NNX
 
 
-def test_a_config_file_imports_the_schema_only():
+def test_a_config_file_imports_the_schema_and_presets_only():
   for path in (PACKAGE.parent / "configs").glob("*.py"):
-    assert imported_modules(path.read_text()) <= {"config"}, path
+    assert imported_modules(path.read_text()) <= {"config", "presets"}, path

@@ -1,5 +1,7 @@
 """Bins are those of the checkpoints, and images come back to the request."""
 
+import hashlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,6 +24,27 @@ def test_bins_are_multiples_of_32_with_about_the_area_of_the_square(
     assert 0.8 < height * width / area < 1.1
     # The published keys are rounded, some of them generously.
     assert abs(ratio - height / width) < 0.02 * ratio + 0.02
+
+
+@pytest.mark.parametrize("sample_size", [16, 32])
+def test_more_bins_are_trained_at_than_sampled_at(sample_size):
+  trained = resolution.bins(sample_size, training=True)
+  sampled = resolution.bins(sample_size)
+  assert sampled.items() < trained.items()
+  only = sorted(trained.keys() - sampled.keys())
+  # Source: the tables of github.com/NVlabs/Sana with and without "_TEST".
+  assert only == [0.26, 0.27, 2.89, 3.11, 3.62, 3.75, 3.88]
+  assert resolution.bins(64, training=True) == resolution.bins(64)
+
+
+def test_the_training_bins_of_1024_pixels_are_the_published_ones():
+  table = resolution.bins(32, training=True)
+  lines = [f"{ratio} {h}x{w}" for ratio, (h, w) in table.items()]
+  digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+  # Typed from the reference's table independently of the asset.
+  assert (
+    digest == "548a3c094bbaaa82cb4f09903529eb69f61b794d79b46400d7d8d621461b9438"
+  )
 
 
 @pytest.mark.parametrize(

@@ -38,9 +38,19 @@ def test_names_follow_the_order_of_the_leaves():
   assert dict(pairs)["0/kernel"] == (2, 3)
 
 
+def test_a_name_matches_when_one_pattern_is_found_in_it():
+  assert tree.matches("transformer/head/bias", ("^head", "bias$"))
+  assert not tree.matches("transformer/head/bias", ("^head", "kernel"))
+  assert not tree.matches("transformer/head/bias", ())
+
+
 def test_nested_dicts_and_back(rng):
   state = step_lib.TrainState(
-    jnp.int32(3), {"line": make_pair()}, {"line": make_pair()}, (rng.random(2),)
+    jnp.int32(3),
+    {"line": make_pair()},
+    {"line": make_pair()},
+    (rng.random(2),),
+    jnp.int32(0),
   )
   nested = tree.to_nested_dict(state)
   assert nested["params"]["line"]["1"]["kernel"].shape == (2, 3)

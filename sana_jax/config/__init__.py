@@ -1,7 +1,7 @@
 """Typed configuration: the schema of everything.
 
 A config is editable until `freeze()`; an unknown name is an error in both
-phases. Files in `configs/` import this module only, so they load instantly.
+phases. Files in `configs/` import this module and `sana_jax.presets` only.
 """
 
 from sana_jax.config.base import (
@@ -9,6 +9,7 @@ from sana_jax.config.base import (
   from_dict,
 )
 from sana_jax.config.data import DataConfig, SourceConfig
+from sana_jax.config.hardware import HardwareConfig
 from sana_jax.config.models import (
   DCAEConfig,
   Gemma2Config,
@@ -42,6 +43,7 @@ __all__ = [
   "DataConfig",
   "FlowConfig",
   "Gemma2Config",
+  "HardwareConfig",
   "OptimConfig",
   "SanaBlocksConfig",
   "SanaConfig",

@@ -14,14 +14,14 @@ _OF_EMOJI = (
   *("data_dir", "split"),
   *("keyword_probability", "keywords_only_probability"),
 )
-_OF_FITTING = ("buckets", "crop", "random_flip", "verify")
+_OF_FITTING = ("crop", "random_flip", "verify")
 _OF_CAPTIONS = (
   *("caption_method", "caption_temperature", "caption_threshold"),
   "caption_proportions",
 )
 # Fields of DataConfig that do nothing, by where the data are from.
 _NO_EFFECT = {
-  "emoji": (*_OF_FITTING, *_OF_CAPTIONS),
+  "emoji": ("buckets", *_OF_FITTING, *_OF_CAPTIONS),
   "path": _OF_EMOJI,
   "sources": _OF_EMOJI,
   "cache": (*_OF_EMOJI, *_OF_FITTING),
@@ -69,7 +69,8 @@ class DataConfig(Config):
       `model.sample_size`; no file is read, and neither samples nor an export
       are made. It measures how fast a run is, and no more.
     buckets: "square", or "aspect": pictures keep about their aspect ratio, and
-      about the area of the square; a cache has its own.
+      about the area of the square. A cache must have been made so; None: the
+      shapes that the cache has, of pictures "square".
     max_buckets: only so many shapes, the fullest, are kept: each is compiled.
     caption_method: which of a picture's captions is taken; see
       `sana_jax.data.captions`.
@@ -94,7 +95,7 @@ class DataConfig(Config):
   sources: tuple[SourceConfig, ...] = ()
   cache: str | None = None
   synthetic: bool = False
-  buckets: str = "square"
+  buckets: str | None = None
   max_buckets: int = 10
   caption_method: str = "first"
   caption_temperature: float = 1.0
@@ -128,10 +129,17 @@ class DataConfig(Config):
       )
     # What would have no effect is a misunderstanding.
     of = given[0] if given else "emoji"
+    what = (
+      f"data.{of}"
+      if given
+      else (
+        "the bundled emoji, which it is without data.path, data.sources, "
+        "data.cache and data.synthetic"
+      )
+    )
     defaults = DataConfig()
     for name in _NO_EFFECT[of]:
       if getattr(self, name) != getattr(defaults, name):
-        what = "the bundled emoji" if of == "emoji" else f"data.{of}"
         yield f"data.{name} has no effect on {what}: leave it out"
     for number, source in enumerate(self.sources):
       name = f"data.sources[{number}]"
@@ -142,7 +150,7 @@ class DataConfig(Config):
 
   def _out_of_range(self) -> Iterator[str]:
     choices = {
-      "buckets": ("square", "aspect"),
+      "buckets": (None, "square", "aspect"),
       "crop": ("center", "random"),
       "caption_method": CAPTION_METHODS,
     }

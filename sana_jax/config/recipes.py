@@ -44,6 +44,13 @@ class TextToImageConfig(TrainConfig):
   """Trains a SanaTransformer on the latents of a fixed autoencoder.
 
   Args:
+    init_from: what training begins with: the name of a published checkpoint, a
+      directory in the layout of diffusers, an original .pth file, or a work
+      directory, whose average is taken; None: random numbers.
+    fp16_clamp: True limits self-attention outputs as float16 would, which
+      weights that were trained in it rely on.
+    components: a published checkpoint, or a directory in the layout of
+      diffusers, with what of the following three is left out.
     autoencoder: directory of the autoencoder, diffusers layout (`vae/`).
     tokenizer: directory of the tokenizer.
     text_encoder: architecture of the text encoder.
@@ -56,6 +63,9 @@ class TextToImageConfig(TrainConfig):
   """
 
   model: SanaConfig = dataclasses.field(default_factory=SanaConfig)
+  init_from: str | None = None
+  fp16_clamp: bool = False
+  components: str | None = None
   text_encoder: Gemma2Config = dataclasses.field(default_factory=Gemma2Config)
   text_encoder_path: str | None = None
   train_text_encoder: bool = False
@@ -75,26 +85,30 @@ class TextToImageConfig(TrainConfig):
       f"model.caption_channels ({self.model.caption_channels}) must equal "
       f"text_encoder.hidden_size ({self.text_encoder.hidden_size}).",
     )
+    for origin in ("cache", "synthetic"):
+      require(
+        not (self.train_text_encoder and getattr(self.data, origin)),
+        f"data.{origin} holds text states, so train_text_encoder must be "
+        "False.",
+      )
+    if not self.data.synthetic:
+      self._check_components()
+
+  def _check_components(self) -> None:
     require(
       self.train_text_encoder
       or self.text_encoder_path is not None
-      or self.data.synthetic,
+      or self.components is not None,
       "text_encoder_path is None: give the pretrained text encoder's "
-      "directory, or set train_text_encoder=True.",
+      "directory, name a checkpoint that has one in components, or set "
+      "train_text_encoder=True.",
     )
-    require(
-      not (self.train_text_encoder and self.data.cache),
-      "data.cache holds text states, so train_text_encoder must be False.",
-    )
-    require(
-      not (self.train_text_encoder and self.data.synthetic),
-      "data.synthetic makes text states, so train_text_encoder must be False.",
-    )
-    for name in ("autoencoder", "tokenizer", "sample_prompts"):
+    for name in ("autoencoder", "tokenizer"):
       require(
-        bool(getattr(self, name)) or self.data.synthetic,
-        f"{name} is empty: set it.",
+        bool(getattr(self, name)) or self.components is not None,
+        f"{name} is empty: set it, or components.",
       )
+    require(bool(self.sample_prompts), "sample_prompts is empty: set it.")
 
 
 @dataclasses.dataclass(kw_only=True)

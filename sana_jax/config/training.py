@@ -4,6 +4,7 @@ import dataclasses
 
 from sana_jax.config.base import Config, require
 from sana_jax.config.data import DataConfig
+from sana_jax.config.hardware import HardwareConfig
 from sana_jax.config.optim import OptimConfig
 
 # Of `sharding.make_mesh`, from the outermost.
@@ -39,6 +40,7 @@ class TrainConfig(Config):
   mesh: dict[str, int] = dataclasses.field(
     default_factory=lambda: {"data": -1, **dict.fromkeys(MESH_AXES[1:], 1)}
   )
+  hardware: HardwareConfig = dataclasses.field(default_factory=HardwareConfig)
   dtype: str = "bfloat16"
   remat: str = "full"
   scan_layers: bool = True

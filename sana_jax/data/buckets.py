@@ -84,8 +84,9 @@ def table(kind: str, image_size: int, multiple: int) -> dict[float, Shape]:
   """Maps height / width to the shapes that pictures may be trained at.
 
   Args:
-    kind: "square", or "aspect": the published bins of this size, or for another
-      size their ratios with about the area of the square.
+    kind: "square", or "aspect": the bins that checkpoints of this size were
+      trained at, or for another size their ratios with about the area of the
+      square.
     image_size: side of the square, in pixels.
     multiple: what heights and widths are multiples of.
 
@@ -103,7 +104,7 @@ def table(kind: str, image_size: int, multiple: int) -> dict[float, Shape]:
     raise ValueError(f"data.buckets must be 'square' or 'aspect', got {kind!r}")
   grid, rest = divmod(image_size, resolution.COMPRESSION)
   if not rest and grid in resolution.SAMPLE_SIZES:
-    published = resolution.bins(grid)
+    published = resolution.bins(grid, training=True)
     if all(side % multiple == 0 for s in published.values() for side in s):
       return dict(published)
   ratios = resolution.bins(max(resolution.SAMPLE_SIZES))

@@ -60,7 +60,7 @@ def open_pictures(
   bucketing = buckets.sort(
     [_sizes(source, config) for source in opened],
     [place.weight for place in config.places],
-    buckets.table(config.buckets, config.image_size, multiple),
+    buckets.table(config.buckets or "square", config.image_size, multiple),
     config.max_buckets,
   )
   reader = readers.PictureReader(

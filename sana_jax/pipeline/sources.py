@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from collections.abc import Collection
 
 from etils import epath
 
@@ -59,6 +60,7 @@ Source = Directory | TransformerWeights | TrainingRun
 def resolve(
   path: epath.PathLike,
   *,
+  components: Collection[str] | None = None,
   variant: str | None = None,
   cache_dir: epath.PathLike | None = None,
   endpoint: str | None = None,
@@ -66,6 +68,7 @@ def resolve(
   """Recognises a checkpoint, downloading it if it is no local path.
 
   Args:
+    components: to download, see `hub.download`.
     variant: to download.
     cache_dir: of the hub's library, see `hub.download`, as `endpoint`.
 
@@ -95,6 +98,7 @@ def resolve(
   try:
     downloaded = hub.download(
       _repository(name, entry),
+      components=components,
       variant=variant,
       cache_dir=cache_dir,
       endpoint=endpoint,

@@ -1,5 +1,6 @@
 """A work directory of train.py, read as a pipeline."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ from sana_jax import checkpoint, sharding, text
 from sana_jax import config as config_lib
 from sana_jax.diffusion import schedules
 from sana_jax.models import gemma2, sana
-from sana_jax.pipeline import options
+from sana_jax.pipeline import options, sources
 from sana_jax.weights import components as components_lib
 from sana_jax.weights import files
 
@@ -30,6 +31,44 @@ def generation_config(
     ),
     null_mask=config.flow.null_mask,
   )
+
+
+def located(
+  config: config_lib.TextToImageConfig,
+) -> config_lib.TextToImageConfig:
+  """Returns the config with the directories of what is not trained.
+
+  What it takes from `components` is downloaded if that is a name.
+
+  Raises:
+    FileNotFoundError: `components` is not to be had, or lacks one of them.
+    ValueError: it is no whole checkpoint.
+  """
+  wanted = {
+    "autoencoder": "vae",
+    "tokenizer": "tokenizer",
+    "text_encoder_path": "text_encoder",
+  }
+  if config.train_text_encoder:
+    del wanted["text_encoder_path"]
+  wanted = {k: v for k, v in wanted.items() if not getattr(config, k)}
+  if config.components is None or not wanted:
+    return config
+  found = sources.resolve(config.components, components=wanted.values())
+  if not isinstance(found, sources.Directory):
+    raise ValueError(
+      f"components ({config.components}) must have a model_index.json and "
+      f"{', '.join(f'{name}/' for name in wanted.values())}, as a directory "
+      "in the layout of diffusers; of a work directory, name its export/."
+    )
+  places = {name: found.path / part for name, part in wanted.items()}
+  missing = [str(path) for path in places.values() if not path.is_dir()]
+  if missing:
+    raise FileNotFoundError(
+      f"components ({config.components}) lacks {', '.join(missing)}; set "
+      f"{', '.join(wanted)} to directories that there are."
+    )
+  return dataclasses.replace(config, **{k: str(v) for k, v in places.items()})
 
 
 def load(
@@ -52,10 +91,13 @@ def load(
     FileNotFoundError: no such step, or a path in the config is not there.
     ValueError: the run trained something else.
   """
-  config = _read_config(workdir / "config.json")
+  config = read_config(workdir)
+  if components is None:
+    config = located(config)
   paths = _component_paths(workdir, config, components)
   placed = {"dtype": dtype, "mesh": mesh, "rules": sharding.REPLICATED_RULES}
-  params = _restore(config, workdir, step, dtype, mesh, fp16_clamp or False)
+  clamp = config.fp16_clamp if fp16_clamp is None else fp16_clamp
+  params = _restore(config, workdir, step, dtype, mesh, clamp)
   if not config.train_text_encoder:
     params["text_encoder"], _ = components_lib.load_text_encoder(
       paths["text_encoder"], **placed
@@ -75,7 +117,13 @@ def load(
   }
 
 
-def _read_config(path: epath.Path) -> config_lib.TextToImageConfig:
+def read_config(workdir: epath.Path) -> config_lib.TextToImageConfig:
+  """Reads the config of a run.
+
+  Raises:
+    ValueError: the run trained something else.
+  """
+  path = workdir / "config.json"
   try:
     return config_lib.from_dict(
       config_lib.TextToImageConfig, files.read_json(path), strict=True

@@ -19,8 +19,8 @@ from jaxtyping import Array, Bool, Float
 from sana_jax import config as config_lib
 from sana_jax import resolution
 from sana_jax import text as text_lib
+from sana_jax.data import buckets, examples, loader, opening, readers, synthetic
 from sana_jax.data import cache as cache_lib
-from sana_jax.data import examples, loader, opening, readers, synthetic
 from sana_jax.models import dc_ae
 from sana_jax.pipeline import options
 from sana_jax.weights import files
@@ -151,6 +151,7 @@ def from_cache(
     text_encoder_sha256=files.weights_sha256(config.text_encoder_path),
     lowercase=True,
   )
+  _check_shapes(source, config.data, compression * config.model.patch_size)
   opened = opening.open_cache(
     source, config.data, batch_size=config.batch_size, seed=config.seed
   )
@@ -168,6 +169,23 @@ def from_cache(
       compression * side for side in batch["latents"].shape[1:3]
     ),
   )
+
+
+def _check_shapes(
+  source: cache_lib.CachedSource, config: config_lib.DataConfig, multiple: int
+) -> None:
+  if config.buckets is None:
+    return
+  shapes = source.manifest.settings.buckets
+  table = buckets.table(config.buckets, config.image_size, multiple)
+  strange = sorted(set(shapes) - set(table.values()))
+  if strange:
+    raise ValueError(
+      f"{source.name} has pictures of (height, width) {strange[:3]}, "
+      f"{len(strange)} shapes of {len(shapes)} that data.buckets="
+      f"{config.buckets!r} does not have; leave data.buckets out, or make the "
+      f"cache with --buckets={config.buckets}."
+    )
 
 
 def from_synthetic(config: config_lib.TextToImageConfig) -> Inputs:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from etils import epath
@@ -24,6 +25,7 @@ from sana_jax.training import (
   preemption,
 )
 from sana_jax.training import program as program_lib
+from sana_jax.training import scalars as scalars_lib
 from sana_jax.training import step as step_lib
 from sana_jax.training import workdir as workdir_lib
 
@@ -45,6 +47,8 @@ class Recipe(NamedTuple):
       None: it has none.
     num_shapes: how many shapes batches may have; each is compiled.
     name_shape: what the shape of a batch is called in the log.
+    initial: abstract parameters, shardings included -> what a run begins with
+      in place of `init`'s random ones, so structured and placed.
   """
 
   init: Callable[[jax.Array], dict[str, Any]]
@@ -56,6 +60,7 @@ class Recipe(NamedTuple):
   export: Callable[[Any, Any, epath.Path], None] | None
   num_shapes: int = 1
   name_shape: Callable[[Any], str] = compilations.name_leaves
+  initial: Callable[[dict[str, Any]], dict[str, Any]] | None = None
 
 
 def train(
@@ -83,7 +88,7 @@ def train(
   checkpointer = checkpoint.Checkpointer(
     workdir, keep=config.checkpoints_to_keep
   )
-  state = _restore_or_init(program, key_init, checkpointer)
+  state = _restore_or_init(program, key_init, checkpointer, recipe.initial)
   frozen = sharding.place(
     recipe.frozen,
     placement.frozen_shardings(recipe.frozen, recipe.param_axes, mesh),
@@ -169,7 +174,7 @@ def _step(run, state, batch, compiled, chrono):
 
 def _log(config, run, chrono, step, scalars) -> None:
   _check_finite(step, scalars)
-  values = {name: float(value) for name, value in scalars.items()}
+  values = scalars_lib.to_floats(scalars)
   values |= chrono.tick(step)
   run.writer.scalars(step, values)
   metrics.log_line(step, config.num_steps, values)
@@ -183,11 +188,19 @@ def _sample(recipe, run, state, step) -> None:
     run.writer.images(step, recipe.sample(*whole))
 
 
-def _restore_or_init(program, key, checkpointer) -> step_lib.TrainState:
+def _restore_or_init(
+  program, key, checkpointer, initial
+) -> step_lib.TrainState:
   step = checkpointer.latest_step()
   if step is None:
-    logging.info("starting from scratch")
-    return program.init(key)
+    logging.info("starting at step 0")
+    state = program.init(key)
+    if initial is None:
+      return state
+    # Dropped first: there may not be room for both.
+    state = state._replace(params=None, ema=None)
+    params = initial(program.state.params)
+    return state._replace(params=params, ema=jax.tree.map(jnp.copy, params))
   logging.info("resuming from step %d", step)
   return checkpointer.restore(step, program.state)
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 
 from sana_jax import config as config_lib
 from sana_jax import sharding, tree
 from sana_jax.data import loader
+from sana_jax.training import optim
 from sana_jax.training import step as step_lib
 
 # Leaves of a batch, by name: pictures are cut by rows too.
@@ -26,7 +26,7 @@ _REMEDY = {
 }
 
 
-def state_shardings(abstract, tx, param_axes, mesh):
+def state_shardings(abstract, param_axes, mesh):
   """Shards moments and average like their parameters, the rest replicated.
 
   Optimiser states must be placed explicitly: they start as zeros, which depend
@@ -37,14 +37,10 @@ def state_shardings(abstract, tx, param_axes, mesh):
     for name, module in abstract.params.items()
   }
   replicated = sharding.replicated(mesh)
-  opt_state = optax.tree.map_params(
-    tx,
-    lambda _, place: place,
-    abstract.opt_state,
-    params,
-    transform_non_params=lambda _: replicated,
+  opt_state = optim.state_shardings(
+    abstract.opt_state, abstract.params, params, mesh
   )
-  return step_lib.TrainState(replicated, params, params, opt_state)
+  return step_lib.TrainState(replicated, params, params, opt_state, replicated)
 
 
 def frozen_shardings(frozen, param_axes, mesh):

@@ -9,6 +9,7 @@ import optax
 from sana_jax import config as config_lib
 from sana_jax import sharding
 from sana_jax.training import optim, placement
+from sana_jax.training import scalars as scalars_lib
 from sana_jax.training import step as step_lib
 
 
@@ -18,13 +19,13 @@ class Program(NamedTuple):
   Attributes:
     tx: the optimiser.
     init: key -> TrainState, born sharded.
-    step: (state, frozen, key, batch) -> (TrainState, metrics); donates state.
+    step: (state, frozen, key, batch) -> (TrainState, scalars); donates state.
     state: abstract TrainState, shardings included.
   """
 
   tx: optax.GradientTransformation
   init: Callable[[jax.Array], step_lib.TrainState]
-  step: Callable[..., tuple[step_lib.TrainState, step_lib.Metrics]]
+  step: Callable[..., tuple[step_lib.TrainState, scalars_lib.Scalars]]
   state: step_lib.TrainState
 
 
@@ -46,14 +47,15 @@ def make_program(
   Raises:
     ValueError: an axis of the mesh leaves most parameters whole.
   """
-  tx = optim.make_optimizer(config.optim, config.num_steps)
+  length = {"num_steps": config.num_steps, "batch_size": config.batch_size}
+  tx = optim.make_optimizer(config.optim, **length, param_axes=param_axes)
 
   def init_state(key: jax.Array) -> step_lib.TrainState:
     return step_lib.init_state(init(key), tx)
 
   abstract = jax.eval_shape(init_state, jax.random.key(0))
   sharding.check_every_axis_cuts(abstract.params, param_axes, mesh)
-  shardings = placement.state_shardings(abstract, tx, param_axes, mesh)
+  shardings = placement.state_shardings(abstract, param_axes, mesh)
   state = jax.tree.map(
     lambda leaf, place: jax.ShapeDtypeStruct(
       leaf.shape, leaf.dtype, sharding=place
@@ -68,7 +70,14 @@ def make_program(
     params = jax.lax.with_sharding_constraint(params, shardings.params)
     return loss_fn(params, *args)
 
-  train_step = step_lib.make_train_step(loss_of_shards, tx, config.ema_decay)
+  train_step = step_lib.make_train_step(
+    loss_of_shards,
+    tx,
+    learning_rate=optim.make_schedule(config.optim, **length),
+    ema_decay=config.ema_decay,
+    accumulation=config.optim.accumulation,
+    frozen=config.optim.frozen,
+  )
 
   def step_on_mesh(state, frozen, key, batch):
     with sharding.use(mesh):
@@ -80,6 +89,7 @@ def make_program(
     # Pinned: what XLA would choose for the outputs of step 1 may differ from
     # the inputs, and step 2 would be compiled again.
     out_shardings=(shardings, sharding.replicated(mesh)),
+    compiler_options=config.hardware.compiler_options or None,
   )
   # Jitted, so that large parameters are born sharded on the devices.
   return Program(tx, jax.jit(init_state, out_shardings=shardings), step, state)

@@ -1,54 +1,148 @@
 """One optimisation step: state in, state out."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-Metrics = dict[str, Float[Array, ""]]
-LossFn = Callable[[Any, Any, jax.Array, Any], tuple[Array, Metrics]]
+from sana_jax import tree
+from sana_jax.training import accumulation as accumulation_lib
+from sana_jax.training import scalars as scalars_lib
+
+LossFn = Callable[[Any, Any, jax.Array, Any], tuple[Array, scalars_lib.Scalars]]
 
 
 class TrainState(NamedTuple):
-  """Everything a run needs to continue; all leaves are arrays."""
+  """Everything a run needs to continue; all leaves are arrays.
+
+  Attributes:
+    step: batches seen, those included whose update was skipped.
+    skipped: updates that were skipped because something was not finite.
+  """
 
   step: Int[Array, ""]
   params: Any
   ema: Any
   opt_state: Any
+  skipped: Int[Array, ""]
 
 
 def init_state(params: Any, tx: optax.GradientTransformation) -> TrainState:
   """Starts at step 0 with the average equal to the parameters."""
   # A copy: the state is donated, and one buffer cannot be donated twice.
   ema = jax.tree.map(jnp.copy, params)
-  return TrainState(jnp.zeros((), jnp.int32), params, ema, tx.init(params))
+  zero = jnp.zeros((), jnp.int32)
+  return TrainState(zero, params, ema, tx.init(params), jnp.copy(zero))
 
 
 def make_train_step(
-  loss_fn: LossFn, tx: optax.GradientTransformation, ema_decay: float
-) -> Callable[..., tuple[TrainState, Metrics]]:
-  """Returns step(state, frozen, key, batch) -> (state, metrics).
+  loss_fn: LossFn,
+  tx: optax.GradientTransformation,
+  *,
+  learning_rate: optax.Schedule,
+  ema_decay: float,
+  accumulation: int = 1,
+  frozen: Sequence[str] = (),
+) -> Callable[..., tuple[TrainState, scalars_lib.Scalars]]:
+  """Returns step(state, fixed, key, batch) -> (state, scalars).
 
   The step's randomness is fold_in(key, state.step): a resumed run draws what
   the uninterrupted run would have drawn. The average follows the new
   parameters, with a decay of min(ema_decay, (1 + t) / (10 + t)) so that it
-  forgets the initialisation early.
+  forgets the initialisation early; 0 keeps it equal to the parameters.
+
+  When the loss or the norm of the gradient is not finite, parameters, optimiser
+  and average stay as they are; the step and `skipped` go on.
+
+  Scalars: `loss`, `learning_rate` of this update, `skipped` (0 or 1),
+  `param_norm` before the update, `grad_norm` before clipping and
+  `grad_norm/<group>` (see `group_of`), and what `loss_fn` tells.
+
+  Args:
+    learning_rate: of the n-th update; to be reported, `tx` applies its own.
+    accumulation: parts of the batch, see `accumulation.value_and_grad`.
+    frozen: patterns of parameters without gradient.
   """
 
-  def train_step(state: TrainState, frozen: Any, key: jax.Array, batch: Any):
+  def trained_loss(params: Any, fixed: Any, key: jax.Array, batch: Any):
+    return loss_fn(_stop(params, frozen), fixed, key, batch)
+
+  grad_fn = accumulation_lib.value_and_grad(trained_loss, accumulation)
+
+  def train_step(state: TrainState, fixed: Any, key: jax.Array, batch: Any):
     step_key = jax.random.fold_in(key, state.step)
-    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-    (loss, aux), grads = grad_fn(state.params, frozen, step_key, batch)
+    (loss, aux), grads = grad_fn(state.params, fixed, step_key, batch)
+    grad_norm = optax.tree.norm(grads)
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     time = state.step.astype(jnp.float32)
     decay = jnp.minimum(ema_decay, (1 + time) / (10 + time))
     ema = optax.incremental_update(params, state.ema, 1 - decay)
-    metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), **aux}
-    return TrainState(state.step + 1, params, ema, opt_state), metrics
+    params, ema, opt_state = jax.tree.map(
+      lambda new, old: jnp.where(finite, new, old),
+      (params, ema, opt_state),
+      (state.params, state.ema, state.opt_state),
+    )
+    skipped = 1 - finite.astype(jnp.int32)
+    scalars = {
+      "loss": loss,
+      "grad_norm": grad_norm,
+      "learning_rate": jnp.float32(learning_rate(state.step - state.skipped)),
+      "skipped": skipped,
+      "param_norm": optax.tree.norm(state.params),
+      **_group_norms(grads, frozen),
+      **_told(aux, finite),
+    }
+    new = TrainState(
+      state.step + 1, params, ema, opt_state, state.skipped + skipped
+    )
+    return new, scalars
 
   return train_step
+
+
+def group_of(name: str) -> str:
+  """The part of a model that a parameter is in.
+
+  "transformer/ffn" of "transformer/blocks/ffn/point/kernel": what all blocks
+  have alike is one part, and anything else is by what its component calls it.
+  """
+  parts = [part for part in name.split("/") if part != "blocks"]
+  return "/".join(parts[:2])
+
+
+def _told(
+  aux: scalars_lib.Scalars, finite: Bool[Array, ""]
+) -> scalars_lib.Scalars:
+  """Empties the ratios of a skipped step: they would spoil the sums."""
+  return {
+    name: jax.tree.map(lambda x: jnp.where(finite, x, 0), value)
+    if isinstance(value, scalars_lib.Ratio)
+    else value
+    for name, value in aux.items()
+  }
+
+
+def _group_norms(
+  grads: Any, frozen: Sequence[str]
+) -> Mapping[str, Float[Array, ""]]:
+  groups: dict[str, list[jax.Array]] = {}
+  for name, leaf in _named(grads):
+    if not tree.matches(name, frozen):
+      groups.setdefault(f"grad_norm/{group_of(name)}", []).append(leaf)
+  return {group: optax.tree.norm(leaves) for group, leaves in groups.items()}
+
+
+def _stop(params: Any, frozen: Sequence[str]) -> Any:
+  def stop(name: str, leaf: jax.Array) -> jax.Array:
+    return jax.lax.stop_gradient(leaf) if tree.matches(name, frozen) else leaf
+
+  return tree.map_with_names(stop, params) if frozen else params
+
+
+def _named(values: Any):
+  return zip(tree.leaf_names(values), jax.tree.leaves(values), strict=True)

@@ -18,9 +18,13 @@ from sana_jax import text as text_lib
 from sana_jax.diffusion import flow, schedules
 from sana_jax.models import dc_ae, gemma2, sana
 from sana_jax.pipeline import training_run
+from sana_jax.training import initial, loop
 from sana_jax.training import inputs as inputs_lib
-from sana_jax.training import loop
+from sana_jax.training import scalars as scalars_lib
 from sana_jax.weights import components
+
+# Of the noise levels that the loss is also reported for.
+_NUM_BINS = 5
 
 
 def make_recipe(config: config_lib.TextToImageConfig) -> loop.Recipe:
@@ -31,6 +35,7 @@ def make_recipe(config: config_lib.TextToImageConfig) -> loop.Recipe:
   if config.data.synthetic:
     inputs = inputs_lib.from_synthetic(config)
     return _recipe(config, inputs, inputs.frozen, sample=None, export=None)
+  config = training_run.located(config)
   autoencoder, autoencoder_config = components.load_autoencoder(
     config.autoencoder
   )
@@ -114,6 +119,9 @@ def _recipe(
     export=export,
     num_shapes=inputs.num_shapes,
     name_shape=lambda batch: "x".join(map(str, inputs.size_of(batch))),
+    initial=None
+    if config.init_from is None
+    else functools.partial(initial.load, config),
   )
 
 
@@ -129,7 +137,10 @@ def init_params(
   }
   params = {
     "transformer": sana.SanaTransformer.from_config(
-      config.model, rngs=nnx.Rngs(key_transformer), **build
+      config.model,
+      rngs=nnx.Rngs(key_transformer),
+      fp16_clamp=config.fp16_clamp,
+      **build,
     )
   }
   if config.train_text_encoder:
@@ -146,11 +157,12 @@ def flow_loss(
   batch: dict[str, Array],
   config: config_lib.TextToImageConfig,
   condition: inputs_lib.ConditionFn = inputs_lib.tokens_to_conditions,
-) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+) -> tuple[Float[Array, ""], scalars_lib.Scalars]:
   """Computes the rectified-flow loss with caption dropout.
 
   Loss = mean || model(x_sigma, T, text) - (noise - latents) ||^2, where a
-  dropped caption's text states are those of the empty caption.
+  dropped caption's text states are those of the empty caption. Tells the loss
+  by noise level, too.
 
   Args:
     condition: what makes latents and text states of the batch.
@@ -175,7 +187,24 @@ def flow_loss(
     text,
     text_mask,
   )
-  return flow.loss(prediction, flow.velocity(latents, noise)), {}
+  target = flow.velocity(latents, noise)
+  errors = flow.squared_error(prediction, target)
+  return flow.loss(prediction, target), loss_by_sigma(errors, sigma)
+
+
+def loss_by_sigma(
+  errors: Float[Array, "b"], sigma: Float[Array, "b"]
+) -> dict[str, scalars_lib.Ratio]:
+  """Splits the samples' losses into fifths of the noise levels."""
+  which = jnp.clip((_NUM_BINS * sigma).astype(jnp.int32), 0, _NUM_BINS - 1)
+  ratios = {}
+  for number in range(_NUM_BINS):
+    low, high = number / _NUM_BINS, (number + 1) / _NUM_BINS
+    inside = which == number
+    ratios[f"loss/sigma_{low:.1f}_{high:.1f}"] = scalars_lib.Ratio(
+      jnp.where(inside, errors, 0).sum(), inside.sum(dtype=jnp.float32)
+    )
+  return ratios
 
 
 def drop_captions(

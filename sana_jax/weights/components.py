@@ -57,12 +57,25 @@ def load_transformer(
     path, config=config, variant=variant, scan=scan, remat=remat
   )
   clamp = precision.choose_clamp(
-    _trained_in_fp16(epath.Path(path), component), fp16_clamp
+    trained_in_fp16(epath.Path(path), component), fp16_clamp
   )
   build = functools.partial(component.build, fp16_clamp=clamp)
   component = component._replace(build=build)
   model = component.load(dtype, param_dtype, mesh=mesh, rules=rules)
   return model, component.config
+
+
+def trained_in_fp16(
+  path: epath.Path, component: opening.Component
+) -> precision.Decision:
+  """Decides by the names, the architecture and the files of a transformer."""
+  has_variants = path.is_dir() and component.layout != "orbax"
+  return precision.trained_in_fp16(
+    component.config,
+    names=(str(path), str(path.parent), str(path.parent.parent)),
+    variants=files.variants(path) if has_variants else (),
+    dtypes={tensor.dtype for tensor in component.tensors.values()},
+  )
 
 
 def load_controlnet(
@@ -183,16 +196,4 @@ def save_text_encoder(
     opening.config_json(config),
     mapping.published(model, gemma2_weights.diffusers_rules(config)),
     stem="model",
-  )
-
-
-def _trained_in_fp16(
-  path: epath.Path, component: opening.Component
-) -> precision.Decision:
-  has_variants = path.is_dir() and component.layout != "orbax"
-  return precision.trained_in_fp16(
-    component.config,
-    names=(str(path), str(path.parent), str(path.parent.parent)),
-    variants=files.variants(path) if has_variants else (),
-    dtypes={tensor.dtype for tensor in component.tensors.values()},
   )

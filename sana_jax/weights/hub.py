@@ -4,7 +4,7 @@ import contextlib
 import errno
 import importlib
 import types
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from etils import epath
@@ -26,6 +26,7 @@ _SMALL = (
 def download(
   repo: str | zoo.Entry,
   *,
+  components: Collection[str] | None = None,
   variant: str | None = None,
   revision: str | None = None,
   cache_dir: epath.PathLike | None = None,
@@ -39,6 +40,7 @@ def download(
 
   Args:
     repo: "owner/name", or an entry of the table of published checkpoints.
+    components: those whose weights are wanted, such as "vae"; None: all.
     variant: such as "fp16", for components that have it, the others are taken
       without one; None prefers weights without a variant.
     revision: branch, tag or commit; None: the newest.
@@ -75,7 +77,8 @@ def download(
     except errors.DryRunError:
       # No connection, but a cache: loading says what it lacks, if anything.
       return epath.Path(path)
-  names = _weights([file.filename for file in listed], repo_id, variant)
+  listing = [file.filename for file in listed]
+  names = _weights(listing, repo_id, variant, components)
   with _explained(errors, repo_id, revision):
     return epath.Path(hub.snapshot_download(**options, allow_patterns=names))
 
@@ -171,11 +174,16 @@ def _repo_id(repo: str | zoo.Entry) -> str:
 
 
 def _weights(
-  names: Sequence[str], repo_id: str, variant: str | None
+  names: Sequence[str],
+  repo_id: str,
+  variant: str | None,
+  wanted: Collection[str] | None,
 ) -> list[str]:
   """Chooses the files to download: those that loading will read."""
   chosen, found = [], set()
   for component in _COMPONENTS + _OPTIONAL:
+    if wanted is not None and component not in wanted:
+      continue
     prefix = f"{component}/"
     inside = [n.removeprefix(prefix) for n in names if n.startswith(prefix)]
     by_variant = files.group_by_variant(inside)
@@ -187,13 +195,13 @@ def _weights(
         f"{repo_id} has no safetensors weights in {component}/; expected a "
         "repository in the layout of diffusers."
       )
-    wanted = variant if variant in by_variant else None
-    if wanted not in by_variant and len(by_variant) > 1:
+    which = variant if variant in by_variant else None
+    if which not in by_variant and len(by_variant) > 1:
       raise FileNotFoundError(
         f"{repo_id} has {component} weights in the variants "
         f"{sorted(by_variant)} only; choose one with variant=..."
       )
-    group = by_variant.get(wanted) or next(iter(by_variant.values()))
+    group = by_variant.get(which) or next(iter(by_variant.values()))
     chosen += [prefix + name for name in group]
   if variant is not None and variant not in found:
     raise FileNotFoundError(

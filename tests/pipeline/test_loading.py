@@ -141,7 +141,9 @@ def save_states(workdir, ema, steps):
   for step in steps:
     scaled = jax.tree.map(lambda w: w * step, ema)  # noqa: B023
     params = jax.tree.map(lambda w: w + 1, ema)
-    state = step_lib.TrainState(jnp.int32(step), params, scaled, params)
+    state = step_lib.TrainState(
+      jnp.int32(step), params, scaled, params, jnp.int32(0)
+    )
     checkpointer.save(step, state)
   checkpointer.wait()
   checkpointer.close()

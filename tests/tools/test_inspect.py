@@ -194,7 +194,9 @@ def test_a_training_run_is_described(tmp_path):
   ]
   params = {"transformer": make_transformer(config.model)}
   moments = jax.tree.map(jnp.ones_like, params)
-  state = step_lib.TrainState(jnp.int32(7), params, params, (moments,))
+  state = step_lib.TrainState(
+    jnp.int32(7), params, params, (moments,), jnp.int32(0)
+  )
   checkpointer = checkpoint.Checkpointer(tmp_path, keep=2)
   checkpointer.save(7, state)
   checkpointer.wait()

@@ -241,6 +241,9 @@ def test_a_cache_of_another_kind_is_refused(checkpoint, cache, tmp_path):
   config = make_config(checkpoint, cache=str(cache), max_buckets=1)
   with pytest.raises(ValueError, match="data.max_buckets is 1, but .* stored"):
     text_to_image.make_recipe(config)
+  config = make_config(checkpoint, cache=str(cache), buckets="square")
+  with pytest.raises(ValueError, match="data.buckets='square' does not have; "):
+    text_to_image.make_recipe(config)
   config = make_config(checkpoint, cache=str(tmp_path))
   with pytest.raises(FileNotFoundError, match=r"has no manifest\.json"):
     text_to_image.make_recipe(config)

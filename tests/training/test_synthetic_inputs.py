@@ -61,5 +61,5 @@ def test_noise_of_another_size_than_the_model_is_refused():
 
 
 def test_a_text_encoder_is_not_trained_on_noise():
-  with pytest.raises(ValueError, match="data.synthetic makes text states"):
+  with pytest.raises(ValueError, match="data.synthetic holds text states"):
     make_config(train_text_encoder=True).freeze()

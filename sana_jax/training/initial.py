@@ -1,0 +1,121 @@
+"""What a run begins with when that is not random: another's parameters."""
+
+from typing import Any
+
+import jax
+from absl import logging
+from etils import epath
+
+from sana_jax import checkpoint
+from sana_jax import config as config_lib
+from sana_jax.pipeline import sources, training_run
+from sana_jax.weights import components, mapping, opening
+
+# No parameter depends on them: stages of one model differ in its size, and the
+# positional embedding is computed.
+_MAY_DIFFER = frozenset({"sample_size", "interpolation_scale"})
+
+
+def load(
+  config: config_lib.TextToImageConfig, abstract: dict[str, Any]
+) -> dict[str, Any]:
+  """Reads the parameters that `config.init_from` names.
+
+  Every device gets its part straight from the files.
+
+  Args:
+    abstract: shapes and shardings of the parameters that are trained.
+
+  Raises:
+    FileNotFoundError: it is not there, or lacks what is trained.
+    ValueError: it is another model than `config.model`; names all differences.
+  """
+  wanted = [
+    name for name in ("transformer", "text_encoder") if name in abstract
+  ]
+  source = sources.resolve(config.init_from, components=wanted)
+  logging.info("beginning with the parameters in %s", source.path)
+  if isinstance(source, sources.TrainingRun):
+    return _from_run(source.path, config, abstract)
+  whole = isinstance(source, sources.Directory)
+  if "text_encoder" in abstract and not whole:
+    raise FileNotFoundError(
+      f"init_from ({config.init_from}) is a transformer alone, but "
+      "train_text_encoder=True; name a whole checkpoint."
+    )
+  params = {
+    "transformer": _transformer(
+      source.path / "transformer" if whole else source.path,
+      config,
+      abstract["transformer"],
+    )
+  }
+  if "text_encoder" in abstract:
+    path = source.path / "text_encoder"
+    found = opening.open_text_encoder(path)
+    _check(config.text_encoder, found.config, "text_encoder", path)
+    params["text_encoder"] = _fill(abstract["text_encoder"], found)
+  return params
+
+
+def _transformer(
+  path: epath.Path, config: config_lib.TextToImageConfig, abstract: Any
+) -> Any:
+  found = opening.open_transformer(path)
+  _check(config.model, found.config, "model", path, but=_MAY_DIFFER)
+  decision = components.trained_in_fp16(path, found)
+  if decision.clamp != config.fp16_clamp:
+    logging.warning(
+      "%s: %s. This run has fp16_clamp=%s: such weights draw something else "
+      "without it, others do not need it.",
+      *(path, decision.reason, config.fp16_clamp),
+    )
+  return _fill(abstract, found)
+
+
+def _fill(abstract: Any, found: opening.Component) -> Any:
+  return mapping.load(
+    abstract,
+    found.rules,
+    found.tensors,
+    shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract),
+    ignore=found.ignored,
+    source=found.source,
+  )
+
+
+def _from_run(
+  workdir: epath.Path,
+  config: config_lib.TextToImageConfig,
+  abstract: dict[str, Any],
+) -> dict[str, Any]:
+  before = training_run.read_config(workdir)
+  _check(config.model, before.model, "model", workdir, but=_MAY_DIFFER)
+  if before.train_text_encoder != config.train_text_encoder:
+    raise ValueError(
+      f"init_from ({workdir}) has train_text_encoder="
+      f"{before.train_text_encoder}, this run {config.train_text_encoder}: "
+      f"name {workdir / 'export'}, which has both models."
+    )
+  return checkpoint.restore_part(workdir, "ema", abstract)
+
+
+def _check(
+  ours: config_lib.Config,
+  theirs: config_lib.Config,
+  name: str,
+  source: epath.Path,
+  *,
+  but: frozenset[str] = frozenset(),
+) -> None:
+  mine, found = ours.to_dict(), theirs.to_dict()
+  differing = [
+    f"{name}.{field} ({found[field]} there, {mine[field]} in the config)"
+    for field in mine
+    if field not in but and found[field] != mine[field]
+  ]
+  if differing:
+    raise ValueError(
+      f"init_from ({source}) holds another model than this run trains: "
+      f"{', '.join(differing)}."
+    )

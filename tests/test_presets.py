@@ -1,0 +1,138 @@
+"""A preset spreads a batch without changing it, over memory that is there."""
+
+import importlib
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sana_jax import config as config_lib
+from sana_jax import hardware, presets, sharding
+from sana_jax.config import optim
+from sana_jax.training import text_to_image
+from tests import test_stage_configs
+
+STAGES = sorted(test_stage_configs.PUBLISHED)
+
+
+def get(name: str, *args) -> config_lib.TextToImageConfig:
+  return importlib.import_module(f"configs.{name}").get_config(*args)
+
+
+@pytest.mark.parametrize(
+  ("name", "expected"),
+  [
+    ("v5e-256", ("v5e", 256, 1)),
+    ("v5p-128x2", ("v5p", 128, 2)),
+    ("h100-8", ("h100", 8, 1)),
+  ],
+)
+def test_a_name_says_kind_and_number(name, expected):
+  assert presets.parse(name) == expected
+
+
+@pytest.mark.parametrize("name", ["v5e", "v5e-0", "tpu-8", "v5e-8x0", "v5e:8"])
+def test_other_names_are_refused(name):
+  with pytest.raises(
+    ValueError, match="is not a kind of chip and their number"
+  ):
+    presets.parse(name)
+
+
+def test_boxes_of_gpus_are_no_slices():
+  with pytest.raises(ValueError, match="give the number in all boxes, h100-16"):
+    presets.parse("h100-8x2")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(
+  "name", ["v5e-16", "v5e-256", "v5p-64x2", "v6e-64", "h100-8", "h200-64"]
+)
+def test_what_is_laid_out_uses_all_chips_and_fits(stage, name):
+  config = get(stage)
+  batch = config.batch_size
+  target = presets.parse(name)
+  layout = presets.lay_out(config, target)
+  assert math.prod(layout.mesh.values()) == target.chips * target.slices
+  groups = layout.mesh["data"] * layout.mesh["fsdp"]
+  assert batch % (groups * layout.accumulation) == 0
+  assert layout.mesh["data"] % target.slices == 0
+  needed = (
+    presets.state_bytes(config) / layout.mesh["fsdp"]
+    + presets.picture_bytes(config) * layout.rows
+  )
+  assert needed < 0.85 * hardware.CHIPS[target.chip].hbm_bytes
+  assert presets.apply(config, name).batch_size == batch
+
+
+def test_a_picture_that_is_too_large_is_shared():
+  assert presets.lay_out(
+    get("sana_1600m_4k"), presets.parse("v5e-256")
+  ).mesh == {"data": 16, "fsdp": 8, "sequence": 2}
+
+
+def test_what_does_not_fit_is_said():
+  config = get("sana_1600m_1024")
+  config.batch_size = 33
+  with pytest.raises(ValueError, match="batch_size 33 does not spread over 64"):
+    presets.lay_out(config, presets.parse("v5p-64"))
+  with pytest.raises(ValueError, match=r"needs 11.5 GiB of the 1.5 that"):
+    presets.lay_out(get("sana_1600m_4k"), presets.parse("v5e-2"))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_parameters_are_counted_to_a_few_per_cent(stage):
+  config = get(stage)
+  params = jax.eval_shape(
+    lambda key: text_to_image.init_params(config, key), jax.random.key(0)
+  )
+  counted = sum(leaf.size for leaf in jax.tree.leaves(params))
+  assert abs(presets.num_params(config.model) / counted - 1) < 0.03
+
+
+def test_every_optimiser_has_its_moments():
+  for name in optim.OPTIMIZERS:
+    config = config_lib.TextToImageConfig()
+    config.optim.name = name
+    assert presets.state_bytes(config) > 12e9
+
+
+def test_a_preset_is_a_beginning_that_flags_change():
+  config = get("sana_1600m_1024", "h100-8")
+  assert config.hardware.preset == "h100-8"
+  assert config.hardware.compiler_options == {
+    "xla_gpu_enable_latency_hiding_scheduler": True
+  }
+  config.optim.accumulation = 8
+  config.data.synthetic = True
+  config.freeze()
+  assert "mesh data=4 fsdp=2, batch 2048 in 8 part" in presets.describe(config)
+  assert presets.describe(get("sana_1600m_1024")).endswith("options: none")
+
+
+def test_options_are_named_as_the_compiler_names_them():
+  config = config_lib.HardwareConfig(compiler_options={"--xla_x": "1"})
+  with pytest.raises(ValueError, match="named without dashes"):
+    config.freeze()
+
+
+@pytest.mark.parametrize("name", ["v5e-16", "h100-8"])
+def test_the_compiler_knows_the_options(name):
+  """Those of GPUs are known to XLA for CPUs, too; TPUs' to libtpu alone."""
+  config = get("sana_1600m_1024", name)
+  options = config.hardware.compiler_options
+  lowered = jax.jit(lambda x: x @ x).lower(np.ones((4, 4), np.float32))
+  if name.startswith("h100"):
+    lowered.compile(compiler_options=options)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="No such compile opt"):
+      lowered.compile(compiler_options=options | {"xla_gpu_none": True})
+    return
+  pytest.importorskip("libtpu")
+  bench = importlib.import_module("bench.topology")
+  mesh = bench.one_chip("v5e:2x2")
+  x = jax.ShapeDtypeStruct(
+    (8, 128), jnp.float32, sharding=sharding.replicated(mesh)
+  )
+  jax.jit(lambda x: x * 2).lower(x).compile(compiler_options=options)
