@@ -4,6 +4,7 @@ Every layer keeps its parameters in `param_dtype` and computes in `dtype`.
 Kernels are `[in, out]` and `[kh, kw, in, out]`.
 """
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -212,10 +213,22 @@ def gathered(kernel: Array, axes: tuple[str | None, ...]) -> Array:
 
   Said explicitly, because the compiler might rather move the activations.
   """
-  kernel = sharding.constrain(kernel, axes)
+  kernel = _gather(kernel, axes)
   if sharding.shards("embed") == 1:
     return kernel
   return checkpoint_name(kernel, GATHERED)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _gather(kernel: Array, axes: tuple[str | None, ...]) -> Array:
+  return sharding.constrain(kernel, axes)
+
+
+@_gather.defjvp
+def _gather_jvp(axes, primals, tangents):
+  # The derivative of a constraint is one, too: gradients would be summed whole
+  # on every device, where each needs the sum of its shard.
+  return _gather(*primals, axes), *tangents
 
 
 def sinusoidal_embedding(

@@ -64,9 +64,32 @@ def make_step(
     ValueError: a run of another kind, or a batch that the mesh does not divide.
   """
   check_config(config)
+  program = make_program(config, mesh)
   batch = inputs.abstract_batch(config, *latent_size)
   places = placement.batch_shardings(batch, mesh)
-  program = program_lib.make_program(
+  whole = sharding.replicated(mesh)
+  return Step(
+    program,
+    jax.tree.map(_placed, batch, places),
+    jax.tree.map(
+      lambda leaf: _placed(leaf, whole), inputs.abstract_frozen(config)
+    ),
+    _placed(jax.eval_shape(lambda: jax.random.key(0)), whole),
+  )
+
+
+def make_program(
+  config: config_lib.TextToImageConfig, mesh: Any
+) -> program_lib.Program:
+  """Builds what the training loop runs on latents and text states.
+
+  Args:
+    mesh: one of devices, or abstract: enough for the shapes and shardings.
+
+  Raises:
+    ValueError: an axis of the mesh leaves most parameters whole.
+  """
+  return program_lib.make_program(
     config,
     init=lambda key: text_to_image.init_params(config, key),
     param_axes=PARAM_AXES,
@@ -76,15 +99,6 @@ def make_step(
       condition=inputs.cached_conditions,
     ),
     mesh=mesh,
-  )
-  whole = sharding.replicated(mesh)
-  return Step(
-    program,
-    jax.tree.map(_placed, batch, places),
-    jax.tree.map(
-      lambda leaf: _placed(leaf, whole), inputs.abstract_frozen(config)
-    ),
-    _placed(jax.eval_shape(lambda: jax.random.key(0)), whole),
   )
 
 

@@ -15,7 +15,7 @@ from sana_jax import config as config_lib
 from sana_jax import hardware, sharding
 from sana_jax.plan import compile as compile_lib
 from sana_jax.plan import roofline, theory
-from sana_jax.training import budget, placement
+from sana_jax.training import budget
 from sana_jax.training import program as program_lib
 
 # Values of the width that the backward pass has of a block for each token, in
@@ -74,10 +74,15 @@ def calibrated(
 
 def candidates(study: Study, chips: Sequence[int]) -> Iterator[Candidate]:
   """Yields what is predicted of every mesh of so many chips."""
+  most = max(chips) // study.num_slices
+  states = {fsdp: _sharded(study, fsdp) for fsdp in _shards(most, 1)}
   for count in chips:
-    for mesh in _meshes(count, study.num_slices):
-      if study.config.batch_size % count == 0:
-        yield from _on_mesh(study, count, mesh)
+    if study.config.batch_size % (count * study.config.optim.accumulation):
+      continue
+    for fsdp in _shards(count, study.num_slices):
+      if states[fsdp] is not None:
+        mesh = {"data": count // fsdp, "fsdp": fsdp, "tensor": 1, "sequence": 1}
+        yield from _on_mesh(study, states[fsdp], mesh)
 
 
 def cheapest(found: Sequence[Candidate], hbm_bytes: int) -> Candidate | None:
@@ -95,35 +100,44 @@ def cheapest(found: Sequence[Candidate], hbm_bytes: int) -> Candidate | None:
   )
 
 
-def _meshes(chips: int, num_slices: int) -> Iterator[AbstractMesh]:
-  """Yields the meshes of copies and shards whose copies divide the slices."""
-  for fsdp in (2**n for n in range(int(math.log2(chips)) + 1)):
-    data = chips // fsdp
-    if chips % fsdp == 0 and data % num_slices == 0:
-      yield AbstractMesh(
-        (data, fsdp, 1, 1),
-        sharding.AXES,
-        axis_types=(AxisType.Auto,) * 4,
-      )
+def _shards(chips: int, num_slices: int) -> list[int]:
+  """Returns the powers of two that are shards, with copies for all slices."""
+  return [
+    2**n
+    for n in range(chips.bit_length())
+    if chips % 2**n == 0 and chips // 2**n % num_slices == 0
+  ]
+
+
+def _sharded(study: Study, fsdp: int) -> Any:
+  """Returns the abstract state over so many shards; None: there are fewer."""
+  mesh = AbstractMesh(
+    (1, fsdp, 1, 1), sharding.AXES, axis_types=(AxisType.Auto,) * 4
+  )
+  try:
+    return compile_lib.make_program(study.config, mesh).state
+  except ValueError:  # The width does not divide: most would stay whole.
+    return None
 
 
 def _on_mesh(
-  study: Study, chips: int, mesh: AbstractMesh
+  study: Study, state: Any, mesh: Mapping[str, int]
 ) -> Iterator[Candidate]:
-  state = _resharded(study.program, mesh)
-  sent = theory.least_bytes(state.params, mesh.shape, study.config.dtype)
-  if not _cuts(sent, mesh):
-    return
+  config = study.config
+  sent = theory.least_bytes(
+    state.params, mesh, config.dtype, config.optim.accumulation
+  )
   held = sum(budget.state_budget(state).values())
   for remat in _KEPT:
     config = _with_remat(study.config, remat)
     working = _weights(state.params, config) + study.activations * _activations(
-      study, mesh.shape, config
+      study, mesh, config
     )
-    times = step_times(study, config, state, sent, mesh.shape)
+    times = step_times(study, config, state, sent, mesh)
+    chips = math.prod(mesh.values())
     yield Candidate(
       chips,
-      dict(mesh.shape),
+      mesh,
       remat,
       config.batch_size,
       held + int(working),
@@ -177,7 +191,8 @@ def _activations(study: Study, mesh: Mapping[str, int], config) -> float:
   """Counts the bytes that blocks keep, and those of the one at work."""
   model = config.model
   chips = math.prod(mesh.values())
-  tokens = _tokens(study, config, chips) * mesh["tensor"]
+  parts = config.optim.accumulation
+  tokens = _tokens(study, config, chips) * mesh["tensor"] / parts
   kept = model.num_layers * _KEPT[config.remat] + _KEPT["none"]
   return tokens * model.width * kept
 
@@ -187,29 +202,6 @@ def _weights(params: Any, config) -> int:
   leaves = jax.tree.leaves(params)
   gathered = 2 * 2 * sum(leaf.size for leaf in leaves) / config.model.num_layers
   return int(budget.per_device_bytes(params) + gathered)
-
-
-def _resharded(program: program_lib.Program, mesh: AbstractMesh):
-  """Returns the abstract state, sharded over another mesh."""
-  bare = jax.tree.map(
-    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), program.state
-  )
-  places = placement.state_shardings(
-    bare, program.tx, compile_lib.PARAM_AXES, mesh
-  )
-  return jax.tree.map(
-    lambda leaf, place: jax.ShapeDtypeStruct(
-      leaf.shape, leaf.dtype, sharding=place
-    ),
-    bare,
-    places,
-  )
-
-
-def _cuts(sent: theory.Bytes, mesh: AbstractMesh) -> bool:
-  """Whether the shards of a mesh are ones: most parameters are gathered."""
-  gathered = sum(n for (_, kind), n in sent.items() if kind == "all-gather")
-  return mesh.shape["fsdp"] == 1 or gathered > 0.5 * sum(sent.values())
 
 
 def _with_remat(config: config_lib.TextToImageConfig, remat: str):

@@ -21,13 +21,16 @@ Bytes = dict[tuple[tuple[str, ...], str], float]
 _DATA_LIKE = ("data", "fsdp", "sequence")
 
 
-def least_bytes(params: Any, mesh: Mapping[str, int], dtype: Any) -> Bytes:
+def least_bytes(
+  params: Any, mesh: Mapping[str, int], dtype: Any, parts: int = 1
+) -> Bytes:
   """Returns the bytes a device sends, by (mesh axes, kind).
 
   Args:
     params: leaves have shapes and shardings.
     mesh: the size of every axis.
     dtype: of gathered parameters and of gradients.
+    parts: that a batch is taken in: each gathers, and scatters.
   """
   sums: Bytes = {}
   width = np.dtype(dtype).itemsize
@@ -38,8 +41,8 @@ def least_bytes(params: Any, mesh: Mapping[str, int], dtype: Any) -> Bytes:
     count = math.prod(mesh[axis] for axis in sharded)
     if count > 1:
       sent = local * (count - 1)  # (n - 1) / n of n shards
-      _add(sums, sharded, "all-gather", 2 * sent)
-      _add(sums, sharded, "reduce-scatter", sent)
+      _add(sums, sharded, "all-gather", 2 * parts * sent)
+      _add(sums, sharded, "reduce-scatter", parts * sent)
     copies = tuple(
       a for a in mesh if a not in cut and a in _DATA_LIKE and mesh[a] > 1
     )
@@ -50,26 +53,30 @@ def least_bytes(params: Any, mesh: Mapping[str, int], dtype: Any) -> Bytes:
 
 
 def gathered_activations(
-  found: Iterable[collectives.Collective], params: Any, mesh: Mapping[str, int]
+  found: Iterable[collectives.Collective],
+  params: Any,
+  mesh: Mapping[str, int],
+  *,
+  image_elements: int,
 ) -> list[collectives.Collective]:
   """Returns what is gathered or exchanged and has no parameter's size.
 
-  Small things, such as a row of time embeddings, are left out: what has fewer
-  elements than the largest parameter has on one device.
+  Args:
+    image_elements: of the residual stream of one image on a device; what is
+      smaller, such as time embeddings, is left out.
   """
-  sizes, smallest = set(), 0
+  sizes = set()
   for leaf in jax.tree.leaves(params):
-    whole, depth = leaf.size, leaf.shape[0] if leaf.ndim else 1
-    smallest = max(smallest, math.prod(leaf.sharding.shard_shape(leaf.shape)))
-    for cut in (1, mesh.get("tensor", 1), mesh.get("sequence", 1)):
+    depth = leaf.shape[0] if leaf.ndim else 1
+    for cut in (1, mesh.get("tensor", 1)):
       # Blocks are stacked: one at a time is gathered.
-      sizes |= {whole // cut, whole // depth // cut}
+      sizes |= {leaf.size // cut, leaf.size // depth // cut}
   return [
     one
     for one in found
     if one.kind in ("all-gather", "all-to-all")
     and any(
-      array.elements not in sizes and array.elements > smallest
+      array.elements not in sizes and array.elements >= image_elements
       for array in one.arrays
     )
   ]

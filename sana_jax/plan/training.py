@@ -82,11 +82,19 @@ def _assemble(
 ) -> report.Plan:
   config, params = study.config, study.program.state.params
   chips = len(devices.devices)
-  least = theory.least_bytes(params, mesh.shape, config.dtype)
+  least = theory.least_bytes(
+    params, mesh.shape, config.dtype, config.optim.accumulation
+  )
   found, activations = None, []
   if compiled.text is not None:
     found = collectives.collectives(compiled.text, mesh.shape)
-    activations = theory.gathered_activations(found, params, mesh.shape)
+    tokens = roofline.tokens_of(config, study.latent_size)
+    activations = theory.gathered_activations(
+      found,
+      params,
+      mesh.shape,
+      image_elements=tokens * config.model.width // mesh.shape["sequence"],
+    )
   times = suggest.step_times(
     study,
     config,
@@ -128,7 +136,9 @@ def _settings(config, mesh, latent_size, chips) -> dict[str, str]:
     "latents": "x".join(map(str, latent_size)),
     "mesh": " ".join(sizes) or "1",
     "batch_size": f"{config.batch_size} ({config.batch_size / chips:g} a chip)",
+    "parts": config.optim.accumulation,
     "remat": config.remat,
+    "optimiser": config.optim.name,
     "dtype": config.dtype,
   }
 

@@ -17,6 +17,7 @@ from sana_jax.sharding.parameters import (
 from sana_jax.sharding.rules import (
   REPLICATED_RULES,
   RULES,
+  Axes,
   Rules,
   batch_sharding,
   replicated,
@@ -26,6 +27,7 @@ __all__ = [
   "AXES",
   "REPLICATED_RULES",
   "RULES",
+  "Axes",
   "ParamAxes",
   "Rules",
   "batch_sharding",

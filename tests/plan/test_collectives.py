@@ -181,9 +181,10 @@ def test_gathering_what_is_no_parameter_is_told():
   _, w, mesh = compiled_stack({"data": 2, "fsdp": 4})
   text = program(
     f"%g = f32[1,8,8] all-gather(%a), {FSDP}",
+    f"%s = f32[16,127] all-gather(%a), {FSDP}",
     f"%h = f32[16,128] all-gather(%a), {FSDP}, "
     'metadata={op_name="jit(f)/dot"}',
   )
   found = collectives.collectives(text, mesh.shape)
-  told = theory.gathered_activations(found, w, mesh.shape)
+  told = theory.gathered_activations(found, w, mesh.shape, image_elements=2048)
   assert [one.op_name for one in told] == ["jit(f)/dot"]

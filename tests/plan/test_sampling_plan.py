@@ -65,3 +65,12 @@ def test_predictions_for_a_tpu_are_neither_too_small_nor_half_too_large(stage):
   assert working <= predicted
   assert weights + predicted <= 1.5 * (weights + working)
   assert all(record["fits"] for record in measured)
+
+
+def test_latents_of_another_autoencoder_are_refused():
+  config = config_lib.TextToImageConfig(
+    model=config_lib.SanaConfig(in_channels=4)
+  )
+  devices = topology.Topology("host:1", "v5e", tuple(jax.devices()[:1]), 1)
+  with pytest.raises(ValueError, match="latents of 32 channels"):
+    sampling.plan(config, devices)
