@@ -6,7 +6,6 @@ set as for train.py: --config.batch_size=512 --config.mesh.fsdp=16.
 """
 
 import json
-import os
 import sys
 from typing import Any
 
@@ -69,8 +68,10 @@ def main(argv: list[str]) -> None:
 def make_plan(config: config_lib.Config) -> tuple[str, dict[str, Any]]:
   """Plans what the flags ask for; returns a page to read, and a record."""
   # Where the file could not be read, any access raises an OSError saying why.
-  config.freeze()
+  training.check_config(config)
   devices = topology.describe(_TOPOLOGY.value, num_slices=_NUM_SLICES.value)
+  training.complete(config, devices)
+  config.freeze()
   common = {
     "height": _HEIGHT.value,
     "width": _WIDTH.value,
@@ -91,6 +92,4 @@ def make_plan(config: config_lib.Config) -> tuple[str, dict[str, Any]]:
 
 
 if __name__ == "__main__":
-  # XLA times candidates of GPU kernels on the GPU, which is not there.
-  os.environ.setdefault("XLA_FLAGS", "--xla_gpu_autotune_level=0")
   app.run(main)

@@ -63,7 +63,6 @@ def make_step(
   Raises:
     ValueError: a run of another kind, or a batch that the mesh does not divide.
   """
-  check_config(config)
   program = make_program(config, mesh)
   batch = inputs.abstract_batch(config, *latent_size)
   places = placement.batch_shardings(batch, mesh)
@@ -102,14 +101,20 @@ def make_program(
   )
 
 
-def compile_step(step: Step) -> Compiled:
-  """Compiles a step as the training loop does."""
+def compile_step(
+  step: Step, options: Mapping[str, bool | int] | None = None
+) -> Compiled:
+  """Compiles a step as the training loop does.
+
+  Args:
+    options: of the compiler, see `topology.compiler_options`.
+  """
   lowered = step.program.step.lower(
     step.program.state, step.frozen, step.key, step.batch
   )
   start = time.monotonic()
   try:
-    compiled = lowered.compile()
+    compiled = lowered.compile(dict(options or {}))
   except jax.errors.JaxRuntimeError as error:
     needed = needed_bytes(str(error))
     if needed is None:
@@ -145,20 +150,3 @@ def _memory(step: Step, stats: Any) -> dict[str, int]:
 
 def _placed(leaf: Any, place: jax.sharding.NamedSharding) -> Any:
   return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
-
-
-def check_config(config: config_lib.Config) -> None:
-  """Refuses what `make_step` is not for.
-
-  Raises:
-    ValueError: another recipe, or one that trains on tokens.
-  """
-  if not isinstance(config, config_lib.TextToImageConfig):
-    raise ValueError(
-      f"plan is for runs of TextToImageConfig, got {type(config).__name__}."
-    )
-  if config.train_text_encoder:
-    raise ValueError(
-      "plan is for steps on latents and text states that were computed before: "
-      "train_text_encoder must be False."
-    )

@@ -128,7 +128,10 @@ def measure(
   """Compiles a program; returns a record of bytes, predicted and XLA's."""
   start = time.monotonic()
   sizes = topology.memory_analysis(
-    program.function, mesh, program.model, *program.args
+    program.function,
+    mesh,
+    program.model,
+    *program.args,
   )
   need = plan.needs[program.stage]
   inputs = footprint.nbytes(program.args)

@@ -8,8 +8,8 @@ anything else that may load either.
 import importlib.metadata
 import importlib.util
 import os
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -135,6 +135,17 @@ def platform_of(chip: str) -> str:
   return "gpu" if chip in GPUS else "tpu"
 
 
+def compiler_options(mesh: Mesh) -> Mapping[str, bool | int]:
+  """Returns what compiling for devices that are not there takes.
+
+  XLA would time kernels of matrix products on the GPU; without that, it finds
+  no tiles for some it generates, and libraries' must do.
+  """
+  if mesh.devices.flat[0].platform != "gpu":
+    return {}
+  return {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
+
+
 def first_chip(topology: Topology) -> Mesh:
   """Returns a mesh of one chip."""
   return Mesh(np.asarray(topology.devices[:1]), ("data",))
@@ -187,7 +198,11 @@ def versions() -> dict[str, str]:
   return found
 
 
-def memory_analysis(function, mesh: Mesh, *args):
+def memory_analysis(
+  function: Callable[..., Any],
+  mesh: Mesh,
+  *args: Any,
+):
   """Compiles `function` for abstract arguments, all on the chip of `mesh`.
 
   Returns XLA's account of its memory.
@@ -199,7 +214,8 @@ def memory_analysis(function, mesh: Mesh, *args):
     ),
     args,
   )
-  return jax.jit(function).lower(*placed).compile().memory_analysis()
+  lowered = jax.jit(function).lower(*placed)
+  return lowered.compile(dict(compiler_options(mesh))).memory_analysis()
 
 
 def _tpus(name: str, chip: str, shape: str, num_slices: int):

@@ -3,7 +3,7 @@
 import jax
 
 from sana_jax import config as config_lib
-from sana_jax import hardware, sharding
+from sana_jax import hardware, presets, sharding
 from sana_jax.plan import (
   collectives,
   compile,
@@ -35,11 +35,11 @@ def plan(
   Raises:
     ValueError: the run, its batch or its mesh do not fit the devices.
   """
-  compile.check_config(config)
+  check_config(config)
   latent_size = latents_of(config, height, width)
   mesh = sharding.make_mesh(config.mesh, devices.devices)
   step = compile.make_step(config, mesh, latent_size)
-  compiled = compile.compile_step(step)
+  compiled = compile.compile_step(step, topology.compiler_options(mesh))
   study = suggest.Study(
     config,
     step.program,
@@ -52,6 +52,44 @@ def plan(
   if compiled.memory:
     study = suggest.calibrated(study, mesh, compiled.memory["temporaries"])
   return _assemble(study, devices, mesh, compiled)
+
+
+def check_config(config: config_lib.Config) -> None:
+  """Refuses what cannot be planned.
+
+  Raises:
+    ValueError: another recipe, or one that trains on tokens.
+  """
+  if not isinstance(config, config_lib.TextToImageConfig):
+    raise ValueError(
+      f"plan is for runs of TextToImageConfig, got {type(config).__name__}."
+    )
+  if config.train_text_encoder:
+    raise ValueError(
+      "plan is for steps on latents and text states that were computed before: "
+      "train_text_encoder must be False."
+    )
+
+
+def complete(
+  config: config_lib.TextToImageConfig, devices: topology.Topology
+) -> None:
+  """Fills in what a plan can do without, and a run cannot.
+
+  Where no data are named, none are needed; where the mesh was left alone, it is
+  the preset's for these chips, as `configs/x.py:v5e-256` would set it.
+
+  Raises:
+    ValueError: the batch does not spread over the chips.
+  """
+  if not config.data.places and not config.data.cache:
+    config.data.synthetic = True
+  untouched = config.mesh == config_lib.TextToImageConfig().mesh
+  if config.hardware.preset is None and untouched:
+    chips, slices = len(devices.devices), devices.num_slices
+    per_slice = topology.platform_of(devices.chip) == "tpu" and slices > 1
+    name = f"{chips // slices}x{slices}" if per_slice else f"{chips}"
+    presets.apply(config, f"{devices.chip}-{name}")
 
 
 def latents_of(
@@ -138,6 +176,7 @@ def _settings(config, mesh, latent_size, chips) -> dict[str, str]:
     "batch_size": f"{config.batch_size} ({config.batch_size / chips:g} a chip)",
     "parts": config.optim.accumulation,
     "remat": config.remat,
+    "preset": config.hardware.preset or "none",
     "optimiser": config.optim.name,
     "dtype": config.dtype,
   }

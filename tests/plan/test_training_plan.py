@@ -152,7 +152,20 @@ def test_runs_on_tokens_are_refused():
 
 def test_other_recipes_are_refused():
   with pytest.raises(ValueError, match="got AutoencoderConfig"):
-    compile_lib.check_config(config_lib.AutoencoderConfig())
+    training.check_config(config_lib.AutoencoderConfig())
+
+
+def test_what_a_plan_can_do_without_is_filled_in():
+  config = make_config(mesh=config_lib.TextToImageConfig().mesh)
+  config.data.synthetic = False
+  training.complete(config, host_devices())
+  assert config.data.synthetic
+  assert config.hardware.preset == "v5e-8"
+  assert config.mesh["data"] * config.mesh["fsdp"] == 8
+  config = make_config()
+  training.complete(config, host_devices())
+  assert config.hardware.preset is None
+  assert config.mesh == {"data": 2, "fsdp": 4}
 
 
 def test_pictures_must_be_whole_latents():
