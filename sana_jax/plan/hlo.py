@@ -116,8 +116,11 @@ def executions(
 def called(instruction: Instruction) -> list[str]:
   """Returns the computations an instruction runs.
 
-  Conditions of loops, and what a reduction does with two numbers, are left out.
+  Conditions of loops, and what a reduction does with two numbers, are left out;
+  so is what only ends elsewhere.
   """
+  if instruction.opcode in ("async-update", "async-done"):
+    return []
   names = _CALLED.findall(instruction.attributes)
   if instruction.opcode == "call":
     names += _APPLIED.findall(instruction.attributes)

@@ -88,9 +88,10 @@ def candidates(study: Study, chips: Sequence[int]) -> Iterator[Candidate]:
 def cheapest(found: Sequence[Candidate], hbm_bytes: int) -> Candidate | None:
   """Returns what fits and takes the fewest chip-hours, then fewest chips.
 
-  A per cent of chip-hours is no difference; then less memory is better.
+  A per cent of chip-hours is no difference; then less memory is better. What is
+  only predicted must leave a tenth of the memory.
   """
-  fitting = [one for one in found if one.total <= hbm_bytes]
+  fitting = [one for one in found if one.total <= 0.9 * hbm_bytes]
   if not fitting:
     return None
   least = min(one.prediction.chip_hours for one in fitting)

@@ -95,6 +95,22 @@ def test_the_end_of_an_exchange_and_one_of_a_single_device_send_nothing():
   assert collectives.collectives(text, MESH) == []
 
 
+def test_what_is_wrapped_to_run_beside_other_work_counts_once():
+  wrapped = f"""\
+%wrapped (x: f32[8]) -> f32[2] {{
+  %x = f32[8] parameter(0)
+  ROOT %s = f32[2] reduce-scatter(%x), {FSDP}, to_apply=%add
+}}
+"""
+  text = program(
+    "%b = ((f32[8]), f32[2]) async-start(%a), calls=%wrapped",
+    "%e = f32[2] async-done(%b), calls=%wrapped",
+    computations=wrapped,
+  )
+  (found,) = collectives.collectives(text, MESH)
+  assert (found.kind, found.bytes) == ("reduce-scatter", 32 * 3 / 4)
+
+
 def test_a_fusion_that_keeps_a_share_of_a_sum_is_a_reduce_scatter():
   fused = f"""\
 %all-reduce-scatter.1 (x: f32[8,4]) -> f32[2,4] {{

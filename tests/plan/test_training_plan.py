@@ -129,7 +129,8 @@ def test_the_cheapest_fits_and_is_small():
     candidate(1, 90.0, total=99),
   ]
   assert suggest.cheapest(found, hbm_bytes=10) == found[2]
-  assert suggest.cheapest(found, hbm_bytes=4) is None
+  assert suggest.cheapest(found, hbm_bytes=8) == found[0]
+  assert suggest.cheapest(found, hbm_bytes=5) is None
 
 
 def test_a_batch_that_does_not_divide_is_refused():
