@@ -46,8 +46,11 @@ def arrange(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
       number, or they differ in size.
   """
   platform = devices[0].platform
+  # Chips described for a compiler have no slice where there is only one.
   slices = collections.Counter(
-    device.slice_index for device in devices if platform == "tpu"
+    device.slice_index
+    for device in devices
+    if platform == "tpu" and hasattr(device, "slice_index")
   )
   if len(slices) > 1:
     _check_slices(shape, slices)
