@@ -10,6 +10,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import custom_derivatives
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
@@ -212,9 +213,16 @@ def gathered(kernel: Array, axes: tuple[str | None, ...]) -> Array:
 
   Said explicitly, because the compiler might rather move the activations.
   """
-  kernel = sharding.constrain(kernel, axes)
   if sharding.shards("embed") == 1:
-    return kernel
+    return sharding.constrain(kernel, axes)
+  # A constraint's transpose is the same one, on the gradient: every device
+  # would sum all of it, to keep a shard. This one's is the identity.
+  kernel = custom_derivatives.linear_call(
+    lambda _, kernel: sharding.constrain(kernel, axes),
+    lambda _, gradient: gradient,
+    (),
+    kernel,
+  )
   return checkpoint_name(kernel, GATHERED)
 
 

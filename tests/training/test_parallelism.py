@@ -224,11 +224,23 @@ def test_what_does_not_divide_over_the_mesh_is_an_error():
 
 
 def test_a_mesh_that_leaves_the_parameters_whole_does_not_start():
-  with pytest.raises(ValueError, match=r"fsdp=8 cuts 0% .*sizes \[60\]"):
-    parallel.make_run({"fsdp": 8}, attention_head_dim=15, num_attention_heads=4)
+  with pytest.raises(
+    ValueError, match=r"fsdp=8 cuts .*the sizes \[60\], .* is 4"
+  ):
+    parallel.make_run({"fsdp": 8}, **NARROW)
 
 
 def test_heads_that_do_not_divide_are_an_error_when_traced():
-  run = parallel.make_run({"data": 2, "tensor": 4}, num_attention_heads=2)
-  with pytest.raises(ValueError, match=r"the heads axis of .*tensor=4"):
+  run = parallel.make_run({"data": 4, "tensor": 2}, **NARROW)
+  with pytest.raises(ValueError, match=r"the heads axis of .* 5, .*tensor=2"):
     run.hlo()
+
+
+# Five heads of a width of 60.
+NARROW = {
+  "num_attention_heads": 5,
+  "attention_head_dim": 12,
+  "num_cross_attention_heads": 5,
+  "cross_attention_head_dim": 12,
+  "cross_attention_dim": 60,
+}
