@@ -215,6 +215,9 @@ def gathered(kernel: Array, axes: tuple[str | None, ...]) -> Array:
   """
   if sharding.shards("embed") == 1:
     return sharding.constrain(kernel, axes)
+  if sharding.shards("rows") > 1:
+    # Told less, the compiler moves shards of gradients to where they belong.
+    return checkpoint_name(sharding.constrain(kernel, axes), GATHERED)
   # A constraint's transpose is the same one, on the gradient: every device
   # would sum all of it, to keep a shard. This one's is the identity.
   kernel = custom_derivatives.linear_call(

@@ -1,6 +1,11 @@
 """One training step on meshes of every kind: the same losses, few bytes."""
 
 import math
+import os
+import pathlib
+import socket
+import subprocess
+import sys
 from typing import NamedTuple
 
 import jax
@@ -9,7 +14,7 @@ import pytest
 
 from sana_jax import sharding
 from sana_jax.training import placement
-from tests.training import parallel
+from tests.training import batches_worker, parallel
 
 AXES = sharding.AXES
 MESHES = ((8, 1, 1, 1), (1, 8, 1, 1), (2, 2, 2, 1), (1, 2, 1, 4))
@@ -55,7 +60,15 @@ def alone():
   return observe((1, 1, 1, 1)).losses
 
 
-@pytest.fixture(scope="module", params=MESHES, ids=str)
+@pytest.fixture(
+  scope="module",
+  params=[
+    # Copies alone are what most tests of the loop run on, too.
+    pytest.param(MESHES[0], marks=pytest.mark.slow),
+    *MESHES[1:],
+  ],
+  ids=str,
+)
 def observed(request):
   return request.param, observe(request.param)
 
@@ -188,6 +201,29 @@ def test_a_global_batch_is_the_same_on_every_mesh(mesh):
       *(parallel.COLUMNS, 4),
     )
     assert batch["text"].addressable_shards[0].data.shape[1:] == (5, 12)
+
+
+@pytest.mark.slow
+def test_a_global_batch_is_the_same_in_two_processes():
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    port = free.getsockname()[1]
+  flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+  pair = [
+    subprocess.Popen(
+      [sys.executable, "-m", batches_worker.__name__, str(number), str(port)],
+      env=os.environ | flags,
+      cwd=pathlib.Path(__file__).parents[2],
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      text=True,
+    )
+    for number in range(2)
+  ]
+  for process in pair:
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, output
+    assert output.count(" agrees\n") == len(batches_worker.MESHES)
 
 
 @pytest.mark.parametrize(
