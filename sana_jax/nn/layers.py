@@ -4,13 +4,13 @@ Every layer keeps its parameters in `param_dtype` and computes in `dtype`.
 Kernels are `[in, out]` and `[kh, kw, in, out]`.
 """
 
-import functools
 import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import custom_derivatives
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
@@ -213,22 +213,20 @@ def gathered(kernel: Array, axes: tuple[str | None, ...]) -> Array:
 
   Said explicitly, because the compiler might rather move the activations.
   """
-  kernel = _gather(kernel, axes)
   if sharding.shards("embed") == 1:
-    return kernel
+    return sharding.constrain(kernel, axes)
+  if sharding.shards("rows") > 1:
+    # Told less, the compiler moves shards of gradients to where they belong.
+    return checkpoint_name(sharding.constrain(kernel, axes), GATHERED)
+  # A constraint's transpose is the same one, on the gradient: every device
+  # would sum all of it, to keep a shard. This one's is the identity.
+  kernel = custom_derivatives.linear_call(
+    lambda _, kernel: sharding.constrain(kernel, axes),
+    lambda _, gradient: gradient,
+    (),
+    kernel,
+  )
   return checkpoint_name(kernel, GATHERED)
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _gather(kernel: Array, axes: tuple[str | None, ...]) -> Array:
-  return sharding.constrain(kernel, axes)
-
-
-@_gather.defjvp
-def _gather_jvp(axes, primals, tangents):
-  # The derivative of a constraint is one, too: gradients would be summed whole
-  # on every device, where each needs the sum of its shard.
-  return _gather(*primals, axes), *tangents
 
 
 def sinusoidal_embedding(

@@ -97,8 +97,12 @@ def global_batches(
       f"batch_size ({config.batch_size}) must be a multiple of "
       f"{_product(mesh, 'batch')}."
     )
-  starts, length = local_runs(
-    sharding.batch_sharding(mesh), config.batch_size, jax.process_index()
+  places = sharding.batch_sharding(mesh).addressable_devices_indices_map(
+    (config.batch_size,)
+  )
+  starts, length = runs(
+    {index[0].indices(config.batch_size)[:2] for index in places.values()},
+    config.batch_size,
   )
   # Several hosts in one, where the mesh gives a process several runs of samples
   # that do not follow each other.
@@ -120,28 +124,21 @@ def global_batches(
     yield _join(dict(zip(starts, parts, strict=True)), config.batch_size, mesh)
 
 
-def local_runs(
-  place: jax.sharding.NamedSharding, batch_size: int, process: int
+def runs(
+  blocks: set[tuple[int, int]], batch_size: int
 ) -> tuple[list[int], int]:
-  """Finds which samples of a global batch a process must read.
+  """Covers blocks (start, stop) of a batch by equal runs, as long as can be.
 
-  Returns the first samples of runs, and the length of each; a run starts at a
-  multiple of it.
+  Returns the starts of the runs, which are multiples of their length, and that.
   """
-  found = {
-    index[0].indices(batch_size)[:2]
-    for device, index in place.devices_indices_map((batch_size,)).items()
-    if device.process_index == process
-  }
-  blocks = sorted(found)
-  runs = [list(blocks[0])]
-  for start, stop in blocks[1:]:
-    if start == runs[-1][1]:
-      runs[-1][1] = stop
+  merged: list[list[int]] = []
+  for start, stop in sorted(blocks):
+    if merged and start == merged[-1][1]:
+      merged[-1][1] = stop
     else:
-      runs.append([start, stop])
-  length = math.gcd(*(edge for run in runs for edge in run), batch_size)
-  starts = [n for start, stop in runs for n in range(start, stop, length)]
+      merged.append([start, stop])
+  length = math.gcd(batch_size, *(edge for run in merged for edge in run))
+  starts = [n for start, stop in merged for n in range(start, stop, length)]
   return starts, length
 
 
