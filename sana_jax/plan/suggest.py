@@ -13,8 +13,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from sana_jax import config as config_lib
 from sana_jax import hardware, sharding
-from sana_jax.plan import compile as compile_lib
-from sana_jax.plan import roofline, theory
+from sana_jax.plan import compilation, roofline, theory
 from sana_jax.training import budget
 from sana_jax.training import program as program_lib
 
@@ -116,7 +115,7 @@ def _sharded(study: Study, fsdp: int) -> Any:
     (1, fsdp, 1, 1), sharding.AXES, axis_types=(AxisType.Auto,) * 4
   )
   try:
-    return compile_lib.make_program(study.config, mesh).state
+    return compilation.make_program(study.config, mesh).state
   except ValueError:  # The width does not divide: most would stay whole.
     return None
 

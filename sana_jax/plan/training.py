@@ -6,7 +6,7 @@ from sana_jax import config as config_lib
 from sana_jax import hardware, presets, sharding
 from sana_jax.plan import (
   collectives,
-  compile,
+  compilation,
   report,
   roofline,
   suggest,
@@ -38,8 +38,8 @@ def plan(
   check_config(config)
   latent_size = latents_of(config, height, width)
   mesh = sharding.make_mesh(config.mesh, devices.devices)
-  step = compile.make_step(config, mesh, latent_size)
-  compiled = compile.compile_step(step, topology.compiler_options(mesh))
+  step = compilation.make_step(config, mesh, latent_size)
+  compiled = compilation.compile_step(step, topology.compiler_options(mesh))
   study = suggest.Study(
     config,
     step.program,
@@ -116,7 +116,7 @@ def _assemble(
   study: suggest.Study,
   devices: topology.Topology,
   mesh: jax.sharding.Mesh,
-  compiled: compile.Compiled,
+  compiled: compilation.Compiled,
 ) -> report.Plan:
   config, params = study.config, study.program.state.params
   chips = len(devices.devices)

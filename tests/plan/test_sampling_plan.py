@@ -67,6 +67,24 @@ def test_predictions_for_a_tpu_are_neither_too_small_nor_half_too_large(stage):
   assert all(record["fits"] for record in measured)
 
 
+def test_the_stages_of_a_pipeline_are_what_is_compiled():
+  models = programs.abstract_models(CONFIGS, jnp.bfloat16)
+  parts = map(footprint.make_part, CONFIGS, models)
+  work = programs.make_work(*CONFIGS[1:], batch=2)
+  plan = memory.plan(
+    footprint.Models(*parts, platform="tpu"),
+    work,
+    policy=memory.Policy(),
+    tiling=None,
+    available=hardware.CHIPS["v5p"].hbm_bytes,
+  )
+  found = list(programs.programs(CONFIGS, models, work, plan.decoding, 20))
+  assert [one.stage for one in found] == list(memory.STAGES)
+  assert found[1].args[2].shape == (2, 32, 32, 32)
+  pictures = jax.eval_shape(found[2].function, found[2].model, *found[2].args)
+  assert pictures.shape == (2, 1024, 1024, 3)
+
+
 def test_latents_of_another_autoencoder_are_refused():
   config = config_lib.TextToImageConfig(
     model=config_lib.SanaConfig(in_channels=4)

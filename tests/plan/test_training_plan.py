@@ -7,8 +7,14 @@ import pytest
 
 from sana_jax import config as config_lib
 from sana_jax import hardware, sharding
-from sana_jax.plan import compile as compile_lib
-from sana_jax.plan import report, roofline, suggest, topology, training
+from sana_jax.plan import (
+  compilation,
+  report,
+  roofline,
+  suggest,
+  topology,
+  training,
+)
 from tests import tiny
 
 SIZE = {"sample_size": 4, "num_layers": 2}
@@ -86,7 +92,7 @@ def test_the_page_and_the_record_say_the_same(plan):
 def test_the_compiled_step_calibrates_its_own_prediction(plan):
   config = make_config()
   devices = host_devices()
-  step = compile_lib.make_step(config, _mesh(devices), (4, 4))
+  step = compilation.make_step(config, _mesh(devices), (4, 4))
   study = suggest.Study(
     *(config, step.program, _chip(), (4, 4), 0.4, 2e6),
   )
@@ -181,8 +187,8 @@ def test_what_xla_says_of_lacking_memory_is_read():
     "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in "
     "memory space hbm. Used 25.93G of 15.75G hbm. Exceeded hbm capacity by 10G."
   )
-  assert compile_lib.needed_bytes(message) == int(25.93 * 2**30)
-  assert compile_lib.needed_bytes("INTERNAL: something else") is None
+  assert compilation.needed_bytes(message) == int(25.93 * 2**30)
+  assert compilation.needed_bytes("INTERNAL: something else") is None
 
 
 @pytest.mark.tpu_aot
