@@ -14,8 +14,12 @@ from sana_jax.models import sana
 from sana_jax.training import budget, inputs, placement, text_to_image
 from sana_jax.training import program as program_lib
 
-# How XLA says that a program needs more than there is.
-_TOO_MUCH = re.compile(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) (?:hbm|HBM)")
+# How XLA says that a program needs more than there is: of everything, or of
+# temporaries alone.
+_TOO_MUCH = re.compile(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", re.I)
+_TOO_MANY_TEMPORARIES = re.compile(
+  r"required for HLO temporaries \(([\d.]+)([KMGT])\) exceeds available HBM"
+)
 _UNIT = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 PARAM_AXES = {"transformer": sana.PARAM_AXES}
@@ -116,7 +120,7 @@ def compile_step(
   try:
     compiled = lowered.compile(dict(options or {}))
   except jax.errors.JaxRuntimeError as error:
-    needed = needed_bytes(str(error))
+    needed = needed_bytes(str(error), sum(_held(step).values()))
     if needed is None:
       raise
     return Compiled(None, needed, None, time.monotonic() - start)
@@ -125,10 +129,17 @@ def compile_step(
   return Compiled(memory, sum(memory.values()), compiled.as_text(), seconds)
 
 
-def needed_bytes(message: str) -> int | None:
-  """Reads from XLA's error how much a program needs; None: it says not."""
-  found = _TOO_MUCH.search(message)
-  return int(float(found[1]) * _UNIT[found[2]]) if found else None
+def needed_bytes(message: str, held: int) -> int | None:
+  """Reads from XLA's error how much a program needs; None: it says not.
+
+  Args:
+    held: bytes of the arguments.
+  """
+  for pattern, beside in ((_TOO_MUCH, 0), (_TOO_MANY_TEMPORARIES, held)):
+    found = pattern.search(message)
+    if found:
+      return beside + int(float(found[1]) * _UNIT[found[2]])
+  return None
 
 
 def _memory(step: Step, stats: Any) -> dict[str, int]:
@@ -136,8 +147,7 @@ def _memory(step: Step, stats: Any) -> dict[str, int]:
 
   What XLA pads small dimensions with is what its arguments have too much.
   """
-  parts = budget.state_budget(step.program.state)
-  parts["batch"] = budget.per_device_bytes((step.batch, step.frozen))
+  parts = _held(step)
   known = sum(parts.values())
   parts["padding"] = max(stats.argument_size_in_bytes - known, 0)
   parts["temporaries"] = stats.temp_size_in_bytes
@@ -145,6 +155,12 @@ def _memory(step: Step, stats: Any) -> dict[str, int]:
     stats.output_size_in_bytes - stats.alias_size_in_bytes, 0
   )
   parts["code"] = stats.generated_code_size_in_bytes
+  return parts
+
+
+def _held(step: Step) -> dict[str, int]:
+  parts = budget.state_budget(step.program.state)
+  parts["batch"] = budget.per_device_bytes((step.batch, step.frozen))
   return parts
 
 

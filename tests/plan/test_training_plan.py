@@ -182,13 +182,44 @@ def test_pictures_must_be_whole_latents():
     training.latents_of(config, 1000, 1024)
 
 
-def test_what_xla_says_of_lacking_memory_is_read():
-  message = (
-    "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in "
-    "memory space hbm. Used 25.93G of 15.75G hbm. Exceeded hbm capacity by 10G."
+@pytest.mark.parametrize(
+  ("message", "needed"),
+  [
+    (
+      "Ran out of memory in memory space hbm. Used 25.93G of 15.75G hbm. "
+      "Exceeded hbm capacity by 10.18G.",
+      int(25.93 * 2**30),
+    ),
+    # As libtpu 0.0.42 says it.
+    (
+      "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required "
+      "for HLO temporaries (40.25G) exceeds available HBM (15.75G).",
+      7 + int(40.25 * 2**30),
+    ),
+    ("INTERNAL: something else", None),
+  ],
+)
+def test_what_xla_says_of_lacking_memory_is_read(message, needed):
+  assert compilation.needed_bytes(message, held=7) == needed
+
+
+@pytest.mark.tpu_aot
+def test_a_step_that_does_not_fit_is_told_not_raised():
+  pytest.importorskip("libtpu")
+  model = config_lib.sana_600m()
+  model.num_layers = 1
+  config = make_config(
+    model=model,
+    text_encoder=config_lib.Gemma2Config(),
+    mesh={"data": 4},
+    batch_size=4096,
+    remat="none",
+    max_sequence_length=300,
   )
-  assert compilation.needed_bytes(message) == int(25.93 * 2**30)
-  assert compilation.needed_bytes("INTERNAL: something else") is None
+  plan = training.plan(config, topology.describe("v5e:2x2"))
+  assert plan.found is None
+  assert plan.total > plan.hbm_bytes
+  assert "DOES NOT FIT" in report.text(plan)
 
 
 @pytest.mark.tpu_aot
