@@ -13,13 +13,14 @@ LAYERS = (
     *("config", "typing", "tree", "compilation_cache", "storage"),
     *("termination", "hardware"),
   },
-  {"sharding", "ops", "resolution", "flops", "presets"},
+  {"sharding", "resolution", "flops", "presets"},
+  {"ops"},
   {"nn"},
   {"models", "diffusion"},
   {"data", "text", "checkpoint", "weights", "images"},
   {"pipeline"},
   {"training", "bulk", "precompute"},
-  {"evaluation"},
+  {"evaluation", "plan"},
   {"tools"},
 )
 FORBIDDEN_NNX = {

@@ -1,36 +1,26 @@
 """Placement: every parameter has a row, and rows mean what they say."""
 
 import dataclasses
+import itertools
+import pathlib
 import re
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 from sana_jax import config as config_lib
 from sana_jax import sharding, tree
 from sana_jax.models import controlnet, dc_ae, gemma2, sana
+from sana_jax.sharding import mesh as mesh_lib
+from tests import placements
 
-# Matrices whose input is the width, and those whose output is.
-SANA_1600M_ON_2X4 = {
-  "blocks/cross_attention/kv/kernel": P(None, "fsdp"),
-  "blocks/cross_attention/out/kernel": P(None, None, "fsdp"),
-  "blocks/cross_attention/q/kernel": P(None, "fsdp"),
-  "blocks/ffn/inverted/kernel": P(None, "fsdp"),
-  "blocks/ffn/point/kernel": P(None, None, "fsdp"),
-  "blocks/self_attention/out/kernel": P(None, None, "fsdp"),
-  "blocks/self_attention/qkv/kernel": P(None, "fsdp"),
-  "caption_embed/linear_1/kernel": P(None, "fsdp"),
-  "caption_embed/linear_2/kernel": P("fsdp"),
-  "head/projection/kernel": P("fsdp"),
-  "patch_embed/projection/kernel": P(None, "fsdp"),
-  "time_embed/linear_1/kernel": P(None, "fsdp"),
-  "time_embed/linear_2/kernel": P("fsdp"),
-  "time_modulation/kernel": P("fsdp"),
-}
+GOLDEN = pathlib.Path(__file__).parent / "placements.txt"
 
 
 def shapes_of(cls, config):
@@ -44,6 +34,9 @@ def one_layer_per_stage(config: config_lib.DCAEConfig) -> config_lib.DCAEConfig:
     encoder_layers_per_block=(1,) * 6,
     decoder_layers_per_block=(1,) * 6,
   )
+
+
+SANA_1600M = config_lib.sana_1600m()
 
 
 def affine_sana() -> config_lib.SanaConfig:
@@ -112,19 +105,10 @@ def test_no_row_of_a_table_is_dead(cls, rows, configs):
   assert first == {pattern for pattern, _ in rows}
 
 
-def test_the_placement_of_sana_1600m_is_known():
-  mesh = sharding.make_mesh({"data": 2, "fsdp": 4})
-  shapes = shapes_of(sana.SanaTransformer, config_lib.sana_1600m())
-  placed = sharding.param_shardings(shapes, sana.PARAM_AXES, mesh)
-  specs = dict(
-    zip(
-      tree.leaf_names(shapes),
-      (place.spec for place in jax.tree.leaves(placed)),
-      strict=True,
-    )
+def test_the_placement_of_the_published_models_is_as_reviewed():
+  assert placements.table() == GOLDEN.read_text(), (
+    "review the change, then: python -m tests.placements > tests/placements.txt"
   )
-  assert {n: s for n, s in specs.items() if s != P()} == SANA_1600M_ON_2X4
-  assert len(specs) == 31
 
 
 def test_a_width_that_does_not_divide_is_replicated():
@@ -148,13 +132,19 @@ def test_the_first_matching_row_wins():
   assert placed["x"].spec == P("fsdp")
 
 
-def test_other_rules_give_tensor_parallelism():
-  mesh = sharding.make_mesh({"data": 2, "tensor": 4})
-  rules = dict.fromkeys(sharding.FSDP_RULES) | {"mlp": "tensor"}
-  shapes = {"kernel": jax.ShapeDtypeStruct((6, 8), jnp.float32)}
-  rows = (("kernel", ("embed", "mlp")),)
-  placed = sharding.param_shardings(shapes, rows, mesh, rules)
-  assert placed["kernel"].spec == P(None, "tensor")
+def test_mesh_axes_are_kept_while_they_divide():
+  mesh = sharding.make_mesh({"fsdp": 4, "tensor": 2})
+  rows = (("", ("fused_embed", "mlp")),)
+  shapes = {
+    name: jax.ShapeDtypeStruct(shape, jnp.float32)
+    for name, shape in (("a", (16, 3)), ("b", (12, 4)), ("c", (6, 4)))
+  }
+  placed = sharding.param_shardings(shapes, rows, mesh)
+  assert {name: place.spec for name, place in placed.items()} == {
+    "a": P(("fsdp", "tensor")),
+    "b": P("fsdp", "tensor"),
+    "c": P(None, "tensor"),
+  }
 
 
 def test_what_the_table_does_not_cover_is_an_error():
@@ -171,13 +161,16 @@ def test_what_the_table_does_not_cover_is_an_error():
 @pytest.mark.parametrize(
   ("axes", "shape"),
   [
-    ({"data": -1, "fsdp": 1}, (8, 1)),
-    ({"data": 2, "fsdp": -1}, (2, 4)),
-    ({"data": 4, "fsdp": 2}, (4, 2)),
+    ({"data": -1, "fsdp": 1}, (8, 1, 1, 1)),
+    ({"fsdp": -1, "data": 2}, (2, 4, 1, 1)),
+    ({"sequence": 4, "data": 2}, (2, 1, 1, 4)),
+    ({"data": -1, "fsdp": 2, "tensor": 2, "sequence": 2}, (1, 2, 2, 2)),
   ],
 )
 def test_a_mesh_takes_all_devices(axes, shape):
-  assert sharding.make_mesh(axes).devices.shape == shape
+  mesh = sharding.make_mesh(axes)
+  assert mesh.devices.shape == shape
+  assert mesh.axis_names == ("data", "fsdp", "tensor", "sequence")
 
 
 @pytest.mark.parametrize(
@@ -187,6 +180,7 @@ def test_a_mesh_takes_all_devices(axes, shape):
     ({"data": -1, "fsdp": -1}, "at most one -1"),
     ({"data": 0, "fsdp": -1}, "does not fit 8 devices"),
     ({"data": 2, "fsdp": 2}, "uses 4 of 8 devices; set one axis to -1"),
+    ({"data": 2, "model": 4}, r"unknown mesh axes \['model'\]; there are"),
   ],
 )
 def test_a_mesh_that_does_not_fit_is_an_error(axes, message):
@@ -194,10 +188,140 @@ def test_a_mesh_that_does_not_fit_is_an_error(axes, message):
     sharding.make_mesh(axes)
 
 
-def test_a_batch_is_spread_over_all_axes():
-  mesh = sharding.make_mesh({"data": 2, "fsdp": 4})
+class Chip(NamedTuple):
+  """What `mesh_utils` asks of a TPU chip."""
+
+  id: int
+  slice_index: int
+  coords: tuple[int, int, int]
+  process_index: int = 0
+  core_on_chip: int = 0
+  platform: str = "tpu"
+  device_kind: str = "TPU v5 lite"
+
+
+def chips(slices: int) -> list[Chip]:
+  """The chips of slices of 4 x 4."""
+  corners = itertools.product(range(slices), range(4), range(4))
+  return [Chip(i, s, (x, y, 0)) for i, (s, y, x) in enumerate(corners)]
+
+
+def test_the_data_axis_spans_slices_and_no_other_does():
+  found = mesh_lib.arrange((4, 2, 1, 4), as_array(chips(2)))
+  slices = np.vectorize(lambda chip: chip.slice_index)(found)
+  assert (slices[:2] == 0).all()
+  assert (slices[2:] == 1).all()
+  assert len(set(found.flat)) == 32
+
+
+def test_neighbours_in_the_mesh_are_neighbours_in_the_slice():
+  found = mesh_lib.arrange((1, 4, 1, 4), as_array(chips(1)))
+  for row in found[0, :, 0]:
+    for one, other in itertools.pairwise(row):
+      steps = np.abs(np.subtract(one.coords, other.coords))
+      # 3: around the edge of the torus.
+      assert steps.sum() in (1, 3)
+      assert np.count_nonzero(steps) == 1
+
+
+@pytest.mark.parametrize(
+  ("shape", "taken", "message"),
+  [
+    ((1, 8, 1, 4), 32, "data=1 is not a multiple of the 2 slices.*set data to"),
+    ((3, 8, 1, 1), 24, "2 slices of 8 and 16 chips"),
+  ],
+)
+def test_slices_that_the_data_axis_cannot_span_are_an_error(
+  shape, taken, message
+):
+  with pytest.raises(ValueError, match=message):
+    mesh_lib.arrange(shape, as_array(chips(2)[:taken]))
+
+
+def as_array(items):
+  """NumPy would make more axes of tuples."""
+  array = np.empty(len(items), object)
+  array[:] = items
+  return array
+
+
+def abstract_mesh(**sizes):
+  return AbstractMesh(
+    tuple(sizes.get(axis, 1) for axis in sharding.AXES), sharding.AXES
+  )
+
+
+def test_a_mesh_axis_that_cuts_next_to_nothing_is_an_error():
+  shapes = {"transformer": shapes_of(sana.SanaTransformer, SANA_1600M)}
+  rows = {"transformer": sana.PARAM_AXES}
+
+  def check(**sizes):
+    sharding.check_every_axis_cuts(shapes, rows, abstract_mesh(**sizes))
+
+  check(data=512)
+  check(data=2, fsdp=64, sequence=2)
+  check(fsdp=32, tensor=2)
+  with pytest.raises(
+    ValueError, match=r"fsdp=128 cuts 0% .*\[2240\].* is 64: "
+  ):
+    check(fsdp=128)
+  with pytest.raises(ValueError, match=r"set data=6, fsdp=64 .*HSDP"):
+    check(data=3, fsdp=128)
+  with pytest.raises(ValueError, match=r"tensor=3 cuts .*set tensor=1, and da"):
+    check(fsdp=4, tensor=3)
+
+
+def test_a_batch_is_spread_over_data_and_fsdp():
+  mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
   batch = jax.device_put(jnp.ones((16, 3)), sharding.batch_sharding(mesh))
-  assert batch.addressable_shards[0].data.shape == (2, 3)
+  assert batch.addressable_shards[0].data.shape == (4, 3)
+
+
+def test_a_constraint_does_nothing_without_a_mesh(rng):
+  x = jnp.asarray(rng.random((3, 5), np.float32))
+  assert sharding.constrain(x, ("batch", "rows")) is x
+  assert sharding.shards("batch") == 1
+
+
+def test_a_constraint_shards_what_a_mesh_in_use_traces(rng):
+  mesh = sharding.make_mesh({"fsdp": 2, "sequence": 4})
+  x = rng.random((4, 8, 3)).astype(np.float32)
+
+  @jax.jit
+  def double(x):
+    with sharding.use(mesh):
+      assert sharding.shards("batch") == 2
+      return sharding.constrain(2 * x, ("batch", "rows", None))
+
+  doubled = double(jax.device_put(x, sharding.replicated(mesh)))
+  assert doubled.addressable_shards[0].data.shape == (2, 2, 3)
+  np.testing.assert_array_equal(doubled, 2 * x)
+
+
+def test_a_constraint_does_nothing_where_arrays_are_local(rng):
+  mesh = sharding.make_mesh({"data": 8})
+  x = rng.random((8, 5)).astype(np.float32)
+  local = jax.shard_map(
+    lambda x: sharding.constrain(2 * x, ("batch", None)),
+    mesh=mesh,
+    in_specs=P("data"),
+    out_specs=P("data"),
+  )
+  np.testing.assert_array_equal(jax.jit(local)(x), 2 * x)
+
+
+def test_a_constraint_that_does_not_divide_is_an_error():
+  mesh = sharding.make_mesh({"data": 2, "sequence": 4})
+  x = jax.ShapeDtypeStruct((4, 6), jnp.float32)
+
+  def constrain(x):
+    with sharding.use(mesh):
+      return sharding.constrain(x, ("batch", "rows"))
+
+  with pytest.raises(
+    ValueError, match=r"the rows axis of \(4, 6\), 6, is not "
+  ):
+    jax.eval_shape(constrain, x)
 
 
 def test_placed_arrays_are_gathered_unchanged(rng):

@@ -9,6 +9,9 @@ from sana_jax.config.data import DataConfig
 from sana_jax.config.hardware import HardwareConfig
 from sana_jax.config.optim import OptimConfig
 
+# Of `sharding.make_mesh`, from the outermost.
+MESH_AXES = ("data", "fsdp", "tensor", "sequence")
+
 
 @dataclasses.dataclass(kw_only=True)
 class TrainConfig(Config):
@@ -16,8 +19,10 @@ class TrainConfig(Config):
 
   Args:
     ema_decay: of the averaged parameters that are sampled and exported.
-    mesh: sizes of the axes "data" (copies) and "fsdp" (shards of parameters);
-      one -1 takes the devices that are left.
+    mesh: how many devices work side by side on "data" (samples, each with the
+      whole model), "fsdp" (samples, each with a shard of it), "tensor" (parts
+      of every matrix product) and "sequence" (rows of every latent). What is
+      left out is 1; one -1 takes the devices that are left.
     dtype: compute dtype; parameters and optimiser state stay float32.
     remat: "none", "full" or "dots" (see nn/stack.py).
     scan_layers: False unrolls the blocks: faster on CPU, slower to compile.
@@ -36,7 +41,7 @@ class TrainConfig(Config):
   anomalies: AnomalyConfig = dataclasses.field(default_factory=AnomalyConfig)
   sample_every: int = 500
   mesh: dict[str, int] = dataclasses.field(
-    default_factory=lambda: {"data": -1, "fsdp": 1}
+    default_factory=lambda: {"data": -1, **dict.fromkeys(MESH_AXES[1:], 1)}
   )
   hardware: HardwareConfig = dataclasses.field(default_factory=HardwareConfig)
   dtype: str = "bfloat16"
@@ -54,8 +59,13 @@ class TrainConfig(Config):
       f"optim.accumulation ({self.optim.accumulation}).",
     )
     require(
-      set(self.mesh) == {"data", "fsdp"},
-      f"mesh must have the axes 'data' and 'fsdp', got {self.mesh}.",
+      set(self.mesh) <= set(MESH_AXES),
+      f"mesh must have no axes but {MESH_AXES}, got {self.mesh}.",
+    )
+    sizes = list(self.mesh.values())
+    require(
+      sizes.count(-1) <= 1 and all(size > 0 or size == -1 for size in sizes),
+      f"mesh sizes must be positive, and at most one -1, got {self.mesh}.",
     )
     require(
       self.remat in ("none", "full", "dots"),

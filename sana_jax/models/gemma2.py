@@ -75,10 +75,13 @@ class Attention(nnx.Module):
     self.scale = scale
     self.softcap = softcap
     common = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-    self.query = _linear(width, num_heads * head_dim, **common)
-    self.key = _linear(width, num_kv_heads * head_dim, **common)
-    self.value = _linear(width, num_kv_heads * head_dim, **common)
-    self.out = _linear(num_heads * head_dim, width, **common)
+    heads = common | {"axes": (None, "heads")}
+    self.query = _linear(width, num_heads * head_dim, **heads)
+    self.key = _linear(width, num_kv_heads * head_dim, **heads)
+    self.value = _linear(width, num_kv_heads * head_dim, **heads)
+    self.out = _linear(
+      num_heads * head_dim, width, axes=("heads", None), **common
+    )
 
   def __call__(
     self,
@@ -112,9 +115,9 @@ class GatedMLP(nnx.Module):
     rngs: nnx.Rngs,
   ):
     common = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-    self.gate = _linear(width, hidden, **common)
-    self.up = _linear(width, hidden, **common)
-    self.down = _linear(hidden, width, **common)
+    self.gate = _linear(width, hidden, axes=(None, "mlp"), **common)
+    self.up = _linear(width, hidden, axes=(None, "mlp"), **common)
+    self.down = _linear(hidden, width, axes=("mlp", None), **common)
 
   def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
     gate = jax.nn.gelu(self.gate(x), approximate=True)
@@ -349,6 +352,7 @@ def _linear(
   in_features: int,
   out_features: int,
   *,
+  axes: tuple[str | None, str | None],
   dtype: DTypeLike,
   param_dtype: DTypeLike,
   rngs: nnx.Rngs,
@@ -360,6 +364,7 @@ def _linear(
     dtype=dtype,
     param_dtype=param_dtype,
     kernel_init=_INIT,
+    axes=axes,
     rngs=rngs,
   )
 

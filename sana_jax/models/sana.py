@@ -9,10 +9,13 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Num
 
 from sana_jax import config as config_lib
+from sana_jax import sharding
 from sana_jax.nn import attention, embeddings, layers, mix_ffn, stack
 
 # Of the output head, whatever `norm_eps` says of the blocks.
 HEAD_NORM_EPS = 1e-6
+# Logical axes of the residual stream.
+STREAM_AXES = ("batch", "rows", None, None)
 
 
 def modulate(
@@ -317,8 +320,9 @@ class SanaTransformer(nnx.Module):
     self._check_inputs(latents, timestep, text, text_mask, guidance)
     if residuals is not None:
       self._check_residuals(residuals, residuals_after, latents)
+    latents = sharding.constrain(latents, STREAM_AXES)
     embedded, modulation = self.embed_time(timestep, guidance)
-    text = self.caption_embed(text)
+    text = sharding.constrain(self.caption_embed(text), ("batch", None, None))
     control = (
       None
       if residuals is None
@@ -326,6 +330,7 @@ class SanaTransformer(nnx.Module):
     )
 
     def run_block(block, x, identity, control):
+      x = sharding.constrain(x, STREAM_AXES)
       x = block(x, modulation, text, text_mask, identity)
       return x if control is None else _add_residual(x, residuals, control)
 
@@ -338,6 +343,7 @@ class SanaTransformer(nnx.Module):
       scan=self.scan,
       remat=self.remat,
     )
+    x = sharding.constrain(x, STREAM_AXES)
     return embeddings.unpatchify(self.head(x, embedded), self.patch_size)
 
   def embed_time(
@@ -444,21 +450,20 @@ def _tokens(x: Float[Array, "b h w d"]) -> Float[Array, "b n d"]:
   return x.reshape(x.shape[0], -1, x.shape[-1])
 
 
-# Matrices are sharded along the width. Vectors, tables and the depthwise
-# kernels are small and stay whole under fully sharded data parallelism.
+# Matrices are sharded along the width, and along what is expanded from it.
+# Vectors, tables and the depthwise kernels are small and stay whole.
 PARAM_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
   (r"^blocks/scale_shift_table$", ("layers", None, None)),
-  (r"^blocks/self_attention/qkv/kernel$", ("layers", "embed", "heads")),
-  (r"^blocks/cross_attention/(q|kv)/kernel$", ("layers", "embed", "heads")),
-  (r"^blocks/.*attention/(q|kv|qkv)/bias$", ("layers", "heads")),
-  (r"^blocks/.*attention/norm_[qk]/scale$", ("layers", "heads")),
+  (r"^blocks/.*attention/(kv|qkv)/kernel$", ("layers", "fused_embed", None)),
+  (r"^blocks/cross_attention/q/kernel$", ("layers", "embed", "heads")),
+  (r"^blocks/.*attention/(q|kv|qkv)/bias$", ("layers", None)),
+  (r"^blocks/.*attention/norm_[qk]/scale$", ("layers", None)),
   (r"^blocks/.*attention/out/kernel$", ("layers", "heads", "embed")),
   (r"^blocks/.*attention/out/bias$", ("layers", None)),
   (r"^blocks/norm2/(scale|bias)$", ("layers", None)),
-  (r"^blocks/ffn/inverted/kernel$", ("layers", "embed", "mlp")),
-  (r"^blocks/ffn/inverted/bias$", ("layers", "mlp")),
-  (r"^blocks/ffn/depth_kernel$", ("layers", None, None, "mlp")),
-  (r"^blocks/ffn/depth_bias$", ("layers", "mlp")),
+  (r"^blocks/ffn/inverted/kernel$", ("layers", "fused_embed", None)),
+  (r"^blocks/ffn/(inverted/bias|depth_bias)$", ("layers", None)),
+  (r"^blocks/ffn/depth_kernel$", ("layers", None, None, None)),
   (r"^blocks/ffn/point/kernel$", ("layers", "mlp", "embed")),
   (r"^(patch_embed|head)/projection/bias$", (None,)),
   (r"^patch_embed/projection/kernel$", (None, "embed")),

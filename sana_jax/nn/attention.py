@@ -5,6 +5,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
+from sana_jax import sharding
 from sana_jax.nn import layers
 from sana_jax.ops import attention as attention_op
 from sana_jax.ops import linear_attention as linear_attention_op
@@ -49,7 +50,7 @@ class LinearSelfAttention(nnx.Module):
     )
     self.norm_q = _qk_norm(features, param_dtype) if qk_norm else None
     self.norm_k = _qk_norm(features, param_dtype) if qk_norm else None
-    self.out = layers.Linear(features, features, **common)
+    self.out = layers.Linear(features, features, axes=("heads", None), **common)
 
   def __call__(
     self, x: Float[Array, "b n d"], identity: Bool[Array, " b"] | None = None
@@ -60,10 +61,10 @@ class LinearSelfAttention(nnx.Module):
       identity: where True, every patch attends to itself alone: the perturbed
         branch of perturbed-attention guidance.
     """
-    q, k, v = jnp.split(self.qkv(x), 3, axis=-1)
+    q, k, v = self.qkv.split(x, 3, axis="heads")
     if self.norm_q is not None:
       q, k = self.norm_q(q), self.norm_k(k)
-    q, k, v = (_split_heads(y, self.head_dim) for y in (q, k, v))
+    q, k, v = (_split_heads(y, self.head_dim, "rows") for y in (q, k, v))
     y = linear_attention_op.relu_linear_attention(q, k, v)
     if identity is not None:
       y = jnp.where(identity[:, None, None, None], v.astype(y.dtype), y)
@@ -96,11 +97,11 @@ class CrossAttention(nnx.Module):
   ):
     self.head_dim = head_dim
     common = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-    self.q = layers.Linear(features, features, **common)
+    self.q = layers.Linear(features, features, axes=(None, "heads"), **common)
     self.kv = layers.Linear(features, 2 * features, **common)
     self.norm_q = _qk_norm(features, param_dtype) if qk_norm else None
     self.norm_k = _qk_norm(features, param_dtype) if qk_norm else None
-    self.out = layers.Linear(features, features, **common)
+    self.out = layers.Linear(features, features, axes=("heads", None), **common)
 
   def __call__(
     self,
@@ -109,10 +110,11 @@ class CrossAttention(nnx.Module):
     text_mask: Bool[Array, "b l"] | None,
   ) -> Float[Array, "b n d"]:
     q = self.q(x)
-    k, v = jnp.split(self.kv(text), 2, axis=-1)
+    k, v = self.kv.split(text, 2, axis="heads")
     if self.norm_q is not None:
       q, k = self.norm_q(q), self.norm_k(k)
-    q, k, v = (_split_heads(y, self.head_dim) for y in (q, k, v))
+    q = _split_heads(q, self.head_dim, "rows")
+    k, v = (_split_heads(y, self.head_dim, None) for y in (k, v))
     mask = None if text_mask is None else text_mask[:, None]
     y = attention_op.softmax_attention(q, k, v, mask=mask)
     return self.out(y.reshape(x.shape))
@@ -123,6 +125,7 @@ def _qk_norm(features: int, param_dtype: DTypeLike) -> layers.RMSNorm:
 
 
 def _split_heads(
-  x: Float[Array, "b n d"], head_dim: int
+  x: Float[Array, "b n d"], head_dim: int, tokens: str | None
 ) -> Float[Array, "b n heads head_dim"]:
-  return x.reshape(*x.shape[:2], -1, head_dim)
+  x = x.reshape(*x.shape[:2], -1, head_dim)
+  return sharding.constrain(x, ("batch", tokens, "heads", None))

@@ -10,13 +10,20 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import custom_derivatives
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
+
+from sana_jax import sharding
 
 Initializer = Callable[..., Array]
 
 XAVIER_UNIFORM: Initializer = nnx.initializers.xavier_uniform()
 ZEROS: Initializer = nnx.initializers.zeros_init()
+
+# What rematerialisation knows kernels by that were gathered to be used.
+GATHERED = "gathered_kernel"
 
 
 def torch_default_init(fan_in: int) -> Initializer:
@@ -30,7 +37,12 @@ def torch_default_init(fan_in: int) -> Initializer:
 
 
 class Linear(nnx.Module):
-  """y = x @ kernel + bias over the last axis."""
+  """y = x @ kernel + bias over the last axis.
+
+  Args:
+    axes: logical axes of the kernel in use, for tensor parallelism. What of it
+      is sharded otherwise is gathered, in `dtype`.
+  """
 
   def __init__(
     self,
@@ -42,9 +54,11 @@ class Linear(nnx.Module):
     param_dtype: DTypeLike = jnp.float32,
     kernel_init: Initializer = XAVIER_UNIFORM,
     bias_init: Initializer = ZEROS,
+    axes: tuple[str | None, str | None] = (None, None),
     rngs: nnx.Rngs,
   ):
     self.dtype = dtype
+    self.axes = axes
     self.kernel = nnx.Param(
       kernel_init(rngs.params(), (in_features, out_features), param_dtype)
     )
@@ -55,10 +69,34 @@ class Linear(nnx.Module):
     )
 
   def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
-    y = x.astype(self.dtype) @ self.kernel[...].astype(self.dtype)
+    y = x.astype(self.dtype) @ gathered(
+      self.kernel[...].astype(self.dtype), self.axes
+    )
     if self.bias is None:
       return y
     return y + _row(self.bias[...].astype(self.dtype), y.ndim)
+
+  def split(
+    self, x: Float[Array, "*b i"], parts: int, axis: str
+  ) -> tuple[Float[Array, "*b o"], ...]:
+    """Computes `jnp.split(self(x), parts, axis=-1)`.
+
+    Where a mesh in use shards the logical axis `axis`, every device has its
+    share of every part: moved for that is the kernel, not the result.
+    """
+    if sharding.shards(axis) == 1:
+      return tuple(jnp.split(self(x), parts, axis=-1))
+    kernel = self.kernel[...].astype(self.dtype)
+    kernel = kernel.reshape(kernel.shape[0], parts, -1)
+    # First the exchange among a few, then what gathers the width.
+    kernel = sharding.constrain(kernel, ("embed", None, axis))
+    kernel = gathered(kernel, (None, None, axis))
+    y = jnp.einsum("...i,ipo->...po", x.astype(self.dtype), kernel)
+    if self.bias is not None:
+      bias = self.bias[...].astype(self.dtype).reshape(parts, -1)
+      bias = sharding.constrain(bias, (None, axis))
+      y = y + bias.reshape((1,) * (y.ndim - 2) + bias.shape)
+    return tuple(y[..., part, :] for part in range(parts))
 
 
 class Conv(nnx.Module):
@@ -168,6 +206,27 @@ class RMSNorm(nnx.Module):
     if self.bias is not None:
       y = y + _row(self.bias[...].astype(jnp.float32), y.ndim)
     return y.astype(x.dtype)
+
+
+def gathered(kernel: Array, axes: tuple[str | None, ...]) -> Array:
+  """Returns a kernel as it is used, whatever axes shard it at rest.
+
+  Said explicitly, because the compiler might rather move the activations.
+  """
+  if sharding.shards("embed") == 1:
+    return sharding.constrain(kernel, axes)
+  if sharding.shards("rows") > 1:
+    # Told less, the compiler moves shards of gradients to where they belong.
+    return checkpoint_name(sharding.constrain(kernel, axes), GATHERED)
+  # A constraint's transpose is the same one, on the gradient: every device
+  # would sum all of it, to keep a shard. This one's is the identity.
+  kernel = custom_derivatives.linear_call(
+    lambda _, kernel: sharding.constrain(kernel, axes),
+    lambda _, gradient: gradient,
+    (),
+    kernel,
+  )
+  return checkpoint_name(kernel, GATHERED)
 
 
 def sinusoidal_embedding(

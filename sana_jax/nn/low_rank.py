@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from sana_jax import sharding
 from sana_jax.nn import layers
 
 
@@ -28,6 +29,7 @@ class LowRankLinear(layers.Linear):
     up: Float[Array, "*stack r o"],
   ):
     self.dtype = linear.dtype
+    self.axes = linear.axes
     self.kernel = linear.kernel
     self.bias = linear.bias
     if isinstance(linear, LowRankLinear):
@@ -37,9 +39,22 @@ class LowRankLinear(layers.Linear):
     self.up = nnx.Param(up)
 
   def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
-    y = super().__call__(x)
+    return super().__call__(x) + self._update(x)
+
+  def split(
+    self, x: Float[Array, "*b i"], parts: int, axis: str
+  ) -> tuple[Float[Array, "*b o"], ...]:
+    if sharding.shards(axis) == 1:
+      return tuple(jnp.split(self(x), parts, axis=-1))
+    updates = jnp.split(self._update(x), parts, axis=-1)
+    return tuple(
+      y + update
+      for y, update in zip(super().split(x, parts, axis), updates, strict=True)
+    )
+
+  def _update(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
     x = x.astype(self.dtype) @ self.down[...].astype(self.dtype)
-    return y + x @ self.up[...].astype(self.dtype)
+    return x @ self.up[...].astype(self.dtype)
 
 
 # To follow the rows of a model that has such layers; updates are small.

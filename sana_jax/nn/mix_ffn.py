@@ -6,6 +6,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from sana_jax import sharding
 from sana_jax.nn import layers
 from sana_jax.ops import depthwise_conv as depthwise_conv_op
 
@@ -51,14 +52,19 @@ class MixFFN(nnx.Module):
       features,
       use_bias=False,
       kernel_init=layers.torch_default_init(hidden),
+      axes=("mlp", None),
       **common,
     )
 
   def __call__(self, x: Float[Array, "b h w d"]) -> Float[Array, "b h w d"]:
-    y = jax.nn.silu(self.inverted(x))
-    y = depthwise_conv_op.depthwise_conv(
-      y, self.depth_kernel[...].astype(self.dtype)
+    # Value and gate side by side: a shard has the same channels of both.
+    kernels = self.depth_kernel[...].astype(self.dtype).reshape(3, 3, 2, -1)
+    kernels = sharding.constrain(kernels, (None, None, None, "mlp"))
+    biases = self.depth_bias[...].astype(self.dtype).reshape(2, 1, 1, 1, -1)
+    biases = sharding.constrain(biases, (None, None, None, None, "mlp"))
+    value, gate = (
+      depthwise_conv_op.depthwise_conv(jax.nn.silu(y), kernels[:, :, part])
+      + biases[part]
+      for part, y in enumerate(self.inverted.split(x, 2, axis="mlp"))
     )
-    y = y + self.depth_bias[...].astype(self.dtype).reshape(1, 1, 1, -1)
-    value, gate = jnp.split(y, 2, axis=-1)
     return self.point(value * jax.nn.silu(gate))

@@ -6,6 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from sana_jax import sharding
+from sana_jax.nn import layers
+
 REMAT_POLICIES = ("none", "full", "dots")
 
 
@@ -20,14 +23,20 @@ def checkpointed(
   """Returns `function` with its backward pass told what to keep.
 
   Args:
-    remat: "none" recomputes nothing, "full" recomputes everything inside,
-      "dots" keeps the matrix products.
+    remat: "none" recomputes nothing (but gathers sharded kernels again), "full"
+      recomputes everything inside, "dots" keeps the matrix products.
 
   Raises:
     ValueError: an unknown `remat`.
   """
   if remat == "none":
-    return function
+    if sharding.shards("embed") == 1:
+      return function
+    # Kept for the backward pass, gathered kernels would undo the sharding.
+    policy = jax.checkpoint_policies.save_anything_except_these_names(
+      layers.GATHERED
+    )
+    return jax.checkpoint(function, policy=policy)
   if remat == "full":
     return jax.checkpoint(function)
   if remat == "dots":

@@ -11,8 +11,6 @@ from jax.sharding import PartitionSpec
 
 from sana_jax import sharding
 
-_RULES = {"batch": "data"}
-
 
 class Progress(NamedTuple):
   """One event: a phase begins (`seconds` is None) or has ended.
@@ -129,7 +127,7 @@ class Executor:
       if missing:
         last = jnp.broadcast_to(leaf[-1:], (missing, *leaf.shape[1:]))
         leaf = jnp.concatenate([leaf, last])
-      return jax.device_put(leaf, sharding.batch_sharding(self._mesh, _RULES))
+      return jax.device_put(leaf, sharding.batch_sharding(self._mesh))
 
     return jax.tree.map(place, batched)
 

@@ -43,6 +43,9 @@ def make_program(
     init: key -> {component name: module}.
     param_axes: {component name: sharding rows of that module}.
     loss_fn: (params, frozen, key, batch) -> (loss, scalars).
+
+  Raises:
+    ValueError: an axis of the mesh leaves most parameters whole.
   """
   length = {"num_steps": config.num_steps, "batch_size": config.batch_size}
   tx = optim.make_optimizer(config.optim, **length, param_axes=param_axes)
@@ -51,6 +54,7 @@ def make_program(
     return step_lib.init_state(init(key), tx)
 
   abstract = jax.eval_shape(init_state, jax.random.key(0))
+  sharding.check_every_axis_cuts(abstract.params, param_axes, mesh)
   shardings = placement.state_shardings(abstract, param_axes, mesh)
   state = jax.tree.map(
     lambda leaf, place: jax.ShapeDtypeStruct(
@@ -59,15 +63,28 @@ def make_program(
     abstract,
     shardings,
   )
+
+  def loss_of_shards(params, *args):
+    # The derivative of the constraint is one on the gradients: those of a
+    # parameter are cut like it before anything is made of them.
+    params = jax.lax.with_sharding_constraint(params, shardings.params)
+    return loss_fn(params, *args)
+
+  train_step = step_lib.make_train_step(
+    loss_of_shards,
+    tx,
+    learning_rate=optim.make_schedule(config.optim, **length),
+    ema_decay=config.ema_decay,
+    accumulation=config.optim.accumulation,
+    frozen=config.optim.frozen,
+  )
+
+  def step_on_mesh(state, frozen, key, batch):
+    with sharding.use(mesh):
+      return train_step(state, frozen, key, batch)
+
   step = jax.jit(
-    step_lib.make_train_step(
-      loss_fn,
-      tx,
-      learning_rate=optim.make_schedule(config.optim, **length),
-      ema_decay=config.ema_decay,
-      accumulation=config.optim.accumulation,
-      frozen=config.optim.frozen,
-    ),
+    step_on_mesh,
     donate_argnums=0,
     # Pinned: what XLA would choose for the outputs of step 1 may differ from
     # the inputs, and step 2 would be compiled again.

@@ -25,7 +25,7 @@ def load_transformer(
   dtype: Any = jnp.float32,
   param_dtype: Any = None,
   mesh: jax.sharding.Mesh | None = None,
-  rules: sharding.Rules = sharding.FSDP_RULES,
+  rules: sharding.Rules = sharding.RULES,
   fp16_clamp: bool | None = None,
   scan: bool = True,
   remat: str = "none",
@@ -86,7 +86,7 @@ def load_controlnet(
   dtype: Any = jnp.float32,
   param_dtype: Any = None,
   mesh: jax.sharding.Mesh | None = None,
-  rules: sharding.Rules = sharding.FSDP_RULES,
+  rules: sharding.Rules = sharding.RULES,
   fp16_clamp: bool = False,
   scan: bool = True,
   remat: str = "none",
@@ -117,7 +117,7 @@ def load_autoencoder(
   dtype: Any = jnp.float32,
   param_dtype: Any = None,
   mesh: jax.sharding.Mesh | None = None,
-  rules: sharding.Rules = sharding.FSDP_RULES,
+  rules: sharding.Rules = sharding.RULES,
 ) -> tuple[dc_ae.DCAE, config_lib.DCAEConfig]:
   """Loads a DC-AE, in any layout of `opening.Component`.
 
@@ -137,7 +137,7 @@ def load_text_encoder(
   dtype: Any = jnp.float32,
   param_dtype: Any = None,
   mesh: jax.sharding.Mesh | None = None,
-  rules: sharding.Rules = sharding.FSDP_RULES,
+  rules: sharding.Rules = sharding.RULES,
 ) -> tuple[gemma2.Gemma2, config_lib.Gemma2Config]:
   """Loads Gemma 2, as the bare decoder or as a causal language model.
 

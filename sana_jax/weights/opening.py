@@ -79,7 +79,7 @@ class Component(NamedTuple):
     param_dtype: Any = None,
     *,
     mesh: jax.sharding.Mesh | None = None,
-    rules: sharding.Rules = sharding.FSDP_RULES,
+    rules: sharding.Rules = sharding.RULES,
   ) -> Any:
     """Reads the parameters, straight to where they belong.
 

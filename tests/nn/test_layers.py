@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from sana_jax import sharding
 from sana_jax.nn import layers
+from sana_jax.nn import low_rank as low_rank_lib
 
 
 def test_linear_multiplies_the_last_axis_and_adds_the_bias(rng):
@@ -124,3 +126,32 @@ def test_the_sinusoid_is_cosines_then_sines_as_published():
     table[1, [0, 3, 128, 131]], [0.900447, 0.934967, 0.434966, 0.354733],
     atol=2e-6,
   )  # fmt: skip
+
+
+@pytest.mark.parametrize("low_rank", [False, True])
+def test_parts_of_an_output_are_the_same_on_every_mesh(rng, low_rank):
+  layer = layers.Linear(
+    8, 12, bias_init=nnx.initializers.normal(1.0), rngs=nnx.Rngs(0)
+  )
+  if low_rank:
+    down, up = rng.normal(size=(8, 2)), rng.normal(size=(2, 12))
+    layer = low_rank_lib.LowRankLinear(
+      layer, jnp.asarray(down, jnp.float32), jnp.asarray(up, jnp.float32)
+    )
+  x = rng.normal(size=(4, 5, 8)).astype(np.float32)
+  mesh = sharding.make_mesh({"fsdp": 2, "tensor": 4})
+
+  @jax.jit
+  def parts(layer, x):
+    with sharding.use(mesh):
+      return layer.split(x, 3, axis="mlp")
+
+  found = parts(layer, jax.device_put(x, sharding.replicated(mesh)))
+  expected = np.split(layer(x), 3, axis=-1)
+  assert len(found) == 3
+  for one, other, alone in zip(
+    found, expected, layer.split(x, 3, axis="mlp"), strict=True
+  ):
+    np.testing.assert_array_equal(alone, other)
+    # The order of sums of eight products.
+    np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)

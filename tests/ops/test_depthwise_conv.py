@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sana_jax import sharding
 from sana_jax.ops import depthwise_conv as depthwise_conv_op
 
 
@@ -59,3 +60,45 @@ def test_depthwise_conv_refuses_an_even_kernel(rng):
   kernel = rng.normal(size=(2, 3, 2)).astype(np.float32)
   with pytest.raises(ValueError, match="must be odd"):
     _conv(x, kernel)
+
+
+def _on_mesh(sizes, function, *args):
+  mesh = sharding.make_mesh(sizes)
+
+  def traced(*args):
+    with sharding.use(mesh):
+      return function(*args)
+
+  return jax.jit(traced)(*jax.device_put(args, sharding.replicated(mesh)))
+
+
+@pytest.mark.parametrize("side", [3, 5])
+def test_rows_on_several_devices_change_nothing(rng, side):
+  x, dx, out = rng.normal(size=(3, 2, 8, 5, 4)).astype(np.float32)
+  kernel, dk = rng.normal(size=(2, side, side, 4)).astype(np.float32)
+
+  def derivatives(x, kernel, dx, dk, out):
+    # Scanned and rematerialised, as in a stack of blocks.
+    def stack(x, kernel):
+      body = jax.checkpoint(lambda x, k: (jnp.tanh(_conv(x, k)), None))
+      return jax.lax.scan(body, x, jnp.stack([kernel, kernel]))[0]
+
+    y, dy = jax.jvp(stack, (x, kernel), (dx, dk))
+    return y, dy, jax.vjp(stack, x, kernel)[1](out)
+
+  args = (x, kernel, dx, dk, out)
+  found = _on_mesh({"fsdp": 2, "sequence": 4}, derivatives, *args)
+  # Sums over rows and samples are taken in another order.
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
+    found,
+    jax.jit(derivatives)(*args),
+  )
+
+
+@pytest.mark.parametrize(("rows", "side"), [(6, 3), (4, 5)])
+def test_too_few_rows_for_the_devices_are_an_error(rng, rows, side):
+  x = rng.normal(size=(1, rows, 4, 2)).astype(np.float32)
+  kernel = rng.normal(size=(side, side, 2)).astype(np.float32)
+  with pytest.raises(ValueError, match=f"{rows} rows do not divide over seque"):
+    _on_mesh({"fsdp": 2, "sequence": 4}, _conv, x, kernel)

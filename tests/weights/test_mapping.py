@@ -138,14 +138,14 @@ def test_parameters_take_the_requested_dtype(tensors):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_every_device_gets_its_shard(tensors, dtype):
-  mesh = sharding.make_mesh({"a": 2, "b": 4})
+  mesh = sharding.make_mesh({"data": 2, "fsdp": 4})
   whole = mapping.load(abstract(), rules(), tensors, dtype=dtype)
 
   # Stacked and plain parameters, cut on one axis, on two, and not at all.
   cuts = {
-    "blocks/kernel": (None, "b", "a"),
-    "joined/kernel": ("b",),
-    "part/kernel": ("a", None),
+    "blocks/kernel": (None, "fsdp", "data"),
+    "joined/kernel": ("fsdp",),
+    "part/kernel": ("data", None),
   }
   shardings = tree.map_with_names(
     lambda name, _: NamedSharding(mesh, PartitionSpec(*cuts.get(name, ()))),
@@ -172,10 +172,10 @@ def test_blocks_may_be_spread_over_devices(tensors):
 
     return files.Tensor(tensor.shape, tensor.dtype, read)
 
-  mesh = sharding.make_mesh({"layers": DEPTH}, jax.devices()[:DEPTH])
+  mesh = sharding.make_mesh({"fsdp": DEPTH}, jax.devices()[:DEPTH])
   shardings = tree.map_with_names(
     lambda name, _: NamedSharding(
-      mesh, PartitionSpec("layers" if name.startswith("blocks") else None)
+      mesh, PartitionSpec("fsdp" if name.startswith("blocks") else None)
     ),
     abstract(),
   )

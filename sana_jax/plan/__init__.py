@@ -1,0 +1,1 @@
+"""What a run needs, before any of the hardware is rented."""

@@ -1,0 +1,64 @@
+"""The command, from its flags to what it writes."""
+
+import subprocess
+import sys
+import textwrap
+
+from sana_jax.plan import roofline, sampling
+
+CONFIG = """\
+from sana_jax import config as config_lib
+
+
+def get_config():
+  config = config_lib.TextToImageConfig(model=config_lib.sana_600m())
+  config.data.synthetic = True
+  return config
+"""
+
+
+def run(tmp_path, *arguments):
+  path = tmp_path / "run.py"
+  path.write_text(textwrap.dedent(CONFIG))
+  return subprocess.run(
+    [sys.executable, "-m", "sana_jax.plan", f"--config={path}", *arguments],
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+
+
+def test_what_is_wrong_is_said_in_one_line(tmp_path):
+  done = run(tmp_path, "--topology=v9:2x2")
+  assert done.returncode == 1
+  (line,) = done.stderr.strip().splitlines()
+  assert line.startswith("plan: topology 'v9:2x2' is not one of")
+
+
+def test_fields_of_the_config_are_set_and_checked(tmp_path):
+  done = run(tmp_path, "--topology=v5e:2x2", "--config.remat=some")
+  assert done.returncode == 1
+  assert "plan: remat must be" in done.stderr
+
+
+def test_the_page_of_sampling_says_what_each_stage_takes():
+  stage = {
+    "stage": "decoder",
+    "program": "whole",
+    "weights": 2**30,
+    "working": 3 * 2**29,
+    "total": 5 * 2**29,
+    "fits": False,
+  }
+  prediction = roofline.Prediction(10.0, 2.5, 20.0)
+  plan = sampling.Plan(
+    *("sampling of 1 x 64x64", "decoded whole", [stage], 2**31, 4 * 10**12),
+    *(0.5, 0.8, 1e5, prediction, {"jax": "1"}),
+  )
+  page = sampling.text(plan)
+  assert (
+    "decoder, whole                       1.00         1.50     2.50" in page
+  )
+  assert "DOES NOT FIT" in page
+  assert "10.0 images/s; 100000 images in 2.5 h, 20 chip-hours" in page
+  assert sampling.record(plan)["stages"] == [stage]
