@@ -87,10 +87,6 @@ class Run(NamedTuple):
   def hlo(self) -> str:
     return self._compiled().as_text()
 
-  def memory(self) -> int:
-    """Bytes of temporary arrays on a device."""
-    return self._compiled().memory_analysis().temp_size_in_bytes
-
   def _compiled(self):
     batch, key = next(self.batches()), jax.random.key(1)
     return self.program.step.lower(
