@@ -102,10 +102,12 @@ def global_batches(
     ValueError: the batch does not divide over the devices.
   """
   samples = math.prod(mesh.shape[axis] for axis in sharding.RULES["batch"])
-  if config.batch_size % samples:
+  parts = config.optim.accumulation
+  if config.batch_size % (parts * samples):
     raise ValueError(
       f"batch_size ({config.batch_size}) must be a multiple of "
-      f"{_product(mesh, 'batch')}."
+      f"{_product(mesh, 'batch')}"
+      f"{f' x optim.accumulation={parts}' if parts > 1 else ''}."
     )
   places = sharding.batch_sharding(mesh).addressable_devices_indices_map(
     (config.batch_size,)
