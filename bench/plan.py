@@ -39,7 +39,8 @@ ROWS = {
   "1600m_v5e_16x16_fsdp64": Row(
     _1600M, "v5e:16x16", {"data": 4, "fsdp": 64}, 4
   ),
-  "4800m_v5e_8x8": Row(_4800M, "v5e:8x8", {"data": 4, "fsdp": 16}, 8),
+  "4800m_v5e_8x8": Row(_4800M, "v5e:8x8", {"data": 1, "fsdp": 64}, 8),
+  "4800m_v5e_8x8_fsdp16": Row(_4800M, "v5e:8x8", {"data": 4, "fsdp": 16}, 8),
   "4800m_v5p_4x4x4": Row(_4800M, "v5p:4x4x4", {"data": 4, "fsdp": 16}, 16),
   # The same shards, and more copies: a device should send the same.
   "1600m_v5e_4x4": Row(_1600M, "v5e:4x4", {"data": 1, "fsdp": 16}, 4),

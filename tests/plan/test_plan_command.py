@@ -36,9 +36,10 @@ def test_what_is_wrong_is_said_in_one_line(tmp_path):
 
 
 def test_fields_of_the_config_are_set_and_checked(tmp_path):
-  done = run(tmp_path, "--topology=v5e:2x2", "--config.remat=some")
+  changed = "--config.train_text_encoder=True"
+  done = run(tmp_path, "--topology=v5e:2x2", changed)
   assert done.returncode == 1
-  assert "plan: remat must be" in done.stderr
+  assert "train_text_encoder must be False" in done.stderr
 
 
 def test_the_page_of_sampling_says_what_each_stage_takes():
