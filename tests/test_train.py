@@ -251,7 +251,7 @@ def test_processes_and_meshes_may_change_and_die(config, whole, tmp_path):
   pair[victim].kill()
   died = time.monotonic()
   output, _ = pair[1 - victim].communicate(timeout=PATIENCE)
-  assert time.monotonic() - died < 60
+  assert time.monotonic() - died < 120
   assert pair[1 - victim].returncode != 0
   assert f"process {1 - victim} of 2 ends after" in output, output
   assert "Run the same command again on all hosts" in output
