@@ -32,7 +32,7 @@ FULL = {
 
 def test_one_line_says_it_all():
   assert metrics.format_line(120, 1000, FULL) == (
-    "step 120/1000 12.0% loss 0.1834 grad_norm 0.1218 lr 0.0001 skipped 2 "
+    "step 120/1000 12.0% loss 0.1834 lr 0.0001 grad_norm 0.1218 skipped 2 "
     "images/s 1627 (203.4/device) TFLOP/s/device 92.1 MFU 46.8% data 0.3% "
     "HBM 11.2/15.8 GiB eta 1:02:03"
   )

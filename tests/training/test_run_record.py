@@ -37,9 +37,9 @@ def test_the_log_of_a_run_is_kept_over_its_starts(tmp_path, caplog):
     with caplog.at_level("INFO", logger="absl"):
       loop.train(config, tmp_path, test_loop.make_recipe())
   lines = (tmp_path / "run.log").read_text().splitlines()
-  shown = [line for line in lines if "metrics.py" in line]
+  shown = [line for line in lines if " metrics.py:" in line]
   assert len(shown) == 4
-  assert "step 2/4 50.0% loss" in shown[0]
+  assert "step 2/4 50.0% loss " in shown[0]
   assert "step 8/8 100.0% loss" in shown[-1]
   assert any("resuming from step 4" in line for line in lines)
 
