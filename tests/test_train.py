@@ -43,7 +43,7 @@ def get_config():
   config.optim.eps = 1e-3
   config.latent_noise = 0.1
   config.log_every = 1
-  config.checkpoint.every = 2
+  config.checkpoint.every = 4
   config.sample_every = 30
   config.mesh = {"data": 2, "fsdp": 4}
   config.dtype = "float32"
@@ -183,7 +183,7 @@ def test_a_killed_run_continues_as_if_nothing_had_happened(
   config, whole, tmp_path
 ):
   first = start(config, tmp_path)
-  step = 2 * random.randint(1, 20)
+  step = 4 * random.randint(1, 10)
   wait_for(tmp_path / "checkpoints" / str(step), first)
   first.kill()
   first.communicate()
@@ -246,15 +246,17 @@ def test_processes_and_meshes_may_change_and_die(config, whole, tmp_path):
   stopped = newest_checkpoint(tmp_path)
   assert 0 < stopped < 50
   pair = start_two(config, tmp_path)
-  wait_for(tmp_path / "checkpoints" / str(stopped // 2 * 2 + 4), pair[0])
+  wait_for(tmp_path / "checkpoints" / str(stopped // 4 * 4 + 4), pair[0])
   victim = random.randrange(2)
   pair[victim].kill()
   died = time.monotonic()
   output, _ = pair[1 - victim].communicate(timeout=PATIENCE)
   assert time.monotonic() - died < 120
   assert pair[1 - victim].returncode != 0
-  assert f"process {1 - victim} of 2 ends after" in output, output
-  assert "Run the same command again on all hosts" in output
+  ours = f"process {1 - victim} of 2 ends after" in output
+  # Where the coordinator died, JAX may end the process before us.
+  assert ours or (victim == 0 and "another task died" in output), output
+  assert not ours or "Run the same command again on all hosts" in output
   pair[victim].communicate()
   last = finish(
     start(
