@@ -223,6 +223,9 @@ def start_two(config, workdir, *flags) -> list[subprocess.Popen]:
     start(
       *(config, workdir, coordinator, "--num_processes=2"),
       *(f"--process_id={rank}", "--heartbeat_timeout=20", *flags),
+      # Only process 0 writes the cache, and finds its programs there; the other
+      # would compile alone for longer than Gloo waits, which is 30 seconds.
+      "--compilation_cache_dir=",
       XLA_FLAGS="--xla_force_host_platform_device_count=4",
     )
     for rank in range(2)
