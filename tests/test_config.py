@@ -126,6 +126,26 @@ def test_a_complete_training_config_is_valid():
   ("config", "message"),
   [
     (
+      config_lib.CheckpointConfig(every=0, keep=0, keep_best=-1),
+      r"every must be at least 1, got 0; .*keep must .*keep_best must .*got -1",
+    ),
+    (
+      config_lib.CheckpointConfig(every=4, keep_every=6),
+      r"checkpoint.keep_every \(6\) must be a multiple of .*every \(4\)",
+    ),
+    (
+      config_lib.CheckpointConfig(best_mode="lowest"),
+      "best_mode must be 'min' or 'max', got 'lowest'",
+    ),
+    (
+      config_lib.AnomalyConfig(rollback_after=0, spike_window=3),
+      "rollback_after must be at least 1, got 0; .*spike_window .* 10, got 3",
+    ),
+    (
+      config_lib.AnomalyConfig(spike_factor=0.5),
+      "spike_factor must be 0 or greater than 1, got 0.5",
+    ),
+    (
       config_lib.SanaConfig(num_cross_attention_heads=19),
       r"\(2128\).*must equal the width.*\(2240\)",
     ),

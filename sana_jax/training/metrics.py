@@ -15,6 +15,7 @@ from PIL import Image
 
 # Names in the log; those of the files are longer.
 _SHORT = {"learning_rate": "lr"}
+_FIRST = ("loss", "learning_rate", "grad_norm")
 _SHOWN_BELOW = frozenset(
   {
     *("images_per_second", "images_per_second_per_device", "seconds_left"),
@@ -139,6 +140,8 @@ def format_line(step: int, num_steps: int, values: dict[str, float]) -> str:
   Metrics whose name has a "/" (parts of others) are left to the files.
   """
   parts = [f"step {step}/{num_steps} {100 * step / num_steps:.1f}%"]
+  # Compiled functions return their numbers in the order of the alphabet.
+  values = {name: values[name] for name in _FIRST if name in values} | values
   parts += [
     f"{_SHORT.get(name, name)} {value:.4g}"
     for name, value in values.items()

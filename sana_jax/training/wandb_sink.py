@@ -1,6 +1,7 @@
 """Numbers of a run on Weights & Biases, for those who installed it."""
 
 import importlib.util
+import secrets
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,7 @@ class WandbSink:
     self._wandb = wandb
     path = workdir / "wandb_id"
     if not path.exists():
-      path.write_text(wandb.util.generate_id())
+      path.write_text(secrets.token_hex(8))
     self._run = wandb.init(
       project=project,
       id=path.read_text(),

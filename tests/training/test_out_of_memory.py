@@ -1,0 +1,69 @@
+"""Memory that runs out ends in a budget and three things to try."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sana_jax.training import loop, out_of_memory
+from sana_jax.training import step as step_lib
+from tests.training import test_loop
+
+
+def test_a_step_that_does_not_fit_is_explained(tmp_path):
+  recipe = test_loop.make_recipe()
+
+  def hungry(params, frozen, key, batch):
+    loss, scalars = recipe.loss_fn(params, frozen, key, batch)
+    # Sorted, so that it must be stored: 2^50 bytes.
+    large = jnp.sort(jnp.arange(2**48, dtype=jnp.float32) * loss)
+    return loss + large[0], scalars
+
+  with pytest.raises(MemoryError) as info:
+    loop.train(
+      test_loop.make_config(), tmp_path, recipe._replace(loss_fn=hungry)
+    )
+  text = str(info.value)
+  assert text.startswith("the step does not fit the memory of a device")
+  for part in (
+    *("parameters", "average", "optimiser", "gradients", "fixed parts"),
+    *("batch", "--config.batch_size", "--config.remat=full (now 'full')"),
+    *("--config.mesh.fsdp", "XLA: RESOURCE_EXHAUSTED"),
+  ):
+    assert part in text
+  assert len(text.splitlines()) < 20
+
+
+def test_what_xla_says_a_tpu_needs_gives_the_temporaries():
+  state = step_lib.TrainState(
+    *(np.int32(0), {"w": np.zeros((1024, 1024, 256), np.float32)}),
+    *({"w": np.zeros((1024, 1024, 256), np.float32)}, {}, np.int32(0)),
+  )
+  batch = {"x": np.zeros((1024, 1024, 64), np.float32)}
+  message = (
+    "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in "
+    "memory space hbm. Used 26.25G of 15.75G hbm. Exceeded hbm capacity by "
+    "10.50G.\n\nTotal hbm usage >= 26.25G: many pages\n"
+  )
+  lines = out_of_memory.describe(message, state, {}, batch).splitlines()
+  rows = dict(line.split(maxsplit=1)[::-1] for line in lines[1:-1])
+  assert rows == {
+    "parameters": "1.00",
+    "average": "1.00",
+    "optimiser": "0.00",
+    "gradients": "1.00",
+    "fixed parts": "0.00",
+    "batch": "0.25",
+    "activations and other temporaries": "23.00",
+    "in all": "26.25",
+  }
+  assert lines[-1].startswith("XLA: RESOURCE_EXHAUSTED: XLA:TPU compile")
+  assert "many pages" not in lines[-1]
+
+
+def test_other_errors_stay_what_they_are(tmp_path):
+  def wrong(params, frozen, key, batch):
+    raise TypeError("not about memory")
+
+  recipe = test_loop.make_recipe()._replace(loss_fn=wrong)
+  with pytest.raises(TypeError, match="not about memory"):
+    loop.train(test_loop.make_config(), tmp_path, recipe)
