@@ -197,6 +197,10 @@ def test_a_complete_training_config_is_valid():
     (pictures(crop="left"), "data.crop must be one of .*got 'left'"),
     (pictures(caption_method="best"), "data.caption_method .*got 'best'"),
     (pictures(max_buckets=0), "data.max_buckets must be at least 1, got 0"),
+    (
+      pictures(min_clip_score=-1.0),
+      "data.min_clip_score must be at least 0, got -1.0",
+    ),
     (pictures(num_workers=-1), "data.num_workers must be at least 0, got -1"),
     (
       pictures(caption_temperature=0.0),

@@ -14,7 +14,7 @@ _OF_EMOJI = (
   *("data_dir", "split"),
   *("keyword_probability", "keywords_only_probability"),
 )
-_OF_FITTING = ("buckets", "crop", "random_flip", "verify")
+_OF_FITTING = ("buckets", "crop", "random_flip", "verify", "min_clip_score")
 _OF_CAPTIONS = (
   *("caption_method", "caption_temperature", "caption_threshold"),
   "caption_proportions",
@@ -69,6 +69,7 @@ class DataConfig(Config):
     caption_temperature: of the methods that draw by score.
     caption_threshold: captions of a lower score are not drawn.
     caption_proportions: weight of every caption name.
+    min_clip_score: pictures whose prompt has a lower score are left out.
     crop: "center" or "random".
     random_flip: True mirrors every other picture.
     verify: decode every picture once before training, and leave out those that
@@ -94,6 +95,7 @@ class DataConfig(Config):
   caption_proportions: dict[str, float] = dataclasses.field(
     default_factory=dict
   )
+  min_clip_score: float = 0.0
   crop: str = "center"
   random_flip: bool = False
   verify: bool = False
@@ -146,6 +148,8 @@ class DataConfig(Config):
     ):
       if getattr(self, name) < least:
         yield f"data.{name} must be at least {least}, got {getattr(self, name)}"
+    if not 0 <= self.min_clip_score < math.inf:
+      yield f"data.min_clip_score must be at least 0, got {self.min_clip_score}"
     if not 0 < self.caption_temperature < math.inf:
       yield (
         "data.caption_temperature must be a positive number, got "

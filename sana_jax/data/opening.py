@@ -10,6 +10,7 @@ from sana_jax import resolution
 from sana_jax.data import (
   buckets,
   captions,
+  filtering,
   loader,
   readers,
   records,
@@ -121,7 +122,10 @@ def _sizes(
   found = scan.scan(
     source, num_threads=max(config.num_threads, 1), verify=config.verify
   )
-  problems = {i: p for i, p in enumerate(found.problem) if p is not None}
+  problems = filtering.low_scores(
+    source, config.min_clip_score, num_threads=max(config.num_threads, 1)
+  )
+  problems |= {i: p for i, p in enumerate(found.problem) if p is not None}
   return buckets.Sizes(source.name, found.height, found.width, problems)
 
 
