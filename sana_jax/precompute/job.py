@@ -3,15 +3,16 @@
 import contextlib
 import hashlib
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 import numpy as np
 from absl import logging
 
 from sana_jax import storage, termination
-from sana_jax.data import buckets, cache_manifest, records
+from sana_jax.data import buckets, cache_manifest, filtering, records
 from sana_jax.data import scan as scan_lib
+from sana_jax.data.sources import access
 from sana_jax.pipeline import meter as meter_lib
 from sana_jax.precompute import encoders as encoders_lib
 from sana_jax.precompute import finalise as finalise_lib
@@ -53,17 +54,25 @@ def prepare(task: task_lib.Task) -> Prepared:
   """
   source = task.open_source()
   logging.info("reading the sizes of %d pictures", len(source))
+  if unread := access.describe_unread(source):
+    logging.warning("%s", unread)
   scan = scan_lib.scan(source, num_threads=task.num_threads)
-  problems = {i: p for i, p in enumerate(scan.problem) if p is not None}
+  low = filtering.low_scores(
+    source, task.min_clip_score, num_threads=task.num_threads
+  )
+  problems = low | {i: p for i, p in enumerate(scan.problem) if p is not None}
   sizes = buckets.Sizes(source.name, scan.height, scan.width, problems)
-  return assemble(task, source, sizes, _fingerprint(scan), task.load_encoders())
+  fingerprint = _fingerprint(scan, low)
+  return assemble(task, source, sizes, fingerprint, task.load_encoders())
 
 
-def _fingerprint(scan: scan_lib.Scan) -> str:
-  """Returns a digest of the keys and the sizes, which the plan depends on."""
+def _fingerprint(scan: scan_lib.Scan, low: Collection[int]) -> str:
+  """Returns a digest of what the plan depends on: keys, sizes, low scores."""
   digest = hashlib.sha256(scan.fingerprint.encode())
   for sizes in (scan.height, scan.width):
     digest.update(np.ascontiguousarray(sizes, "<i4").tobytes())
+  if low:
+    digest.update(np.array(sorted(low), "<i8").tobytes())
   return digest.hexdigest()
 
 
