@@ -13,6 +13,7 @@ A directory holds
 """
 
 import functools
+import operator
 import pathlib
 from collections.abc import Sequence
 from typing import SupportsIndex
@@ -64,16 +65,23 @@ class CachedSource:
     return len(self._records)
 
   def __getitem__(self, index: SupportsIndex) -> cache_records.Record:
-    return cache_records.decode(self._records[index])
+    return self.__getitems__([operator.index(index)])[0]
 
   def __getitems__(
     self, indices: Sequence[int] | Int[np.ndarray, "n"]
   ) -> list[cache_records.Record]:
     """Reads several records, those of a shard in one go."""
-    return [
-      cache_records.decode(content)
-      for content in self._records.__getitems__(indices)
-    ]
+    try:
+      contents = self._records.__getitems__(indices)
+    except RuntimeError as error:
+      # What the library raises where bytes of a shard are damaged.
+      reason = str(error).split(";")[0]
+      raise ValueError(
+        f"{self.name} is damaged ({reason}): compare its shards with the "
+        "sha256 in its manifest, and copy those that differ again; or delete "
+        "them and their .json, and run python -m sana_jax.precompute again."
+      ) from error
+    return [cache_records.decode(content) for content in contents]
 
   @functools.cached_property
   def _null_caption(self) -> BFloat16[np.ndarray, "l d"]:
