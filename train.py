@@ -37,7 +37,9 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 _RECIPES = {
   config_lib.TextToImageConfig: text_to_image.make_recipe,
-  config_lib.AutoencoderConfig: autoencoder.make_recipe,
+  config_lib.AutoencoderConfig: lambda config, _: autoencoder.make_recipe(
+    config
+  ),
 }
 
 
@@ -61,7 +63,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
     return sys.exit(f"train.py: --config: {' '.join(text.split())}")
 
 
-def _make_recipe(config: config_lib.Config) -> loop.Recipe:
+def _make_recipe(config: config_lib.Config, workdir: str) -> loop.Recipe:
   if type(config) not in _RECIPES:
     # Where the file could not be read, any access raises an OSError saying why.
     getattr(config, "seed", None)
@@ -73,7 +75,7 @@ def _make_recipe(config: config_lib.Config) -> loop.Recipe:
   config.freeze()
   # Before any work: a mesh that does not fit the devices is an error.
   sharding.make_mesh(config.mesh)
-  return _RECIPES[type(config)](config)
+  return _RECIPES[type(config)](config, workdir)
 
 
 def main(argv: list[str]) -> None:
@@ -91,7 +93,8 @@ def main(argv: list[str]) -> None:
     jax.default_backend(),
   )
   try:
-    loop.train(config, _WORKDIR.value, _make_recipe(config))
+    recipe = _make_recipe(config, _WORKDIR.value)
+    loop.train(config, _WORKDIR.value, recipe)
   except (ValueError, OSError, FloatingPointError) as error:
     logging.error("%s", " ".join(str(error).split()))
     logging.debug("raised here (--verbosity=1 shows it)", exc_info=True)

@@ -181,7 +181,7 @@ def _choose_size(
   """Sets the size of pictures, where it was left open.
 
   Raises:
-    ValueError: a cache has another size, or nothing to train on text with.
+    ValueError: a cache has another size.
   """
   if cached is None:
     args.image_size = args.image_size or 1024
@@ -193,7 +193,6 @@ def _choose_size(
       "pixels: leave it out, or make a cache of that size."
     )
   args.image_size = made
-  cached.null_caption()  # Says what to do without text states.
 
 
 def _numbers(text: str) -> list[int]:

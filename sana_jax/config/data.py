@@ -15,13 +15,19 @@ _OF_EMOJI = (
   *("keyword_probability", "keywords_only_probability"),
 )
 _OF_FITTING = ("buckets", "crop", "random_flip", "verify", "min_clip_score")
+# Caption options that only some methods look at.
+_OF_METHODS = {
+  "caption_temperature": ("clip_power", "clip_softmax"),
+  "caption_threshold": ("clip_power", "clip_softmax"),
+  "caption_proportions": ("proportion",),
+}
 _OF_CAPTIONS = (
   *("caption_method", "caption_temperature", "caption_threshold"),
   "caption_proportions",
 )
 # Fields of DataConfig that do nothing, by where the data are from.
 _NO_EFFECT = {
-  "emoji": (*_OF_FITTING, *_OF_CAPTIONS),
+  "emoji": (*_OF_FITTING, *_OF_CAPTIONS, "resample", "allow_changed"),
   "path": _OF_EMOJI,
   "sources": _OF_EMOJI,
   "cache": (*_OF_EMOJI, *_OF_FITTING),
@@ -57,7 +63,8 @@ class DataConfig(Config):
       an error.
     keyword_probability: of emoji, share of captions that get keywords appended.
     keywords_only_probability: of emoji, share of captions of keywords alone.
-    path: where pictures are, when they are in one place.
+    path: where pictures are, when they are in one place; empty: it must be
+      given, or one of the next two.
     sources: where they are, when they are in several.
     cache: directory of latents and text states that were computed before; no
       picture is read, no encoder is run.
@@ -71,10 +78,14 @@ class DataConfig(Config):
     caption_proportions: weight of every caption name.
     min_clip_score: pictures whose prompt has a lower score are left out.
     crop: "center" or "random".
+    resample: filter that pictures are scaled with, "bicubic", "lanczos", or
+      "auto" for what the reference takes; a cache must have been made with it.
     random_flip: True mirrors every other picture.
     verify: decode every picture once before training, and leave out those that
       are broken; False reads their headers only, and a picture that turns out
       to be broken stops the run.
+    allow_changed: True continues a run whose data are others than when it
+      began; its steps are then not those of either.
     num_threads: that read and decode on a host; with workers, on each.
     num_workers: processes that read and decode; 0: none but this one.
   """
@@ -98,16 +109,16 @@ class DataConfig(Config):
   min_clip_score: float = 0.0
   crop: str = "center"
   random_flip: bool = False
+  resample: str = "auto"
   verify: bool = False
+  allow_changed: bool = False
   num_threads: int = 4
   num_workers: int = 0
 
   @property
   def places(self) -> tuple[SourceConfig, ...]:
     """The sources of pictures, however they were given."""
-    return (
-      self.sources if self.path is None else (SourceConfig(path=self.path),)
-    )
+    return (SourceConfig(path=self.path),) if self.path else self.sources
 
   def validate(self) -> None:
     problems = [*self._misplaced(), *self._out_of_range()]
@@ -117,13 +128,20 @@ class DataConfig(Config):
     given = [n for n in ("path", "sources", "cache") if getattr(self, n)]
     if len(given) > 1:
       yield f"set one of data.path, data.sources and data.cache, got {given}"
+    if self.path == "" and not given:
+      yield (
+        "no data are given: set data.path=DIR to a folder of pictures (or "
+        "another source), or data.cache=DIR to what sana_jax.precompute made "
+        "of one"
+      )
     # What would have no effect is a misunderstanding.
-    of = given[0] if given else "emoji"
+    of = given[0] if given else "emoji" if self.path is None else "path"
     defaults = DataConfig()
     for name in _NO_EFFECT[of]:
       if getattr(self, name) != getattr(defaults, name):
         what = "the bundled emoji" if of == "emoji" else f"data.{of}"
         yield f"data.{name} has no effect on {what}: leave it out"
+    yield from self._misplaced_of_captions(of)
     for number, source in enumerate(self.sources):
       name = f"data.sources[{number}]"
       if not source.path:
@@ -131,10 +149,28 @@ class DataConfig(Config):
       if not 0 < source.weight < math.inf:
         yield f"{name}.weight must be a positive number, got {source.weight}"
 
+  def _misplaced_of_captions(self, of: str) -> Iterator[str]:
+    defaults = DataConfig()
+    for name, methods in _OF_METHODS.items():
+      same = getattr(self, name) == getattr(defaults, name)
+      if of != "emoji" and self.caption_method not in methods and not same:
+        yield (
+          f"data.{name} has no effect on data.caption_method="
+          f"{self.caption_method!r}: leave it out, or set the method to one of "
+          f"{methods}"
+        )
+    weights = self.caption_proportions.values()
+    if self.caption_method == "proportion" and not any(w > 0 for w in weights):
+      yield (
+        "data.caption_proportions must give a caption name a positive weight, "
+        f"got {self.caption_proportions}"
+      )
+
   def _out_of_range(self) -> Iterator[str]:
     choices = {
       "buckets": ("square", "aspect"),
       "crop": ("center", "random"),
+      "resample": ("auto", "bicubic", "lanczos"),
       "caption_method": CAPTION_METHODS,
     }
     for name, values in choices.items():

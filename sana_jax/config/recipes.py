@@ -80,10 +80,6 @@ class TextToImageConfig(TrainConfig):
       "text_encoder_path is None: give the pretrained text encoder's "
       "directory, or set train_text_encoder=True.",
     )
-    require(
-      not (self.train_text_encoder and self.data.cache),
-      "data.cache holds text states, so train_text_encoder must be False.",
-    )
     for name in ("autoencoder", "tokenizer", "sample_prompts"):
       require(bool(getattr(self, name)), f"{name} is empty: set it.")
 

@@ -85,9 +85,9 @@ class CachedSource:
       found = self._records.__getitems__(indices)
     except RuntimeError as error:
       raise ValueError(
-        f"{self.name}: {self._files_of(indices)} is damaged ({error}); delete "
-        "it, with the .json beside it, and run python -m sana_jax.precompute "
-        "again."
+        f"{self.name}: {self._files_of(indices)} is damaged ({error}); copy it "
+        "again, or delete it, with the .json beside it, and run python -m "
+        "sana_jax.precompute again."
       ) from error
     return [cache_records.decode(content) for content in found]
 

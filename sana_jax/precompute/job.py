@@ -3,14 +3,14 @@
 import contextlib
 import hashlib
 import pathlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 from absl import logging
 
 from sana_jax import storage, termination
-from sana_jax.data import buckets, cache_manifest, filtering, records
+from sana_jax.data import buckets, cache_manifest, records
 from sana_jax.data import scan as scan_lib
 from sana_jax.data.sources import access
 from sana_jax.pipeline import meter as meter_lib
@@ -56,23 +56,22 @@ def prepare(task: task_lib.Task) -> Prepared:
   logging.info("reading the sizes of %d pictures", len(source))
   if unread := access.describe_unread(source):
     logging.warning("%s", unread)
-  scan = scan_lib.scan(source, num_threads=task.num_threads)
-  low = filtering.low_scores(
-    source, task.min_clip_score, num_threads=task.num_threads
+  scan = scan_lib.scan(
+    source, num_threads=task.num_threads, min_clip_score=task.min_clip_score
   )
-  problems = low | {i: p for i, p in enumerate(scan.problem) if p is not None}
+  problems = {i: p for i, p in enumerate(scan.problem) if p is not None}
   sizes = buckets.Sizes(source.name, scan.height, scan.width, problems)
-  fingerprint = _fingerprint(scan, low)
+  fingerprint = _fingerprint(scan, task.min_clip_score)
   return assemble(task, source, sizes, fingerprint, task.load_encoders())
 
 
-def _fingerprint(scan: scan_lib.Scan, low: Collection[int]) -> str:
-  """Returns a digest of what the plan depends on: keys, sizes, low scores."""
+def _fingerprint(scan: scan_lib.Scan, min_clip_score: float) -> str:
+  """Returns a digest of what the plan depends on: keys, sizes, least score."""
   digest = hashlib.sha256(scan.fingerprint.encode())
   for sizes in (scan.height, scan.width):
     digest.update(np.ascontiguousarray(sizes, "<i4").tobytes())
-  if low:
-    digest.update(np.array(sorted(low), "<i8").tobytes())
+  if min_clip_score:
+    digest.update(np.array(min_clip_score, "<f8").tobytes())
   return digest.hexdigest()
 
 

@@ -150,17 +150,23 @@ def sort(
     return Sorted(None, None)
   sizes = np.array([record.size or (0, 0) for record in examined], np.int32)
   problems = {i: "not decoded" for i, e in enumerate(examined) if not e.size}
+  sources = [buckets.Sizes(name, sizes[:, 0], sizes[:, 1], problems)]
+  # That few others are of its shape is no fault of a picture.
+  own = buckets.sort(sources, [1.0], settings.shapes, len(settings.shapes))
+  most = _MOST_CROPPED if len(settings.shapes) > 1 else _MOST_CROPPED_TO_ONE
+  for shape, members in zip(
+    own.shapes, own.populations[0].members, strict=True
+  ):
+    for index in members:
+      examined[index].findings += _fit(examined[index].size, shape, most)
   bucketing = buckets.sort(
-    [buckets.Sizes(name, sizes[:, 0], sizes[:, 1], problems)],
+    sources,
     [1.0],
     settings.shapes,
     settings.max_buckets,
+    least=settings.batch_size,
   )
   (population,) = bucketing.populations
-  most = _MOST_CROPPED if len(settings.shapes) > 1 else _MOST_CROPPED_TO_ONE
-  for shape, members in zip(bucketing.shapes, population.members, strict=True):
-    for index in members:
-      examined[index].findings += _fit(examined[index].size, shape, most)
   plans = sampler.BatchSampler([population], settings.batch_size, seed=0)
   return Sorted(bucketing, plans)
 

@@ -49,10 +49,10 @@ def lines(report: Mapping[str, Any]) -> Iterator[str]:
   for bucket in report["buckets"]:
     yield (
       f"  {bucket['height']:>5} x {bucket['width']:<5} {bucket['count']:>8,} "
-      f"{bucket['batches']:>8,.1f} {bucket['cropped']:>6.1%}"
+      f"{bucket['batches']:>8,.2f} {bucket['cropped']:>6.1%}"
     )
   yield (
-    f"  {report['batches_per_epoch']:,.1f} batches per epoch; what fills none "
+    f"  {report['batches_per_epoch']:,.2f} batches per epoch; what fills none "
     "waits for the next epoch"
   )
   if report["moved"]:

@@ -23,6 +23,7 @@ from sana_jax.training import (
   placement,
   preemption,
 )
+from sana_jax.training import ledger as ledger_lib
 from sana_jax.training import program as program_lib
 from sana_jax.training import step as step_lib
 from sana_jax.training import workdir as workdir_lib
@@ -43,6 +44,7 @@ class Recipe(NamedTuple):
     export: (averaged params, frozen, directory) -> None; the run's product.
     num_shapes: how many shapes batches may have; each is compiled.
     name_shape: what the shape of a batch is called in the log.
+    ledger: of the data, if they may change or be used in part.
   """
 
   init: Callable[[jax.Array], dict[str, Any]]
@@ -54,6 +56,7 @@ class Recipe(NamedTuple):
   export: Callable[[Any, Any, epath.Path], None]
   num_shapes: int = 1
   name_shape: Callable[[Any], str] = compilations.name_leaves
+  ledger: ledger_lib.Ledger | None = None
 
 
 def train(
@@ -62,13 +65,15 @@ def train(
   """Trains until `config.num_steps`, continuing what `workdir` holds.
 
   Raises:
-    ValueError: `workdir` belongs to a run with another config.
+    ValueError: `workdir` belongs to a run with another config, or other data.
     FloatingPointError: the loss is not finite.
   """
   config.freeze()
   workdir = epath.Path(workdir)
   workdir.mkdir(parents=True, exist_ok=True)
   workdir_lib.claim(config, workdir)
+  if recipe.ledger is not None:
+    recipe.ledger.begin(workdir)
   mesh = sharding.make_mesh(config.mesh)
   key_init, key_train = jax.random.split(jax.random.key(config.seed))
   program = program_lib.make_program(
@@ -128,6 +133,8 @@ def _run(
   )
   chrono = metrics.Chrono(step, config.num_steps, config.batch_size)
   compiled = compilations.Compilations(recipe.num_shapes, recipe.name_shape)
+  if recipe.ledger is not None:
+    recipe.ledger.note(step)
   with preemption.stop_request() as requested:
     while step < config.num_steps:
       batch = next(batches)
@@ -136,6 +143,8 @@ def _run(
       last = step == config.num_steps
       if last or step % config.log_every == 0:
         _log(config, run, chrono, step, scalars)
+        if recipe.ledger is not None:
+          recipe.ledger.note(step)
       stop = requested.is_set() or run.checkpointer.reached_preemption(step)
       if stop or last or step % config.checkpoint_every == 0:
         # A checkpoint of a broken state would replace the last good one.

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
@@ -22,8 +23,15 @@ from sana_jax.training import loop
 from sana_jax.weights import components
 
 
-def make_recipe(config: config_lib.TextToImageConfig) -> loop.Recipe:
-  """Loads what stays fixed, opens the data, and builds the rest."""
+def make_recipe(
+  config: config_lib.TextToImageConfig,
+  workdir: epath.PathLike | None = None,
+) -> loop.Recipe:
+  """Loads what stays fixed, opens the data, and builds the rest.
+
+  Args:
+    workdir: of the run, where what is known of the data is kept; None: nowhere.
+  """
   autoencoder, autoencoder_config = components.load_autoencoder(
     config.autoencoder
   )
@@ -31,13 +39,15 @@ def make_recipe(config: config_lib.TextToImageConfig) -> loop.Recipe:
   _check_vocabulary(config, tokenizer)
   generation = training_run.generation_config(config)
   tokenize = functools.partial(_tokenize, tokenizer, generation)
+  # Captions of models are often longer, and come again every epoch.
+  quiet = functools.partial(tokenize, warn=False)
   if config.data.cache is not None:
-    inputs = inputs_lib.from_cache(config, autoencoder_config, generation)
+    inputs = inputs_lib.from_cache(
+      config, autoencoder_config, generation, quiet
+    )
   elif config.data.places:
     inputs = inputs_lib.from_pictures(
-      *(config, autoencoder, autoencoder_config),
-      # Captions of models are often longer, and come again every epoch.
-      functools.partial(tokenize, warn=False),
+      *(config, autoencoder, autoencoder_config, quiet, workdir)
     )
   else:
     inputs = inputs_lib.from_emoji(
@@ -90,6 +100,7 @@ def make_recipe(config: config_lib.TextToImageConfig) -> loop.Recipe:
     ).save_pretrained(path),
     num_shapes=inputs.num_shapes,
     name_shape=lambda batch: "x".join(map(str, inputs.size_of(batch))),
+    ledger=inputs.ledger,
   )
 
 

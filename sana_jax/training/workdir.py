@@ -19,6 +19,8 @@ _MAY_CHANGE = frozenset(
     *("scan_layers", "data.num_threads", "data.num_workers"),
     # See `sampler.BatchSampler` for what this changes.
     "data.sources.*.weight",
+    # What they change in the data, `ledger.Ledger` sees.
+    *("data.verify", "data.allow_changed"),
   }
 )
 

@@ -266,7 +266,7 @@ def test_a_damaged_shard_is_named_in_training_too(rng, tmp_path, threads):
   shard.write_bytes(content)
   source = cache.CachedSource(tmp_path)
   assert source[0].key == "key-0"
-  message = r"shard-00001\.array_record is damaged .*; delete it"
+  message = r"shard-00001\.array_record is damaged .*; copy it again"
   with pytest.raises(ValueError, match=message):
     source[4]
   config = config_lib.DataConfig(cache=str(tmp_path))

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from sana_jax import config as config_lib
-from sana_jax.data import filtering, opening, records, sources, storage
+from sana_jax.data import opening, records, scan, sources, storage
 from sana_jax.data.sources import access, array_record
 from tests import pictures
 
@@ -184,19 +184,24 @@ def test_scores_beside_captions_in_json_are_read(tmp_path, rng):
     assert source[0].captions == source.captions(0) == expected
 
 
+def low(source, minimum):
+  found = scan.scan(source, num_threads=2, min_clip_score=minimum)
+  return {i: p for i, p in enumerate(found.problem) if p is not None}
+
+
 def test_pictures_with_a_low_score_are_left_out_with_the_reason(tmp_path, rng):
   image = pictures.encode(pictures.picture(rng))
   table = scored_table(tmp_path / "x.parquet", image)
-  assert filtering.low_scores(table, 27.5) == {}
+  assert low(table, 27.5) == {}
   expected = {0: "the CLIP score of its prompt is below 27.6"}
-  assert filtering.low_scores(table, 27.6, num_threads=2) == expected
+  assert low(table, 27.6) == expected
   folder = tmp_path / "f"
   files = {"a.jpg": image, "a.json": b'{"text": "a", "clip_score": 20}'}
   pictures.write_folder(folder, {**files, "b.jpg": image, "b.json": b"{"})
-  found = filtering.low_scores(sources.open_source(folder), 22)
+  found = low(sources.open_source(folder), 22)
   assert found[0] == "the CLIP score of its prompt is below 22"
   assert "b.json is not JSON" in found[1]
-  assert filtering.low_scores(sources.open_source(folder), 0) == {}
+  assert low(sources.open_source(folder), 0) == {}
 
 
 def test_training_reports_what_the_score_leaves_out(tmp_path, rng):
