@@ -93,7 +93,7 @@ def test_every_epoch_is_reported_with_all_that_was_skipped(
   assert "epoch 0 has steps 1 to 2" in lines
   ended = lines.index("epoch 1 ended with step 5:")
   assert "12 records, 10 used, 2 skipped (" in lines[ended + 1]
-  assert "is empty: x, y); 10 samples" in lines[ended + 1]
+  assert "it has no bytes: x, y); 10 samples" in lines[ended + 1]
   assert lines[ended + 2] == "  0 samples left for the next epoch"
   assert "  2 samples left for the next epoch" in lines
   report = json.loads((run / "data_report.json").read_text())
