@@ -91,6 +91,21 @@ def test_a_broken_picture_stops_a_run_that_did_not_look(
     next(iter(opened.batches(loader.Host(), 0)))
 
 
+def test_a_caption_that_is_no_text_stops_such_a_run_too(tmp_path, rng):
+  files, _ = picture_files.planted(rng)
+  kept = {n: c for n, c in files.items() if n.startswith("garbled")}
+  picture_files.write_folder(tmp_path, kept)
+  opened = opening.open_pictures(
+    config_lib.DataConfig(path=str(tmp_path), image_size=SIDE),
+    multiple=4,
+    tokenize=lambda text: {"length": np.array([len(text)])},
+    batch_size=1,
+    seed=0,
+  )
+  with pytest.raises(ValueError, match="garbled.txt .*set data.verify=True"):
+    next(iter(opened.batches(loader.Host(), 0)))
+
+
 def make_config(checkpoint, **data) -> config_lib.TextToImageConfig:
   tokenizer = text.Tokenizer.from_pretrained(checkpoint / "tokenizer")
   return config_lib.TextToImageConfig(
