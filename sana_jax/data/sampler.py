@@ -21,7 +21,7 @@ import fractions
 import itertools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int64, UInt64
@@ -112,6 +112,8 @@ class BatchSampler:
     self._size = sum(len(population) for population in populations)
     self._num_buckets = len(populations[0].members)
     self._rates, self._scale = _rates(populations)
+    # By bucket, of the epoch that was asked for last.
+    self._swaps: dict[int, tuple[int, int, Any]] = {}
 
   def batches_per_epoch(self) -> tuple[fractions.Fraction, ...]:
     """Returns for every bucket how many batches an epoch has on average."""
@@ -234,11 +236,28 @@ class BatchSampler:
   def _apart(
     self, bucket: int, epoch: int, places: Int64[np.ndarray, "n"]
   ) -> Int64[np.ndarray, "n"]:
-    """Swaps places of an epoch, so that no record comes twice in a batch.
+    """Swaps places of an epoch, so that no record comes twice in a batch."""
+    size = self._filled(bucket, epoch + 1) - self._filled(bucket, epoch)
+    if size < self.batch_size or places[-1] < size - 2 * self.batch_size:
+      return places
+    # The parts of a step, which threads read, ask for the same.
+    known, low, swapped = self._swaps.get(bucket, (None, 0, None))
+    if known != epoch:
+      low, swapped = self._swapped(bucket, epoch)
+      self._swaps[bucket] = epoch, low, swapped
+    return np.where(
+      places < low, places, low + swapped[np.maximum(places - low, 0)]
+    )
 
-    The batch in which it ends has its last `tail` samples and the first `head`
-    of the next epoch. The latter stay, and those of the former that are among
-    them go where the latest others are, but not to the batch it began with.
+  def _swapped(
+    self, bucket: int, epoch: int
+  ) -> tuple[int, Int64[np.ndarray, "_"]]:
+    """Returns a place of an epoch, and what stands for those from there on.
+
+    The batch in which the epoch ends has its last `tail` samples and the first
+    `head` of the next one. The latter stay, and those of the former that are
+    among them go where the latest others are, but not to the batch that the
+    epoch began with.
     """
     first, end, then = (
       self._filled(bucket, e) for e in range(epoch, epoch + 3)
@@ -247,20 +266,18 @@ class BatchSampler:
     tail = end % batch
     begun, head = -first % batch, batch - tail
     low = max(begun, size - tail - batch)
-    if not tail or size < batch or then - end < head or places[-1] < low:
-      return places
+    swapped = np.arange(size - low)
+    if not tail or then - end < head:
+      return low, swapped
     taken = self._names(bucket, epoch + 1, np.arange(head))
     own = np.arange(low, size)
     free = ~np.isin(self._names(bucket, epoch, own), taken)
     late = own >= size - tail
     clashing, others = own[late & ~free], own[~late & free][::-1]
     count = min(len(clashing), len(others))
-    swapped = np.arange(size - low)
     swapped[clashing[:count] - low] = others[:count] - low
     swapped[others[:count] - low] = clashing[:count] - low
-    return np.where(
-      places < low, places, low + swapped[np.maximum(places - low, 0)]
-    )
+    return low, swapped
 
   def _names(
     self, bucket: int, epoch: int, places: Int64[np.ndarray, "n"]

@@ -91,6 +91,21 @@ def test_a_broken_picture_stops_a_run_that_did_not_look(
     next(iter(opened.batches(loader.Host(), 0)))
 
 
+def test_a_caption_that_is_no_text_stops_such_a_run_too(tmp_path, rng):
+  files, _ = picture_files.planted(rng)
+  kept = {n: c for n, c in files.items() if n.startswith("garbled")}
+  picture_files.write_folder(tmp_path, kept)
+  opened = opening.open_pictures(
+    config_lib.DataConfig(path=str(tmp_path), image_size=SIDE),
+    multiple=4,
+    tokenize=lambda text: {"length": np.array([len(text)])},
+    batch_size=1,
+    seed=0,
+  )
+  with pytest.raises(ValueError, match="garbled.txt .*set data.verify=True"):
+    next(iter(opened.batches(loader.Host(), 0)))
+
+
 def make_config(checkpoint, **data) -> config_lib.TextToImageConfig:
   tokenizer = text.Tokenizer.from_pretrained(checkpoint / "tokenizer")
   return config_lib.TextToImageConfig(
@@ -368,41 +383,61 @@ def test_a_cache_that_was_made_again_otherwise_is_another(
     text_to_image.make_recipe(config).ledger.begin(run)
 
 
+def make_cache(checkpoint, path, **what):
+  prepared = job.prepare(
+    task.Task(
+      checkpoint=str(checkpoint), image_size=SIDE, buckets="square", **what
+    )
+  )
+  job.run(prepared, path, started=time.monotonic())
+  return str(path)
+
+
+def train_two_steps(checkpoint, workdir, **data):
+  """Returns the losses, and what of the source was read and used."""
+  config = make_config(checkpoint, **data)
+  config.num_steps, config.log_every = 2, 1
+  loop.train(config, workdir, text_to_image.make_recipe(config, workdir))
+  lines = (workdir / "metrics.jsonl").read_text().splitlines()
+  report = json.loads((workdir / "data_report.json").read_text())
+  return [json.loads(line)["loss"] for line in lines], report["sources"][0]
+
+
 @pytest.mark.slow
 def test_a_folder_of_broken_files_is_trained_from(checkpoint, tmp_path, rng):
   files, _ = picture_files.planted(rng)
   picture_files.write_folder(tmp_path / "planted", files)
-  prepared = job.prepare(
-    task.Task(
-      source=str(tmp_path / "planted"),
-      checkpoint=str(checkpoint),
-      image_size=SIDE,
-      buckets="square",
-    )
-  )
-  job.run(prepared, tmp_path / "cache", started=time.monotonic())
-  losses = {}
+  planted = str(tmp_path / "planted")
+  cached = make_cache(checkpoint, tmp_path / "cache", source=planted)
+  losses = []
   for name, data in (
-    ("pictures", {"path": str(tmp_path / "planted"), "verify": True}),
-    ("cache", {"cache": str(tmp_path / "cache")}),
+    ("pictures", {"path": planted, "verify": True}),
+    ("cache", {"cache": cached}),
   ):
-    config = make_config(checkpoint, **data)
-    config.num_steps = 2
-    config.log_every = 1
-    run = tmp_path / name
-    loop.train(config, run, text_to_image.make_recipe(config, run))
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    losses[name] = [json.loads(line)["loss"] for line in lines]
-    report = json.loads((run / "data_report.json").read_text())
-    (source,) = report["sources"]
+    found, source = train_two_steps(
+      checkpoint, tmp_path / f"run_{name}", **data
+    )
+    losses.append(found)
     # Truncated, no image, no bytes, and a caption that is not text.
     assert (source["read"], source["used"], source["skipped"]) == (19, 15, 4)
-    skipped = {
-      key for keys in source["skipped_by_reason"].values() for key in keys
-    }
-    assert {"truncated", "no_image", "zero"} < skipped
-  assert len(losses["pictures"]) == 2
-  np.testing.assert_allclose(losses["cache"], losses["pictures"], rtol=1e-2)
+    keys = [k for keys in source["skipped_by_reason"].values() for k in keys]
+    assert {"truncated", "no_image", "zero"} < {*keys}
+  assert len(losses[0]) == 2
+  np.testing.assert_allclose(losses[1], losses[0], rtol=1e-2)
+
+
+@pytest.mark.slow
+def test_emoji_go_through_a_cache_to_training(checkpoint, tmp_path):
+  cached = make_cache(
+    checkpoint,
+    tmp_path / "cache",
+    source="sana_jax/assets/emoji_64",
+    split="heldout",
+  )
+  losses, source = train_two_steps(checkpoint, tmp_path / "run", cache=cached)
+  assert len(losses) == 2
+  assert np.isfinite(losses).all()
+  assert (source["read"], source["used"], source["skipped"]) == (80, 80, 0)
 
 
 def test_pictures_of_several_sources_are_opened_by_the_config(
