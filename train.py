@@ -68,7 +68,9 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 _RECIPES = {
   config_lib.TextToImageConfig: text_to_image.make_recipe,
-  config_lib.AutoencoderConfig: autoencoder.make_recipe,
+  config_lib.AutoencoderConfig: lambda config, _: autoencoder.make_recipe(
+    config
+  ),
 }
 
 
@@ -92,7 +94,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
     return sys.exit(f"train.py: --config: {' '.join(text.split())}")
 
 
-def _make_recipe(config: config_lib.Config) -> loop.Recipe:
+def _make_recipe(config: config_lib.Config, workdir: str) -> loop.Recipe:
   if type(config) not in _RECIPES:
     # Where the file could not be read, any access raises an OSError saying why.
     getattr(config, "seed", None)
@@ -106,7 +108,7 @@ def _make_recipe(config: config_lib.Config) -> loop.Recipe:
   logging.info("%s", presets.describe(config))
   # Before any work: a mesh that does not fit the devices is an error.
   sharding.make_mesh(config.mesh)
-  return _RECIPES[type(config)](config)
+  return _RECIPES[type(config)](config, workdir)
 
 
 def _join_others() -> None:
@@ -154,7 +156,7 @@ def _run() -> None:
   )
 
   def train(config: config_lib.Config, workdir: epath.PathLike):
-    return loop.train(config, workdir, _make_recipe(config), options)
+    return loop.train(config, workdir, _make_recipe(config, workdir), options)
 
   if isinstance(config, config_lib.StagesConfig):
     stages.train(config, _WORKDIR.value, train)

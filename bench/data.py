@@ -4,7 +4,8 @@ python -m bench.data --path=DIR --image_size=1024 --threads=1,4,16
 python -m bench.data --cache=DIR --threads=4 --workers=0,4
 
 Reads batches as training does, in its order, and compares with what training
-takes: `--config` on `--chip` at a utilisation of `--mfu`, encoders left out.
+takes at this size of pictures: `--config` on `--chip` at a utilisation of
+`--mfu`, encoders left out. A cache has its own size.
 """
 
 import argparse
@@ -66,10 +67,12 @@ def main(argv: list[str]) -> int:
   args = _parse(argv)
   # Grain's workers read flags, which nobody else parses here.
   flags.FLAGS.mark_as_parsed()
-  config = _data_config(args)
   try:
+    cached = cache.CachedSource(args.cache) if args.cache else None
+    _choose_size(args, cached)
+    config = _data_config(args)
     config.freeze()
-    opened = _open(config, args)
+    opened = _open(config, cached, args)
   except (OSError, ValueError) as error:
     sys.stderr.write(f"bench.data: {error}\n")
     return 1
@@ -157,7 +160,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
   where.add_argument("--cache", help="of python -m sana_jax.precompute")
   add("--kind", default="auto", help="of the pictures' files")
   add("--split", help="of the pictures, where there are any")
-  add("--image_size", type=int, default=1024, help="pixels")
+  add("--image_size", type=int, help="pixels; default: the cache's, or 1024")
   add("--buckets", choices=["square", "aspect"], default="aspect")
   add("--max_buckets", type=int, default=10)
   add("--batch_size", type=int, default=32, help="of this host")
@@ -170,6 +173,26 @@ def _parse(argv: list[str]) -> argparse.Namespace:
   add("--remat", choices=["none", "full"], default="full")
   add("--json", help="file of the figures")
   return parser.parse_args(argv)
+
+
+def _choose_size(
+  args: argparse.Namespace, cached: cache.CachedSource | None
+) -> None:
+  """Sets the size of pictures, where it was left open.
+
+  Raises:
+    ValueError: a cache has another size.
+  """
+  if cached is None:
+    args.image_size = args.image_size or 1024
+    return
+  made = cached.manifest.settings.image_size
+  if args.image_size not in (None, made):
+    raise ValueError(
+      f"--image_size is {args.image_size}, but {args.cache} was made at {made} "
+      "pixels: leave it out, or make a cache of that size."
+    )
+  args.image_size = made
 
 
 def _numbers(text: str) -> list[int]:
@@ -192,13 +215,13 @@ def _data_config(args: argparse.Namespace) -> config_lib.DataConfig:
 
 
 def _open(
-  config: config_lib.DataConfig, args: argparse.Namespace
+  config: config_lib.DataConfig,
+  cached: cache.CachedSource | None,
+  args: argparse.Namespace,
 ) -> opening.Opened:
   options = {"batch_size": args.batch_size, "seed": 0}
-  if config.cache:
-    return opening.open_cache(
-      cache.CachedSource(config.cache), config, **options
-    )
+  if cached is not None:
+    return opening.open_cache(cached, config, **options)
   return opening.open_pictures(
     config, multiple=_COMPRESSION, tokenize=_no_tokens, **options
   )

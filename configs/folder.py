@@ -15,7 +15,8 @@ def get_config() -> config_lib.TextToImageConfig:
   config = emoji.get_config()
   config.train_text_encoder = False
   config.text_encoder_path = f"{_MODEL}/text_encoder"
-  config.data = config_lib.DataConfig(image_size=64, buckets="square")
+  # An empty path is to be given: without one, it would be the emoji.
+  config.data = config_lib.DataConfig(image_size=64, buckets="square", path="")
   config.num_steps = 1000
   config.checkpoint.every = 200
   config.sample_every = 200

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from configs import folder
 from sana_jax import config as config_lib
 
 TRAIN = config_lib.TrainConfig
@@ -117,6 +118,9 @@ def test_one_path_is_one_source():
 def test_a_complete_training_config_is_valid():
   TRAIN().freeze()
   TRAIN(data=pictures(buckets="aspect", caption_method="random")).freeze()
+  TRAIN(
+    data=pictures(caption_method="clip_power", caption_threshold=25.0)
+  ).freeze()
   TRAIN(data=config_lib.DataConfig(cache="c", caption_method="random")).freeze()
   text_to_image().freeze()
   config_lib.AutoencoderConfig().freeze()
@@ -264,10 +268,31 @@ def test_a_complete_training_config_is_valid():
       config_lib.DataConfig(cache="c", random_flip=True),
       "data.random_flip has no effect on data.cache",
     ),
+    (
+      pictures(caption_threshold=25.0, caption_proportions={"a": 1.0}),
+      "(?s)data.caption_threshold has no effect on data.caption_method='first'"
+      ".*set the method to .*clip_power.*caption_proportions has no effect",
+    ),
+    (
+      config_lib.DataConfig(
+        cache="c", caption_temperature=2.0, caption_method="random"
+      ),
+      "data.caption_temperature has no effect on data.caption_method='random'",
+    ),
+    (
+      pictures(caption_method="proportion", caption_proportions={"a": 0.0}),
+      "data.caption_proportions must give .* a positive weight, got {'a': 0.0}",
+    ),
+    (folder.get_config(), "no data are given: set data.path=DIR .*data.cache"),
+    (pictures(resample="box"), "data.resample must be one of .*got 'box'"),
     (pictures(buckets="round"), "data.buckets must be one of .*got 'round'"),
     (pictures(crop="left"), "data.crop must be one of .*got 'left'"),
     (pictures(caption_method="best"), "data.caption_method .*got 'best'"),
     (pictures(max_buckets=0), "data.max_buckets must be at least 1, got 0"),
+    (
+      pictures(min_clip_score=-1.0),
+      "data.min_clip_score must be at least 0, got -1.0",
+    ),
     (pictures(num_workers=-1), "data.num_workers must be at least 0, got -1"),
     (
       pictures(caption_temperature=0.0),

@@ -47,7 +47,7 @@ def base(tmp_path_factory):
   """A checkpoint, two folders of pictures, and a cache of one."""
   path = tmp_path_factory.mktemp("base")
   caches.make_checkpoint(path)
-  pictures = [sources.Pictures(30), sources.Pictures(13, seed=1)]
+  pictures = [sources.Pictures(32), sources.Pictures(13, seed=1)]
   for name, source in zip(("many", "few"), pictures, strict=True):
     (path / name).mkdir()
     for record in source.records:
@@ -98,7 +98,7 @@ def test_a_killed_run_on_pictures_continues_as_if_nothing_had_happened(
   output = test_train.finish(test_train.start(config, tmp_path / "whole"))
   assert "(3 of 3 shapes)" in output
   assert "programs for" not in output
-  assert "many: 30 records, 30 used" in output
+  assert "many: 32 records, 32 used" in output
   assert "batches per epoch" in output
   first = test_train.start(config, tmp_path / "parts")
   test_train.wait_for(tmp_path / "parts" / "checkpoints" / "4", first)

@@ -14,14 +14,23 @@ _OF_EMOJI = (
   *("data_dir", "split"),
   *("keyword_probability", "keywords_only_probability"),
 )
-_OF_FITTING = ("crop", "random_flip", "verify")
+_OF_FITTING = ("crop", "random_flip", "verify", "min_clip_score")
+# Caption options that only some methods look at.
+_OF_METHODS = {
+  "caption_temperature": ("clip_power", "clip_softmax"),
+  "caption_threshold": ("clip_power", "clip_softmax"),
+  "caption_proportions": ("proportion",),
+}
 _OF_CAPTIONS = (
   *("caption_method", "caption_temperature", "caption_threshold"),
   "caption_proportions",
 )
 # Fields of DataConfig that do nothing, by where the data are from.
 _NO_EFFECT = {
-  "emoji": ("buckets", *_OF_FITTING, *_OF_CAPTIONS),
+  "emoji": (
+    *("buckets", "resample", "allow_changed"),
+    *(*_OF_FITTING, *_OF_CAPTIONS),
+  ),
   "path": _OF_EMOJI,
   "sources": _OF_EMOJI,
   "cache": (*_OF_EMOJI, *_OF_FITTING),
@@ -65,7 +74,8 @@ class DataConfig(Config):
       an error.
     keyword_probability: of emoji, share of captions that get keywords appended.
     keywords_only_probability: of emoji, share of captions of keywords alone.
-    path: where pictures are, when they are in one place.
+    path: where pictures are, when they are in one place; empty: it must be
+      given, or one of the next two.
     sources: where they are, when they are in several.
     cache: directory of latents and text states that were computed before; no
       picture is read, no encoder is run.
@@ -81,11 +91,16 @@ class DataConfig(Config):
     caption_temperature: of the methods that draw by score.
     caption_threshold: captions of a lower score are not drawn.
     caption_proportions: weight of every caption name.
+    min_clip_score: pictures whose prompt has a lower score are left out.
     crop: "center" or "random".
+    resample: filter that pictures are scaled with, "bicubic", "lanczos", or
+      "auto" for what the reference takes; a cache must have been made with it.
     random_flip: True mirrors every other picture.
     verify: decode every picture once before training, and leave out those that
       are broken; False reads their headers only, and a picture that turns out
       to be broken stops the run.
+    allow_changed: True continues a run whose data are others than when it
+      began; its steps are then not those of either.
     num_threads: that read and decode on a host; with workers, on each.
     num_workers: processes that read and decode; 0: none but this one.
   """
@@ -107,18 +122,19 @@ class DataConfig(Config):
   caption_proportions: dict[str, float] = dataclasses.field(
     default_factory=dict
   )
+  min_clip_score: float = 0.0
   crop: str = "center"
   random_flip: bool = False
+  resample: str = "auto"
   verify: bool = False
+  allow_changed: bool = False
   num_threads: int = 4
   num_workers: int = 0
 
   @property
   def places(self) -> tuple[SourceConfig, ...]:
     """The sources of pictures, however they were given."""
-    return (
-      self.sources if self.path is None else (SourceConfig(path=self.path),)
-    )
+    return (SourceConfig(path=self.path),) if self.path else self.sources
 
   def validate(self) -> None:
     problems = [*self._misplaced(), *self._out_of_range()]
@@ -131,8 +147,14 @@ class DataConfig(Config):
         "set one of data.path, data.sources, data.cache and data.synthetic, "
         f"got {given}"
       )
+    if self.path == "" and not given:
+      yield (
+        "no data are given: set data.path=DIR to a folder of pictures (or "
+        "another source), or data.cache=DIR to what sana_jax.precompute made "
+        "of one"
+      )
     # What would have no effect is a misunderstanding.
-    of = given[0] if given else "emoji"
+    of = given[0] if given else "emoji" if self.path is None else "path"
     defaults = DataConfig()
     idle = [
       f"data.{name}"
@@ -143,6 +165,7 @@ class DataConfig(Config):
       what = f"data.{of}: leave out" if given else _THE_EMOJI
       verb = "have" if idle[1:] else "has"
       yield f"{', '.join(idle)} {verb} no effect on {what}"
+    yield from self._misplaced_of_captions(of)
     for number, source in enumerate(self.sources):
       name = f"data.sources[{number}]"
       if not source.path:
@@ -150,10 +173,28 @@ class DataConfig(Config):
       if not 0 < source.weight < math.inf:
         yield f"{name}.weight must be a positive number, got {source.weight}"
 
+  def _misplaced_of_captions(self, of: str) -> Iterator[str]:
+    defaults = DataConfig()
+    for name, methods in _OF_METHODS.items():
+      same = getattr(self, name) == getattr(defaults, name)
+      if of != "emoji" and self.caption_method not in methods and not same:
+        yield (
+          f"data.{name} has no effect on data.caption_method="
+          f"{self.caption_method!r}: leave it out, or set the method to one of "
+          f"{methods}"
+        )
+    weights = self.caption_proportions.values()
+    if self.caption_method == "proportion" and not any(w > 0 for w in weights):
+      yield (
+        "data.caption_proportions must give a caption name a positive weight, "
+        f"got {self.caption_proportions}"
+      )
+
   def _out_of_range(self) -> Iterator[str]:
     choices = {
       "buckets": (None, "square", "aspect"),
       "crop": ("center", "random"),
+      "resample": ("auto", "bicubic", "lanczos"),
       "caption_method": CAPTION_METHODS,
     }
     for name, values in choices.items():
@@ -167,6 +208,8 @@ class DataConfig(Config):
     ):
       if getattr(self, name) < least:
         yield f"data.{name} must be at least {least}, got {getattr(self, name)}"
+    if not 0 <= self.min_clip_score < math.inf:
+      yield f"data.min_clip_score must be at least 0, got {self.min_clip_score}"
     if not 0 < self.caption_temperature < math.inf:
       yield (
         "data.caption_temperature must be a positive number, got "

@@ -86,12 +86,10 @@ class TextToImageConfig(TrainConfig):
       f"model.caption_channels ({self.model.caption_channels}) must equal "
       f"text_encoder.hidden_size ({self.text_encoder.hidden_size}).",
     )
-    for origin in ("cache", "synthetic"):
-      require(
-        not (self.train_text_encoder and getattr(self.data, origin)),
-        f"data.{origin} holds text states, so train_text_encoder must be "
-        "False.",
-      )
+    require(
+      not (self.train_text_encoder and self.data.synthetic),
+      "data.synthetic holds text states, so train_text_encoder must be False.",
+    )
     if not self.data.synthetic:
       self._check_components()
 

@@ -1,8 +1,9 @@
 """Which shape a picture is trained at, and what became of every record."""
 
-import collections
 import dataclasses
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int, Int64
@@ -12,8 +13,10 @@ from sana_jax.data import sampler
 
 Shape = tuple[int, int]
 
-# Reasons that a report's text has; messages may differ from file to file.
+# Reasons that a report's text has, and keys of each; messages may differ from
+# file to file.
 _SHOWN = 5
+_KEYS_SHOWN = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,12 +28,14 @@ class Sizes:
     height: in pixels; of a record with a problem, anything.
     width: likewise.
     problems: why a record cannot be used, by its number.
+    key: from the number of a record to what it is called, for reports.
   """
 
   name: str
   height: Int[np.ndarray, "n"]
   width: Int[np.ndarray, "n"]
   problems: Mapping[int, str]
+  key: Callable[[int], str] = "record {}".format
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +46,7 @@ class EpochReport:
     source: its name.
     read: records of the source.
     used: those that are trained on.
-    skipped: how many are not, by reason.
+    left_out: the keys of those that are not, by reason.
     moved: how many are trained at another shape than the best of the table,
       because only the fullest buckets are kept.
   """
@@ -49,20 +54,47 @@ class EpochReport:
   source: str
   read: int
   used: int
-  skipped: Mapping[str, int]
+  left_out: Mapping[str, Sequence[str]]
   moved: int
+
+  @property
+  def skipped(self) -> dict[str, int]:
+    """Counts what is left out, by reason."""
+    return {reason: len(keys) for reason, keys in self.left_out.items()}
 
   def __str__(self) -> str:
     text = f"{self.source}: {self.read} records, {self.used} used"
-    common = sorted(self.skipped.items(), key=lambda item: (-item[1], item[0]))
-    for reason, count in common[:_SHOWN]:
-      text += f", {count} skipped ({reason})"
+    common = sorted(self.left_out.items(), key=lambda i: (-len(i[1]), i[0]))
+    for reason, keys in common[:_SHOWN]:
+      named = ", ".join(keys[:_KEYS_SHOWN])
+      named += ", ..." if len(keys) > _KEYS_SHOWN else ""
+      text += f", {len(keys)} skipped ({reason.rstrip('.')}: {named})"
     if rest := common[_SHOWN:]:
-      count = sum(count for _, count in rest)
+      count = sum(len(keys) for _, keys in rest)
       text += f", {count} skipped for {len(rest)} other reasons"
     if self.moved:
       text += f", {self.moved} moved to a kept shape"
     return text
+
+  def with_skipped(self, reasons: Mapping[str, str]) -> "EpochReport":
+    """Adds records that an earlier stage left out: by key, why."""
+    left_out = {reason: [*keys] for reason, keys in self.left_out.items()}
+    for key, reason in reasons.items():
+      left_out.setdefault(reason, []).append(key)
+    return dataclasses.replace(
+      self, read=self.read + len(reasons), left_out=left_out
+    )
+
+  def to_json(self) -> dict[str, Any]:
+    """Returns everything, the keys of all that is left out too."""
+    return {
+      "source": self.source,
+      "read": self.read,
+      "used": self.used,
+      "skipped": sum(self.skipped.values()),
+      "skipped_by_reason": {why: [*k] for why, k in self.left_out.items()},
+      "moved": self.moved,
+    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,15 +151,20 @@ def sort(
   weights: Sequence[float],
   shapes: Mapping[float, Shape],
   max_buckets: int,
+  *,
+  least: int = 1,
 ) -> Bucketing:
   """Sorts records by the shape whose ratio is nearest to theirs.
 
   Only the `max_buckets` fullest shapes are kept, for each is compiled; other
-  records go to the nearest of those.
+  records go to the nearest of those, and lose more by cropping. Then, as long
+  as there is a shape of fewer than `least` records, the emptiest is given up.
 
   Args:
     weights: of the sources in training; the shapes do not depend on them.
     shapes: see `table`.
+    least: records of a shape, unless it is the only one. With a batch's worth,
+      no picture fills a batch by itself.
 
   Raises:
     ValueError: a source has no usable record.
@@ -139,9 +176,7 @@ def sort(
     for sizes, records in zip(sources, usable, strict=True)
   ]
   best = [_nearest(ratio, ratios) for ratio in own]
-  counts = np.bincount(np.concatenate(best), minlength=len(ratios))
-  fullest = np.argsort(-counts, kind="stable")[:max_buckets]
-  kept = fullest[counts[fullest] > 0]
+  kept = _kept(np.concatenate(own), ratios, max_buckets, least)
   final = [kept[_nearest(r, ratios[kept])] if r.size else _NONE for r in own]
   return _bucketing(
     sources,
@@ -151,28 +186,61 @@ def sort(
   )
 
 
+def _kept(
+  own: Float[np.ndarray, "n"],
+  ratios: Float[np.ndarray, "k"],
+  most: int,
+  least: int,
+) -> Int64[np.ndarray, "_"]:
+  """Returns the numbers of the shapes that `sort` keeps, the fullest first."""
+  counts = np.bincount(_nearest(own, ratios), minlength=len(ratios))
+  fullest = np.argsort(-counts, kind="stable")[:most]
+  kept = fullest[counts[fullest] > 0]
+  while True:
+    counts = np.bincount(_nearest(own, ratios[kept]), minlength=len(kept))
+    order = np.argsort(-counts, kind="stable")
+    if len(kept) < 2 or counts[order[-1]] >= least:
+      return kept[order]
+    kept = kept[np.delete(np.arange(len(kept)), order[-1])]
+
+
 def group(
-  sources: Sequence[Sizes], weights: Sequence[float], max_buckets: int
+  sources: Sequence[Sizes],
+  weights: Sequence[float],
+  max_buckets: int,
+  *,
+  least: int = 1,
 ) -> Bucketing:
   """Groups records that are stored at the shapes they are trained at.
+
+  They cannot be moved to another shape: those of shapes of fewer than `least`
+  records are left out, unless all shapes are.
 
   Raises:
     ValueError: a source has no usable record, or there are more shapes than
       `max_buckets`.
   """
-  usable = [_usable(sizes) for sizes in sources]
-  own = [
-    np.stack([sizes.height[records], sizes.width[records]], axis=1)
-    for sizes, records in zip(sources, usable, strict=True)
-  ]
   shapes, which, counts = np.unique(
-    np.concatenate(own), axis=0, return_inverse=True, return_counts=True
+    np.concatenate(
+      [np.stack([s.height, s.width], axis=1)[_usable(s)] for s in sources]
+    ),
+    axis=0,
+    return_inverse=True,
+    return_counts=True,
   )
   if len(shapes) > max_buckets:
     raise ValueError(
       f"data.max_buckets is {max_buckets}, but the records are stored at "
       f"{len(shapes)} shapes. Raise it, or make the cache with fewer."
     )
+  small = counts < least
+  if small.any() and not small.all():
+    sources = [
+      _without(s, {tuple(map(int, shape)) for shape in shapes[small]}, least)
+      for s in sources
+    ]
+    return group(sources, weights, max_buckets)
+  usable = [_usable(sizes) for sizes in sources]
   ends = np.cumsum([len(records) for records in usable])
   which = np.split(which.reshape(-1), ends[:-1])
   return _bucketing(
@@ -184,6 +252,19 @@ def group(
     },
     list(zip(usable, which, which, strict=True)),
   )
+
+
+def _without(sizes: Sizes, shapes: set[Shape], least: int) -> Sizes:
+  """Makes problems of the records of some shapes."""
+  problems = {
+    int(i): (
+      f"stored at {sizes.height[i]}x{sizes.width[i]}, as fewer than "
+      f"{least} records, one batch, are"
+    )
+    for i in _usable(sizes)
+    if (int(sizes.height[i]), int(sizes.width[i])) in shapes
+  }
+  return dataclasses.replace(sizes, problems={**sizes.problems, **problems})
 
 
 _NONE = np.zeros(0, np.int64)
@@ -210,12 +291,12 @@ def _bucketing(sources, weights, shapes, sorted_records) -> Bucketing:
   for sizes, weight, (records, best, final) in zip(
     sources, weights, sorted_records, strict=True
   ):
+    left_out: dict[str, list[str]] = {}
+    for index, reason in sorted(sizes.problems.items()):
+      left_out.setdefault(reason, []).append(sizes.key(index))
     report = EpochReport(
-      sizes.name,
-      len(sizes.height),
-      len(records),
-      collections.Counter(sizes.problems.values()),
-      int((best != final).sum()),
+      *(sizes.name, len(sizes.height), len(records)),
+      *(left_out, int((best != final).sum())),
     )
     if not report.used:
       raise ValueError(f"No record can be used of {report}.")
@@ -225,10 +306,26 @@ def _bucketing(sources, weights, shapes, sorted_records) -> Bucketing:
   return Bucketing(tuple(shapes.values()), tuple(populations), tuple(reports))
 
 
+def digest(population: sampler.Population) -> str:
+  """Returns a hash of which records are in which bucket."""
+  found = hashlib.sha256()
+  for members in population.members:
+    content = np.ascontiguousarray(members, "<i8").tobytes()
+    found.update(len(content).to_bytes(8, "little") + content)
+  return found.hexdigest()
+
+
 def describe(bucketing: Bucketing, plans: sampler.BatchSampler) -> list[str]:
   """Returns lines that say what is read, and what shapes an epoch has."""
   lines = [str(report) for report in bucketing.reports]
   batches = plans.batches_per_epoch()
-  for (height, width), count in zip(bucketing.shapes, batches, strict=True):
-    lines.append(f"{height}x{width}: {float(count):.1f} batches per epoch")
+  for number, (height, width) in enumerate(bucketing.shapes):
+    records = sum(len(p.members[number]) for p in bucketing.populations)
+    line = f"{height}x{width}: {float(batches[number]):.1f} batches per epoch"
+    if records < plans.batch_size:
+      line += (
+        f"; of {records} pictures, fewer than a batch of {plans.batch_size} "
+        "has: batches repeat them"
+      )
+    lines.append(line)
   return lines

@@ -13,6 +13,8 @@ A directory holds
 """
 
 import functools
+import operator
+import os
 import pathlib
 from collections.abc import Sequence
 from typing import SupportsIndex
@@ -38,10 +40,15 @@ class CachedSource:
 
   Raises:
     FileNotFoundError: it is not finished, or a shard is missing.
-    ValueError: something is broken, or it has no records.
+    ValueError: something is broken, it has no records, or is not on a disk.
   """
 
   def __init__(self, path: epath.PathLike):
+    if "://" in os.fspath(path):
+      raise ValueError(
+        f"{path} is not on a local disk: caches have random access there only. "
+        "Copy it, or mount the bucket (gcsfuse)."
+      )
     self._path = pathlib.Path(path)
     self.name = str(path)
     self.manifest = cache_manifest.Manifest.read(path)
@@ -64,16 +71,31 @@ class CachedSource:
     return len(self._records)
 
   def __getitem__(self, index: SupportsIndex) -> cache_records.Record:
-    return cache_records.decode(self._records[index])
+    return self.__getitems__([operator.index(index)])[0]
 
   def __getitems__(
     self, indices: Sequence[int] | Int[np.ndarray, "n"]
   ) -> list[cache_records.Record]:
-    """Reads several records, those of a shard in one go."""
-    return [
-      cache_records.decode(content)
-      for content in self._records.__getitems__(indices)
-    ]
+    """Reads several records, those of a shard in one go.
+
+    Raises:
+      ValueError: a shard is damaged.
+    """
+    try:
+      found = self._records.__getitems__(indices)
+    except RuntimeError as error:
+      raise ValueError(
+        f"{self.name}: {self._files_of(indices)} is damaged ({error}); copy it "
+        "again, or delete it, with the .json beside it, and run python -m "
+        "sana_jax.precompute again."
+      ) from error
+    return [cache_records.decode(content) for content in found]
+
+  def _files_of(self, indices: Sequence[int] | Int[np.ndarray, "n"]) -> str:
+    """Names the shards that records are in."""
+    ends = np.cumsum([shard.records for shard in self.manifest.shards])
+    numbers = np.unique(np.searchsorted(ends, np.asarray(indices), "right"))
+    return " or ".join(self.manifest.shards[n].file for n in numbers)
 
   @functools.cached_property
   def _null_caption(self) -> BFloat16[np.ndarray, "l d"]:

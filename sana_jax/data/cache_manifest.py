@@ -134,10 +134,19 @@ class Manifest:
   def has_text(self) -> bool:
     return self.settings.text_encoder_sha256 is not None
 
-  def check(self, **expected: Any) -> None:
+  def identity(self) -> dict[str, Any]:
+    """Returns values that differ where what may be read from it does."""
+    shards = "".join(shard.sha256 for shard in self.shards)
+    return {
+      **self.settings.to_json(),
+      "shards": hashlib.sha256(shards.encode()).hexdigest(),
+    }
+
+  def check(self, *others: str, **expected: Any) -> None:
     """Refuses a cache that was made otherwise than training needs it.
 
     Args:
+      *others: differences that were found elsewhere.
       **expected: fields of `Settings`.
 
     Raises:
@@ -152,7 +161,7 @@ class Manifest:
       for name, value in expected.items()
       if made[name] != value
     ]
-    if differences:
+    if differences := [*differences, *others]:
       raise ValueError(
         f"The cache does not fit: {'; '.join(differences)}. Make another one "
         "with python -m sana_jax.precompute, or change the training "

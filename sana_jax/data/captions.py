@@ -26,8 +26,8 @@ class CaptionSelection:
       proportional to score^(1 / temperature), as the reference's code does.
       "clip_softmax": to exp(score / temperature), as its paper says.
     temperature: of the two by score; the power law knows none below 0.01.
-    threshold: captions of lower scores are not drawn; when all are lower, the
-      one with the highest score is taken.
+    threshold: of the two by score: captions of lower scores are not drawn;
+      when all are lower, the one with the highest score is taken.
     proportions: weight of every caption name; others are never drawn.
 
   Source: NVlabs/Sana diffusion/data/datasets/sana_data_multi_scale.py; SANA,
@@ -69,6 +69,11 @@ def _problems(selection: CaptionSelection):
       "proportions must give a caption name a positive weight, got "
       f"{dict(selection.proportions)}"
     )
+  by_score = selection.method.startswith("clip_")
+  if selection.threshold and not by_score:
+    yield f"threshold has no effect on method {selection.method!r}"
+  if selection.temperature != 1.0 and not by_score:
+    yield f"temperature has no effect on method {selection.method!r}"
   if weights and selection.method != "proportion":
     yield f"proportions have no effect on method {selection.method!r}"
 
@@ -90,7 +95,7 @@ def choose(
   if not captions:
     return ""
   if selection.method == "first":
-    return _prompt(captions)
+    return prompt(captions).text
   if selection.method == "random":
     return captions[rng.integers(len(captions))].text
   if selection.method == "proportion":
@@ -98,7 +103,7 @@ def choose(
       [selection.proportions.get(caption.name, 0.0) for caption in captions]
     )
     if not weights.any():
-      return _prompt(captions)
+      return prompt(captions).text
     return captions[rng.choice(len(captions), p=weights / weights.sum())].text
   return _by_score(captions, rng, selection)
 
@@ -124,7 +129,7 @@ def _by_score(
 ) -> str:
   scored = [caption for caption in captions if caption.score is not None]
   if not scored:
-    return _prompt(captions)
+    return prompt(captions).text
   admitted = [c for c in scored if c.score >= selection.threshold]
   if not admitted:
     return max(scored, key=lambda caption: caption.score).text
@@ -133,8 +138,6 @@ def _by_score(
   return admitted[drawn].text
 
 
-def _prompt(captions: Sequence[records.Caption]) -> str:
-  for caption in captions:
-    if caption.name == PROMPT:
-      return caption.text
-  return captions[0].text
+def prompt(captions: Sequence[records.Caption]) -> records.Caption:
+  """Returns the caption named "prompt", else the first; there must be one."""
+  return next((c for c in captions if c.name == PROMPT), captions[0])

@@ -5,12 +5,14 @@ is the number of the next step. The rows of a global batch are spread over the
 hosts in order: hosts may come and go between runs.
 """
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import grain
 import numpy as np
 
+from sana_jax.data import retrying
 from sana_jax.data import sampler as sampler_lib
 
 # Rows that one thread reads at a time; a step has several such pieces, so that
@@ -99,12 +101,17 @@ class _Pieces:
 
 
 def read_records(sources, plan: sampler_lib.BatchPlan) -> list[Any]:
-  """Returns the records of a plan, those of a source read in one go."""
+  """Returns the records of a plan, those of a source read in one go.
+
+  What the disk or the network does not give is asked for several times.
+  """
   found: list[Any] = [None] * len(plan.index)
   for number in np.unique(plan.source):
     rows = np.flatnonzero(plan.source == number)
     indices = [int(index) for index in plan.index[rows]]
-    items = sources[number].__getitems__(indices)
+    items = retrying.call(
+      functools.partial(sources[number].__getitems__, indices)
+    )
     for row, item in zip(rows, items, strict=True):
       found[row] = item
   return found

@@ -1,7 +1,8 @@
 """From a config to batches: sources opened, scanned, sorted and planned."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from absl import logging
@@ -20,6 +21,10 @@ from sana_jax.data import (
   sources,
 )
 from sana_jax.data import cache as cache_lib
+from sana_jax.data.sources import access
+
+ScanFn = Callable[..., scan.Scan]
+"""(source, num_threads=, verify=, min_clip_score=), as `scan.scan`."""
 
 
 class Opened(NamedTuple):
@@ -29,12 +34,16 @@ class Opened(NamedTuple):
     shapes: (height, width) of pictures in pixels.
     reports: what of each source is used.
     name_batch: see `names.NameBatch`.
+    plans: which records are in a batch.
+    identities: by source, values that tell whether batches are still the same.
   """
 
   batches: loader.HostBatches
   shapes: tuple[buckets.Shape, ...]
   reports: tuple[buckets.EpochReport, ...]
   name_batch: names.NameBatch
+  plans: sampler.BatchSampler
+  identities: tuple[dict[str, Any], ...]
 
 
 def open_pictures(
@@ -44,6 +53,7 @@ def open_pictures(
   tokenize: readers.TokenizeFn,
   batch_size: int,
   seed: int,
+  find_scan: ScanFn = scan.scan,
 ) -> Opened:
   """Opens sources of pictures; see `readers.PictureReader` for the batches.
 
@@ -52,6 +62,7 @@ def open_pictures(
   Args:
     multiple: what heights and widths must be multiples of.
     batch_size: of all hosts together.
+    find_scan: what measures a source; hosts must find the same.
 
   Raises:
     FileNotFoundError: a source is not there.
@@ -61,11 +72,23 @@ def open_pictures(
     sources.open_source(place.path, kind=place.kind, split=place.split)
     for place in config.places
   ]
+  scans = [
+    find_scan(
+      source,
+      num_threads=max(config.num_threads, 1),
+      verify=config.verify,
+      min_clip_score=config.min_clip_score,
+    )
+    for source in opened
+  ]
+  for unread in filter(None, map(access.describe_unread, opened)):
+    logging.warning("%s", unread)
   bucketing = buckets.sort(
-    [_sizes(source, config) for source in opened],
+    [_sizes(*pair) for pair in zip(opened, scans, strict=True)],
     [place.weight for place in config.places],
     buckets.table(config.buckets or "square", config.image_size, multiple),
     config.max_buckets,
+    least=batch_size,
   )
   reader = readers.PictureReader(
     opened,
@@ -74,9 +97,10 @@ def open_pictures(
     tokenize,
     crop=config.crop,
     flip=config.random_flip,
-    resample=resolution.reference_filter(config.image_size),
+    resample=resample_filter(config),
   )
-  return _planned(bucketing, reader, opened, batch_size, seed)
+  identities = [{"keys": found.fingerprint} for found in scans]
+  return _planned(bucketing, reader, opened, identities, batch_size, seed)
 
 
 def open_cache(
@@ -85,52 +109,87 @@ def open_cache(
   *,
   batch_size: int,
   seed: int,
+  tokenize: readers.TokenizeFn | None = None,
 ) -> Opened:
   """Plans batches of a cache; see `readers.CacheReader` for them.
 
+  Args:
+    tokenize: makes batches those of `readers.LatentReader`.
+
   Raises:
-    ValueError: it has no text states, or more shapes than
-      `config.max_buckets`.
+    ValueError: it has more shapes than `config.max_buckets`, or neither text
+      states nor `tokenize`.
   """
   shapes = np.array(source.manifest.settings.buckets)[source.buckets]
-  sizes = buckets.Sizes(source.name, shapes[:, 0], shapes[:, 1], {})
-  bucketing = buckets.group([sizes], [1.0], config.max_buckets)
-  skipped = source.manifest.skipped
-  if skipped:
-    logging.warning(
-      "%s: %d pictures were skipped when it was made, such as %s; its manifest "
-      "says why",
-      *(source.name, len(skipped), next(iter(skipped.items()))),
-    )
-  reader = readers.CacheReader(source, _selection(config))
-  return _planned(bucketing, reader, [source], batch_size, seed)
+  sizes = buckets.Sizes(
+    *(source.name, shapes[:, 0], shapes[:, 1], {}),
+    key=lambda index: source[index].key,
+  )
+  bucketing = buckets.group(
+    [sizes], [1.0], config.max_buckets, least=batch_size
+  )
+  report = bucketing.reports[0].with_skipped(source.manifest.skipped)
+  bucketing = dataclasses.replace(bucketing, reports=(report,))
+  selection = _selection(config)
+  if tokenize is None:
+    source.null_caption()  # Raises where there are no states.
+    reader: loader.ReadFn = readers.CacheReader(source, selection)
+  else:
+    reader = readers.LatentReader(source, selection, tokenize)
+  return _planned(
+    bucketing, reader, [source], [source.manifest.identity()], batch_size, seed
+  )
+
+
+def resample_filter(config: config_lib.DataConfig) -> str:
+  """Returns the filter that pictures are scaled with."""
+  if config.resample != "auto":
+    return config.resample
+  return resolution.reference_filter(config.image_size)
 
 
 def _planned(
   bucketing: buckets.Bucketing,
   reader: loader.ReadFn,
   opened: Sequence[records.Source | cache_lib.CachedSource],
+  identities: Sequence[dict[str, Any]],
   batch_size: int,
   seed: int,
 ) -> Opened:
   plans = sampler.BatchSampler(bucketing.populations, batch_size, seed)
   for line in buckets.describe(bucketing, plans):
     logging.info("%s", line)
-  batches = loader.planned_batches(plans, batch_size, reader)
   return Opened(
-    *(batches, bucketing.shapes, bucketing.reports),
+    loader.planned_batches(plans, batch_size, reader),
+    bucketing.shapes,
+    bucketing.reports,
     names.of_plans(plans, opened),
+    plans,
+    tuple(
+      {
+        "records": report.read,
+        "used": report.used,
+        **identity,
+        "order": buckets.digest(population),
+        "shapes": [list(shape) for shape in bucketing.shapes],
+      }
+      for report, population, identity in zip(
+        bucketing.reports, bucketing.populations, identities, strict=True
+      )
+    ),
   )
 
 
-def _sizes(
-  source: records.Source, config: config_lib.DataConfig
-) -> buckets.Sizes:
-  found = scan.scan(
-    source, num_threads=max(config.num_threads, 1), verify=config.verify
-  )
+def _sizes(source: records.Source, found: scan.Scan) -> buckets.Sizes:
   problems = {i: p for i, p in enumerate(found.problem) if p is not None}
-  return buckets.Sizes(source.name, found.height, found.width, problems)
+  keys = (
+    {i: key for i, key in enumerate(scan.keys(source)) if i in problems}
+    if problems
+    else {}
+  )
+  return buckets.Sizes(
+    *(source.name, found.height, found.width, problems), key=keys.__getitem__
+  )
 
 
 def _selection(config: config_lib.DataConfig) -> captions.CaptionSelection:

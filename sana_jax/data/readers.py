@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from jaxtyping import Bool, Shaped, UInt8
+from jaxtyping import Bool, UInt8
 
 from sana_jax.data import (
   buckets,
@@ -18,6 +18,11 @@ from sana_jax.data import (
 from sana_jax.data import cache as cache_lib
 
 TokenizeFn = Callable[[Sequence[str]], loader.Batch]
+
+_ADVICE = (
+  "Mend it, or set data.verify=True to find all that is broken first and leave "
+  "it out."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,14 +48,20 @@ class PictureReader:
 
   def __call__(self, plan: sampler.BatchPlan) -> loader.Batch:
     images, texts = [], []
-    found = loader.read_records(self.sources, plan)
-    for row, record in enumerate(found):
+    for row, record in enumerate(self._read(plan)):
       rng = np.random.default_rng(int(plan.draw[row]))
       # The caption is drawn first, as for a cache: both draw the same.
       texts.append(captions.choose(record.captions, rng, self.selection))
       source = self.sources[plan.source[row]]
       images.append(self._fit(source.name, record, plan.bucket, rng))
     return {"images": np.stack(images), **self.tokenize(texts)}
+
+  def _read(self, plan: sampler.BatchPlan) -> list[records.Record]:
+    try:
+      return loader.read_records(self.sources, plan)
+    except ValueError as error:
+      # Such as a caption that is no text; the message names the file.
+      raise ValueError(f"{error} {_ADVICE}") from error
 
   def _fit(
     self,
@@ -69,10 +80,7 @@ class PictureReader:
         resample=self.resample,
       )
     except ValueError as error:
-      raise ValueError(
-        f"{name}, {record.key}: {error} Remove the picture, or set "
-        "data.verify=True to find all such pictures first and leave them out."
-      ) from error
+      raise ValueError(f"{name}, {record.key}: {error} {_ADVICE}") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,20 +100,49 @@ class CacheReader:
     text = np.zeros((len(found), *null.shape), null.dtype)
     mask = np.zeros(text.shape[:2], bool)
     for row, record in enumerate(found):
-      rng = np.random.default_rng(int(plan.draw[row]))
-      states = self._draw(record, rng)
-      states = null[:1] if states is None else states
+      chosen = _draw(record, plan.draw[row], self.selection)
+      states = next(
+        (c.states for c in record.captions if c.text == chosen), null[:1]
+      )
       text[row, : len(states)] = states
       mask[row, : len(states)] = True
-    latents = np.stack([record.latents for record in found])
-    return {"latents": latents, "text": text, "text_mask": mask}
+    return {**_latents(found), "text": text, "text_mask": mask}
 
-  def _draw(
-    self, record: cache_records.Record, rng: np.random.Generator
-  ) -> Shaped[np.ndarray, "length d"] | None:
-    plain = [records.Caption(c.name, c.text, c.score) for c in record.captions]
-    chosen = captions.choose(plain, rng, self.selection)
-    return next((c.states for c in record.captions if c.text == chosen), None)
+
+@dataclasses.dataclass(frozen=True)
+class LatentReader:
+  """Reads latents, and the tokens of a drawn caption.
+
+  Its batches are {"latents": bfloat16 [b, h, w, c], and what `tokenize` makes
+  of the captions}.
+  """
+
+  source: cache_lib.CachedSource
+  selection: captions.CaptionSelection
+  tokenize: TokenizeFn
+
+  def __call__(self, plan: sampler.BatchPlan) -> loader.Batch:
+    found = loader.read_records([self.source], plan)
+    texts = [
+      _draw(record, draw, self.selection)
+      for record, draw in zip(found, plan.draw, strict=True)
+    ]
+    return {**_latents(found), **self.tokenize(texts)}
+
+
+def _latents(found: Sequence[cache_records.Record]) -> loader.Batch:
+  return {"latents": np.stack([record.latents for record in found])}
+
+
+def _draw(
+  record: cache_records.Record,
+  draw: np.integer,
+  selection: captions.CaptionSelection,
+) -> str:
+  """Draws a caption as it is drawn of the picture."""
+  plain = [records.Caption(c.name, c.text, c.score) for c in record.captions]
+  rng = np.random.default_rng(int(draw))
+  return captions.choose(plain, rng, selection)
 
 
 def null_mask(length: int) -> Bool[np.ndarray, "1 {length}"]:

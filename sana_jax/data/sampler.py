@@ -3,8 +3,12 @@
 All samples of a step share a bucket (a shape), so all devices run one program.
 A bucket's records form an endless stream: one pass in a new random order after
 the other. Batch j of a bucket is stream[j B : (j + 1) B]; nothing is dropped,
-for what a pass leaves over begins the next batch. Epoch e holds the batches
-that its passes complete, those of all buckets in random order.
+for what a pass leaves over begins the next batch. In that batch no record comes
+twice: those that would change places with earlier ones of the pass that ends.
+(A bucket of fewer than 2 B records may not have enough of these. One of fewer
+than B repeats records in every batch, and so may a source that its weight takes
+through more than one pass in an epoch.) Epoch e holds the batches that its
+passes complete, those of all buckets in random order.
 
 With n_k records in bucket k, that is floor((e + 1) n_k / B) - floor(e n_k / B)
 batches. Counts are closed forms and orders are computed element by element
@@ -17,7 +21,7 @@ import fractions
 import itertools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int64, UInt64
@@ -63,6 +67,22 @@ class BatchPlan(NamedTuple):
   draw: UInt64[np.ndarray, "b"]
 
 
+class EpochCounts(NamedTuple):
+  """What an epoch consists of.
+
+  Attributes:
+    first_step: its first; where that is also `end_step`, it has none.
+    end_step: the one after its last.
+    drawn: samples that every source gives.
+    carried: samples that wait for the next epoch, at the end of this one.
+  """
+
+  first_step: int
+  end_step: int
+  drawn: tuple[int, ...]
+  carried: int
+
+
 class BatchSampler:
   """Plans batches; see the module.
 
@@ -77,6 +97,9 @@ class BatchSampler:
   Args:
     populations: one per source, all over the same buckets.
     batch_size: samples of a step, on all devices of all hosts together.
+
+  Attributes:
+    batch_size: likewise.
   """
 
   def __init__(
@@ -84,18 +107,39 @@ class BatchSampler:
   ):
     _check(populations, batch_size)
     self._members = [population.members for population in populations]
-    self._batch_size = batch_size
+    self.batch_size = batch_size
     self._seed = seed
     self._size = sum(len(population) for population in populations)
     self._num_buckets = len(populations[0].members)
     self._rates, self._scale = _rates(populations)
+    # By bucket, of the epoch that was asked for last.
+    self._swaps: dict[int, tuple[int, int, Any]] = {}
 
   def batches_per_epoch(self) -> tuple[fractions.Fraction, ...]:
     """Returns for every bucket how many batches an epoch has on average."""
-    whole = self._scale * self._batch_size
+    whole = self._scale * self.batch_size
     return tuple(
       fractions.Fraction(sum(rates[bucket] for rates in self._rates), whole)
       for bucket in range(self._num_buckets)
+    )
+
+  def counts(self, epoch: int) -> EpochCounts:
+    """Returns what an epoch consists of, without planning it."""
+    return EpochCounts(
+      self._batches_before(epoch),
+      self._batches_before(epoch + 1),
+      tuple(
+        sum(
+          self._taken(source, bucket, epoch + 1)
+          - self._taken(source, bucket, epoch)
+          for bucket in range(self._num_buckets)
+        )
+        for source in range(len(self._members))
+      ),
+      sum(
+        self._filled(bucket, epoch + 1) % self.batch_size
+        for bucket in range(self._num_buckets)
+      ),
     )
 
   def epoch(self, step: int) -> int:
@@ -108,10 +152,10 @@ class BatchSampler:
       raise ValueError(f"step must not be negative, got {step}.")
     # Before epoch e there are at most e n / B batches, and at least that less
     # what every source and the last batch of every bucket carry over.
-    samples = step * self._batch_size
-    carried = self._num_buckets * (self._batch_size + len(self._members))
+    samples = step * self.batch_size
+    carried = self._num_buckets * (self.batch_size + len(self._members))
     first = samples // self._size
-    last = (samples + self._batch_size + carried) // self._size + 1
+    last = (samples + self.batch_size + carried) // self._size + 1
     candidates = range(first, last + 1)
     return first - 1 + bisect.bisect(candidates, step, key=self._batches_before)
 
@@ -125,10 +169,10 @@ class BatchSampler:
     Raises:
       ValueError: the step is negative.
     """
-    first, last = rows or (0, self._batch_size)
+    first, last = rows or (0, self.batch_size)
     epoch = self.epoch(step)
     bucket, number = self._batch_of_bucket(step, epoch)
-    start = number * self._batch_size
+    start = number * self.batch_size
     source, index = self._read_stream(bucket, start + first, start + last)
     draw = permutation.fold(
       self._seed, _DRAWS, step, np.arange(first, last, dtype=np.uint64)
@@ -147,7 +191,7 @@ class BatchSampler:
 
   def _batches_before(self, epoch: int) -> int:
     return sum(
-      self._filled(bucket, epoch) // self._batch_size
+      self._filled(bucket, epoch) // self.batch_size
       for bucket in range(self._num_buckets)
     )
 
@@ -155,7 +199,7 @@ class BatchSampler:
     """Returns the bucket of a step, and which of its batches it is."""
     starts, stops = (
       [
-        self._filled(bucket, e) // self._batch_size
+        self._filled(bucket, e) // self.batch_size
         for bucket in range(self._num_buckets)
       ]
       for e in (epoch, epoch + 1)
@@ -178,18 +222,75 @@ class BatchSampler:
     while start < stop:
       first, end = (self._filled(bucket, e) for e in (epoch, epoch + 1))
       if start < end:
-        piece = np.arange(start - first, min(stop, end) - first, dtype=np.int64)
-        source, index = self._read_epoch(bucket, epoch, end - first, piece)
+        places = np.arange(
+          start - first, min(stop, end) - first, dtype=np.int64
+        )
+        places = self._apart(bucket, epoch, places)
+        source, index = self._read_epoch(bucket, epoch, places)
         sources.append(source)
         indices.append(index)
         start = min(stop, end)
       epoch += 1
     return np.concatenate(sources), np.concatenate(indices)
 
+  def _apart(
+    self, bucket: int, epoch: int, places: Int64[np.ndarray, "n"]
+  ) -> Int64[np.ndarray, "n"]:
+    """Swaps places of an epoch, so that no record comes twice in a batch."""
+    size = self._filled(bucket, epoch + 1) - self._filled(bucket, epoch)
+    if size < self.batch_size or places[-1] < size - 2 * self.batch_size:
+      return places
+    # The parts of a step, which threads read, ask for the same.
+    known, low, swapped = self._swaps.get(bucket, (None, 0, None))
+    if known != epoch:
+      low, swapped = self._swapped(bucket, epoch)
+      self._swaps[bucket] = epoch, low, swapped
+    return np.where(
+      places < low, places, low + swapped[np.maximum(places - low, 0)]
+    )
+
+  def _swapped(
+    self, bucket: int, epoch: int
+  ) -> tuple[int, Int64[np.ndarray, "_"]]:
+    """Returns a place of an epoch, and what stands for those from there on.
+
+    The batch in which the epoch ends has its last `tail` samples and the first
+    `head` of the next one. The latter stay, and those of the former that are
+    among them go where the latest others are, but not to the batch that the
+    epoch began with.
+    """
+    first, end, then = (
+      self._filled(bucket, e) for e in range(epoch, epoch + 3)
+    )
+    size, batch = end - first, self.batch_size
+    tail = end % batch
+    begun, head = -first % batch, batch - tail
+    low = max(begun, size - tail - batch)
+    swapped = np.arange(size - low)
+    if not tail or then - end < head:
+      return low, swapped
+    taken = self._names(bucket, epoch + 1, np.arange(head))
+    own = np.arange(low, size)
+    free = ~np.isin(self._names(bucket, epoch, own), taken)
+    late = own >= size - tail
+    clashing, others = own[late & ~free], own[~late & free][::-1]
+    count = min(len(clashing), len(others))
+    swapped[clashing[:count] - low] = others[:count] - low
+    swapped[others[:count] - low] = clashing[:count] - low
+    return low, swapped
+
+  def _names(
+    self, bucket: int, epoch: int, places: Int64[np.ndarray, "n"]
+  ) -> Int64[np.ndarray, "n"]:
+    """Returns one number for source and record together."""
+    source, index = self._read_epoch(bucket, epoch, places)
+    return index * len(self._members) + source
+
   def _read_epoch(
-    self, bucket: int, epoch: int, size: int, places: Int64[np.ndarray, "n"]
+    self, bucket: int, epoch: int, places: Int64[np.ndarray, "n"]
   ) -> tuple[Int64[np.ndarray, "n"], Int64[np.ndarray, "n"]]:
     """Returns what stands at `places` of a bucket's samples of an epoch."""
+    size = self._filled(bucket, epoch + 1) - self._filled(bucket, epoch)
     key = permutation.fold(self._seed, _MIXTURE, bucket, epoch)
     places = permutation.permute(places.astype(np.uint64), size, key)
     places = places.astype(np.int64)

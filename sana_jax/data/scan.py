@@ -3,8 +3,10 @@
 import dataclasses
 import hashlib
 import io
+import json
 import os
-from collections.abc import Iterable
+import zipfile
+from collections.abc import Iterable, Sequence
 from concurrent import futures
 
 import numpy as np
@@ -12,7 +14,7 @@ import tqdm
 from etils import epath
 from jaxtyping import Int32
 
-from sana_jax.data import records, transforms
+from sana_jax.data import filtering, records, retrying, transforms
 from sana_jax.data.sources import access
 
 # Enough for the size of nearly every JPEG, its EXIF data included.
@@ -38,19 +40,51 @@ class Scan:
   def __len__(self) -> int:
     return len(self.height)
 
-  def save(self, path: epath.PathLike) -> None:
-    """Writes an .npz file, there whole or not at all."""
-    path = epath.Path(path)
+  def to_bytes(self) -> bytes:
+    """Returns the contents of an .npz file; only problems take much space."""
+    places = [
+      i for i, problem in enumerate(self.problem) if problem is not None
+    ]
     buffer = io.BytesIO()
     np.savez_compressed(
       buffer,
       height=self.height,
       width=self.width,
-      problem=np.array([p or "" for p in self.problem], np.str_),
+      places=np.array(places, np.int64),
+      # JSON: an array of strings pads all to the longest.
+      problems=np.frombuffer(
+        json.dumps([self.problem[i] for i in places]).encode(), np.uint8
+      ),
       fingerprint=np.array(self.fingerprint),
     )
+    return buffer.getvalue()
+
+  @classmethod
+  def from_bytes(cls, content: bytes) -> "Scan":
+    """Reads what `to_bytes` returned.
+
+    Raises:
+      ValueError: it is something else.
+    """
+    try:
+      with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+        height = arrays["height"]
+        problem: list[str | None] = [None] * len(height)
+        texts = json.loads(arrays["problems"].tobytes())
+        for place, text in zip(arrays["places"], texts, strict=True):
+          problem[place] = text
+        return cls(height, arrays["width"], problem, str(arrays["fingerprint"]))
+    except (
+      *(ValueError, KeyError, IndexError, OSError, EOFError),
+      zipfile.BadZipFile,
+    ) as error:
+      raise ValueError(f"not a scan ({error})") from error
+
+  def save(self, path: epath.PathLike) -> None:
+    """Writes an .npz file, there whole or not at all."""
+    path = epath.Path(path)
     temporary = path.parent / f"{path.name}.tmp-{os.getpid()}"
-    temporary.write_bytes(buffer.getvalue())
+    temporary.write_bytes(self.to_bytes())
     temporary.replace(path)
 
 
@@ -62,20 +96,13 @@ def load(path: epath.PathLike, source: records.Source) -> Scan:
     ValueError: it is not a scan, or of a source with other keys.
   """
   path = epath.Path(path)
-  content = path.read_bytes()
   try:
-    with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-      result = Scan(
-        arrays["height"],
-        arrays["width"],
-        [str(problem) or None for problem in arrays["problem"]],
-        str(arrays["fingerprint"]),
-      )
-  except (ValueError, KeyError, OSError, EOFError) as error:
+    result = Scan.from_bytes(path.read_bytes())
+  except ValueError as error:
     raise ValueError(
-      f"{path} is not a scan ({error}): delete it, and scan again."
+      f"{path} is {error}: delete it, and scan again."
     ) from error
-  found = fingerprint(_keys(source))
+  found = fingerprint(keys(source))
   if result.fingerprint != found:
     raise ValueError(
       f"{path} is of {len(result)} records with other keys (fingerprint "
@@ -86,25 +113,35 @@ def load(path: epath.PathLike, source: records.Source) -> Scan:
 
 
 def scan(
-  source: records.Source, *, num_threads: int = 16, verify: bool = False
+  source: records.Source,
+  *,
+  num_threads: int = 16,
+  verify: bool = False,
+  min_clip_score: float = 0.0,
+  part: range | None = None,
 ) -> Scan:
   """Reads the header of every picture.
 
-  Records that cannot be read do not end it; they have a `problem`.
+  Records that cannot be read do not end it; they have a `problem`. What the
+  disk or the network does not give is asked for several times.
 
   Args:
     verify: decode the pictures as well, which finds those that are cut off.
+    min_clip_score: see `filtering.require_score`; a lower one is a problem.
+    part: only these records, from one to another; the fingerprint is that of
+      the whole source all the same.
   """
   if num_threads < 1:
     raise ValueError(f"num_threads must be at least 1, got {num_threads}.")
-  starts = range(0, len(source), _CHUNK)
+  part = range(len(source)) if part is None else part
+  chunks = [part[i : i + _CHUNK] for i in range(0, len(part), _CHUNK)]
   height, width, problem = [], [], []
   with (
     futures.ThreadPoolExecutor(num_threads) as pool,
-    tqdm.tqdm(total=len(source), desc="scan", unit="img") as progress,
+    tqdm.tqdm(total=len(part), desc="scan", unit="img") as progress,
   ):
     for sizes in pool.map(
-      lambda start: _measure(source, start, verify), starts
+      lambda chunk: _measure(source, chunk, verify, min_clip_score), chunks
     ):
       for size, trouble in sizes:
         height.append(size[0])
@@ -115,29 +152,52 @@ def scan(
     np.array(height, np.int32),
     np.array(width, np.int32),
     problem,
-    fingerprint(_keys(source)),
+    fingerprint(keys(source)),
   )
 
 
-def fingerprint(keys: Iterable[str]) -> str:
+def join(parts: Sequence[Scan]) -> Scan:
+  """Puts the scans of all parts of a source together.
+
+  Raises:
+    ValueError: they are of sources with different keys.
+  """
+  found = sorted({part.fingerprint[:12] for part in parts})
+  if len(found) > 1:
+    raise ValueError(
+      f"the parts are of sources with different keys: fingerprints {found}."
+    )
+  return Scan(
+    np.concatenate([part.height for part in parts]),
+    np.concatenate([part.width for part in parts]),
+    [problem for part in parts for problem in part.problem],
+    parts[0].fingerprint,
+  )
+
+
+def fingerprint(names: Iterable[str]) -> str:
   """Returns a hash of keys and their order."""
   digest = hashlib.sha256()
-  for key in keys:
+  for key in names:
     content = key.encode()
     digest.update(len(content).to_bytes(8, "little") + content)
   return digest.hexdigest()
 
 
 def _measure(
-  source: records.Source, start: int, verify: bool = False
+  source: records.Source, part: range, verify: bool, min_clip_score: float
 ) -> list[tuple[tuple[int, int], str | None]]:
+  def measure(index: int) -> tuple[int, int]:
+    size = _size(source, index)
+    filtering.require_score(source, index, min_clip_score)
+    if verify:
+      transforms.decode(source[index].image)
+    return size
+
   found = []
-  for index in range(start, min(start + _CHUNK, len(source))):
+  for index in part:
     try:
-      size = _size(source, index)
-      if verify:
-        transforms.decode(source[index].image)
-      found.append((size, None))
+      found.append((retrying.call(lambda i=index: measure(i)), None))
     except (OSError, ValueError) as error:
       found.append(((0, 0), str(error)))
   return found
@@ -158,7 +218,8 @@ def _size(source: records.Source, index: int) -> tuple[int, int]:
   return transforms.header(source[index].image)
 
 
-def _keys(source: records.Source) -> Iterable[str]:
+def keys(source: records.Source) -> Iterable[str]:
+  """Returns the keys of all records, in order."""
   if isinstance(source, access.FileSource):
     return source.keys()
   return (source[index].key for index in range(len(source)))

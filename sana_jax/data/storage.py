@@ -3,11 +3,17 @@
 import dataclasses
 import os
 import posixpath
+import re
 from collections.abc import Iterator
 from typing import IO, Any
 
 import fsspec
 from etils import epath
+
+_STARS = re.compile(r"[*?\[]")
+_BRACES = re.compile(
+  r"\{(?:(?P<first>\d+)\.\.(?P<last>\d+)|(?P<words>[^{},]+(?:,[^{},]*)+))\}"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,8 +30,21 @@ class Location:
 
   @classmethod
   def of(cls, path: epath.PathLike) -> "Location":
-    """Takes a local path or an address such as gs://bucket/directory."""
-    filesystem, path = fsspec.core.url_to_fs(os.fspath(path))
+    """Takes a local path or an address such as gs://bucket/directory.
+
+    Raises:
+      ValueError: no such store is known, or its package is not installed.
+    """
+    address = os.fspath(path)
+    try:
+      filesystem, path = fsspec.core.url_to_fs(address)
+    except ImportError as error:
+      raise ValueError(
+        f"{address} cannot be read: {error}. pip install sana_jax[remote] "
+        "installs what gs://, s3:// and http:// need."
+      ) from error
+    except ValueError as error:  # Of fsspec.
+      raise ValueError(f"{address}: {error}.") from error
     return cls(filesystem, path.rstrip("/") or "/")
 
   @property
@@ -48,6 +67,15 @@ class Location:
   def parent(self) -> "Location":
     return Location(self.filesystem, posixpath.dirname(self.path))
 
+  def is_within(self, other: "Location") -> bool:
+    """Returns whether it is `other`, or below it."""
+    if self.filesystem != other.filesystem:
+      return False
+    paths = self.path, other.path
+    if self.is_local:
+      paths = tuple(map(os.path.realpath, paths))
+    return f"{paths[0]}/".startswith(f"{paths[1].rstrip('/')}/")
+
   def is_file(self) -> bool:
     return self.filesystem.isfile(self.path)
 
@@ -67,19 +95,18 @@ class Location:
   def files(self) -> list[str]:
     """Lists what is below the directory, sorted, relative to it.
 
-    Hidden files and directories (`.git`, `.DS_Store`, `__MACOSX`) are left out.
+    Hidden files are among them, see `is_hidden`.
     """
     found = (
       _walk(self.path) if self.is_local else self.filesystem.find(self.path)
     )
     start = len(self.path.rstrip("/")) + 1
-    return sorted(
-      name
-      for name in (path[start:] for path in found)
-      if not any(
-        part.startswith(".") or part == "__MACOSX" for part in name.split("/")
-      )
-    )
+    return sorted(path[start:] for path in found)
+
+  def write(self, content: bytes) -> None:
+    """Writes the file, and makes the directory it is in."""
+    self.filesystem.makedirs(posixpath.dirname(self.path), exist_ok=True)
+    self.filesystem.pipe_file(self.path, content)
 
   def children(self) -> list["Location"]:
     """Lists what is in the directory itself, sorted."""
@@ -87,11 +114,44 @@ class Location:
     return [Location(self.filesystem, name) for name in sorted(names)]
 
   def glob(self) -> list["Location"]:
-    """Lists the files that the path, a pattern with stars, stands for."""
+    """Lists the files that the path, a pattern, stands for.
+
+    What {00..15} and {a,b} stand for is listed whether it is there or not.
+
+    Raises:
+      ValueError: a range that runs backwards.
+    """
     return [
       Location(self.filesystem, path)
-      for path in sorted(self.filesystem.glob(self.path))
+      for pattern in _expand_braces(self.path)
+      for path in (
+        sorted(self.filesystem.glob(pattern))
+        if _STARS.search(pattern)
+        else [pattern]
+      )
     ]
+
+
+def _expand_braces(path: str) -> list[str]:
+  """Returns the paths that {00..15} and {a,b} stand for, as a shell does."""
+  match = _BRACES.search(path)
+  if match is None:
+    return [path]
+  if match["first"] is None:
+    words = match["words"].split(",")
+  else:
+    first, last, digits = match["first"], match["last"], len(match["first"])
+    if int(first) > int(last):
+      raise ValueError(
+        f"{path} has the range {match[0]}: expected the smaller number first."
+      )
+    words = [f"{i:0{digits}}" for i in range(int(first), int(last) + 1)]
+  before, after = path[: match.start()], path[match.end() :]
+  return [
+    expanded
+    for word in words
+    for expanded in _expand_braces(f"{before}{word}{after}")
+  ]
 
 
 def _walk(directory: str) -> Iterator[str]:
@@ -106,8 +166,16 @@ def _walk(directory: str) -> Iterator[str]:
     yield from (posixpath.join(parent, name) for name in names)
 
 
-def has_stars(path: str) -> bool:
-  return any(character in path for character in "*?[")
+def is_hidden(name: str) -> bool:
+  """Returns whether a relative path is hidden (`.git`, `__MACOSX`, `.a`)."""
+  return any(
+    part.startswith(".") or part == "__MACOSX" for part in name.split("/")
+  )
+
+
+def is_pattern(path: str) -> bool:
+  """Returns whether a path has stars, braces or other wild cards."""
+  return bool(_STARS.search(path) or _BRACES.search(path))
 
 
 def _protocols(filesystem: Any) -> tuple[str, ...]:

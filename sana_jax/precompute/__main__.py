@@ -7,14 +7,14 @@ so on. --output gets ArrayRecord shards and, when all are there, manifest.json.
 The same command run again makes only what is missing; SIGTERM ends it after the
 shard at hand. Machines share the work by --num_hosts and --host_index, and may
 come and go: the shards are the same. --check=N decodes N pictures again and
-reports how close they are.
+reports how close they are, and warns where the autoencoder does not know such
+pictures.
 
 Exit codes: 0 all is made, or SIGTERM came; 1 something is wrong, as said; 3
 some pictures cannot be used (each is named), the others are made.
 """
 
 import os
-import pathlib
 import sys
 import time
 import warnings
@@ -35,8 +35,12 @@ _HOST_INDEX = flags.DEFINE_integer(
   "host_index", None, "Number of this machine, from 0; None: what JAX says."
 )
 _CHECK = flags.DEFINE_integer(
-  "check", 0, "Pictures to decode again when all is made, for report.json."
+  "check",
+  None,
+  "Pictures to decode again when all is made, for report.json; None: 8, unless "
+  "that was done; 0: none.",
 )
+_FEW = 8
 _CACHE = flags.DEFINE_string(
   "compilation_cache_dir",
   None,
@@ -77,9 +81,9 @@ def run(started: float) -> int:
     raise ValueError("--num_hosts and --host_index go together; give both.")
   if num_hosts is None:
     num_hosts, host_index = jax.process_count(), jax.process_index()
-  if _CHECK.value < 0:
+  if _CHECK.value is not None and _CHECK.value < 0:
     raise ValueError(f"--check must not be negative, got {_CHECK.value}.")
-  output = pathlib.Path(_OUTPUT.value)
+  output = task.output_directory(_OUTPUT.value)
   prepared = job.prepare(task.of_flags())
   outcome = job.run(
     prepared,
@@ -100,18 +104,23 @@ def _report(
   directory: storage.Directory,
 ) -> None:
   compared = []
-  if _CHECK.value and completed.manifest.records:
+  count = _CHECK.value
+  if count is None:
+    count = 0 if report.is_compared(directory.path) else _FEW
+  if count and completed.manifest.records:
     compared = report.compare(
       prepared.maker,
       cache.CachedSource(directory.path),
       completed.finished,
-      _CHECK.value,
+      count,
     )
     for each in sorted(compared, key=lambda each: each.psnr)[:3]:
       logging.info("among the worst: %s, %.1f dB", each.key, each.psnr)
   # What an earlier --check measured stays.
   if compared or not (directory.path / report.REPORT).exists():
     report.write(directory, completed.manifest, compared)
+  if trouble := report.verdict(compared, completed.manifest.checkpoint):
+    sys.stderr.write(f"precompute: WARNING: {trouble}\n")
 
 
 def _text(error: Exception) -> str:

@@ -8,7 +8,6 @@ Flags that are none of the command's own are Beam's. Every worker must see
 `pip install sana_jax[beam]`.
 """
 
-import pathlib
 import sys
 
 from absl import app, flags, logging
@@ -19,9 +18,9 @@ from sana_jax.precompute import beam_pipeline, finalise, task
 
 def main(argv: list[str]) -> int:
   logging.set_verbosity(logging.INFO)
-  output = pathlib.Path(flags.FLAGS.output)
   options = pipeline_options.PipelineOptions(argv[1:])
   try:
+    output = task.output_directory(flags.FLAGS.output)
     completed = beam_pipeline.run(task.of_flags(), output, options)
   except (OSError, ValueError) as error:
     sys.stderr.write(f"precompute.beam: {error}\n")

@@ -18,7 +18,7 @@ from absl import app, flags, logging
 
 from sana_jax import storage
 from sana_jax.data import cache, cache_manifest
-from sana_jax.precompute import shards
+from sana_jax.precompute import shards, task
 
 RUN = "run.json"
 _NAMED = 10
@@ -179,8 +179,8 @@ def main(argv: Sequence[str]) -> int:
   if len(argv) > 1:
     raise app.UsageError(f"Unexpected arguments: {argv[1:]}.")
   logging.set_verbosity(logging.INFO)
-  path = pathlib.Path(flags.FLAGS.output)
   try:
+    path = task.output_directory(flags.FLAGS.output)
     manifest = finalise(storage.Directory(path, "finalise")).manifest
   except (OSError, ValueError) as error:
     sys.stderr.write(f"precompute: {error}\n")

@@ -12,6 +12,7 @@ from absl import logging
 from sana_jax import storage, termination
 from sana_jax.data import buckets, cache_manifest, records
 from sana_jax.data import scan as scan_lib
+from sana_jax.data.sources import access
 from sana_jax.pipeline import meter as meter_lib
 from sana_jax.precompute import encoders as encoders_lib
 from sana_jax.precompute import finalise as finalise_lib
@@ -53,17 +54,24 @@ def prepare(task: task_lib.Task) -> Prepared:
   """
   source = task.open_source()
   logging.info("reading the sizes of %d pictures", len(source))
-  scan = scan_lib.scan(source, num_threads=task.num_threads)
+  if unread := access.describe_unread(source):
+    logging.warning("%s", unread)
+  scan = scan_lib.scan(
+    source, num_threads=task.num_threads, min_clip_score=task.min_clip_score
+  )
   problems = {i: p for i, p in enumerate(scan.problem) if p is not None}
   sizes = buckets.Sizes(source.name, scan.height, scan.width, problems)
-  return assemble(task, source, sizes, _fingerprint(scan), task.load_encoders())
+  fingerprint = _fingerprint(scan, task.min_clip_score)
+  return assemble(task, source, sizes, fingerprint, task.load_encoders())
 
 
-def _fingerprint(scan: scan_lib.Scan) -> str:
-  """Returns a digest of the keys and the sizes, which the plan depends on."""
+def _fingerprint(scan: scan_lib.Scan, min_clip_score: float) -> str:
+  """Returns a digest of what the plan depends on: keys, sizes, least score."""
   digest = hashlib.sha256(scan.fingerprint.encode())
   for sizes in (scan.height, scan.width):
     digest.update(np.ascontiguousarray(sizes, "<i4").tobytes())
+  if min_clip_score:
+    digest.update(np.array(min_clip_score, "<f8").tobytes())
   return digest.hexdigest()
 
 

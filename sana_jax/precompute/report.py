@@ -2,6 +2,7 @@
 
 import collections
 import json
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -19,6 +20,8 @@ REPORT = "report.json"
 WORST = "worst.png"
 _WORST = 8
 _THUMBNAIL = (256, 256)
+# Pictures that an autoencoder was trained on come back closer than this.
+_LEAST_PSNR = 20.0
 
 
 class Compared(NamedTuple):
@@ -103,6 +106,8 @@ def write(
 ) -> None:
   """Writes report.json, and the worst pictures above their decoded selves."""
   values = summary(manifest) | reconstruction(compared)
+  if trouble := verdict(compared, manifest.checkpoint):
+    values["warning"] = trouble
   content = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
   directory.write(REPORT, content.encode())
   if compared:
@@ -142,9 +147,41 @@ def reconstruction(compared: Sequence[Compared]) -> Mapping[str, Any]:
         }
         for name, values in sorted(of_bucket.items())
       },
+      "mean": float(np.mean([each.psnr for each in compared])),
       "worst": {each.key: each.psnr for each in _worst(compared)},
     }
   }
+
+
+def is_compared(path: pathlib.Path) -> bool:
+  """Returns whether a cache's report says how close its pictures come back.
+
+  Raises:
+    ValueError: there is a report that is broken.
+  """
+  file = path / REPORT
+  if not file.is_file():
+    return False
+  try:
+    values = json.loads(file.read_text(encoding="utf-8"))
+  except ValueError as error:
+    raise ValueError(f"{file} is no report ({error}); delete it.") from error
+  return "reconstruction" in values
+
+
+def verdict(compared: Sequence[Compared], checkpoint: str) -> str | None:
+  """Says so when an autoencoder does not know such pictures; None: it does."""
+  if not compared:
+    return None
+  mean = float(np.mean([each.psnr for each in compared]))
+  if mean >= _LEAST_PSNR:
+    return None
+  return (
+    f"the autoencoder of {checkpoint} does not know such pictures: decoded "
+    f"again they have {mean:.1f} dB on average, less than {_LEAST_PSNR:g}, and "
+    f"training can be no better. Look at {WORST}, and use a checkpoint whose "
+    "autoencoder was trained on such pictures (--checkpoint)."
+  )
 
 
 def contact_sheet(compared: Sequence[Compared]) -> bytes:

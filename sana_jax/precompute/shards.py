@@ -26,6 +26,7 @@ from sana_jax.data import (
   records,
   transforms,
 )
+from sana_jax.data.sources import access
 from sana_jax.precompute import encoders as encoders_lib
 from sana_jax.precompute import plan as plan_lib
 
@@ -167,7 +168,7 @@ class Maker(NamedTuple):
     """Returns examples by their number in the source, and why others fail."""
     examples: dict[int, _Example] = {}
     reasons: dict[int, tuple[str, str]] = {
-      index: (_key(self.source, index), self.plan.problems[index])
+      index: (access.key_of(self.source, index), self.plan.problems[index])
       for index in self.plan.indices(number)
       if index in self.plan.problems
     }
@@ -333,11 +334,4 @@ def _read_one(
   try:
     return source[index]
   except (OSError, ValueError) as error:
-    return _Unreadable(_key(source, index), str(error))
-
-
-def _key(source: records.Source, index: int) -> str:
-  try:
-    return source[index].key
-  except (OSError, ValueError):
-    return f"record {index}"
+    return _Unreadable(access.key_of(source, index), str(error))

@@ -1,6 +1,7 @@
 """What a cache is to be made from and with, and the flags that say it."""
 
 import dataclasses
+import pathlib
 
 from absl import flags
 
@@ -22,6 +23,7 @@ class Task:
     resample: "bicubic", "lanczos", or "auto" for what the reference takes.
     vae_tile: side of tiles in pixels; None: as `encoders.default_tile` has it;
       0: whole pictures.
+    min_clip_score: pictures whose prompt has a lower score are left out.
     num_threads: that read the sizes of pictures.
   """
 
@@ -39,6 +41,7 @@ class Task:
   latents_only: bool = False
   batch_size: int = 8
   records_per_shard: int = 256
+  min_clip_score: float = 0.0
   num_threads: int = 16
 
   @property
@@ -67,6 +70,20 @@ class Task:
       ),
       batch_size=self.batch_size,
     )
+
+
+def output_directory(value: str) -> pathlib.Path:
+  """Returns where a cache is written.
+
+  Raises:
+    ValueError: it is not on a disk.
+  """
+  if "://" in value:
+    raise ValueError(
+      f"--output={value} is not on a disk; shards are written there only. "
+      "Mount the bucket (gcsfuse), or copy the finished directory to it."
+    )
+  return pathlib.Path(value)
 
 
 def define_flags() -> None:
@@ -109,6 +126,12 @@ def define_flags() -> None:
   )
   number("batch_size", Task.batch_size, "Pictures, or captions, at a time.")
   number("records_per_shard", Task.records_per_shard, "Of the source, a shard.")
+  flags.DEFINE_float(
+    "min_clip_score",
+    Task.min_clip_score,
+    "Leave out pictures whose prompt has a lower score.",
+    lower_bound=0.0,
+  )
   number("num_threads", Task.num_threads, "That read the sizes of pictures.")
 
 

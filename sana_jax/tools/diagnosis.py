@@ -4,15 +4,16 @@ import collections
 import dataclasses
 import importlib.resources
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent import futures
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tqdm
 
-from sana_jax import resolution, text
-from sana_jax.data.sources import access
+from sana_jax import text
+from sana_jax.data import buckets, sampler
+from sana_jax.data.sources import access, grouping
 from sana_jax.tools import examination
 
 # Code -> level and what it counts. Information does not make a data set ill.
@@ -25,44 +26,67 @@ MEANINGS = {
   "long_caption": ("warning", "captions are too long"),
   "orphan": ("warning", "files describe no picture"),
   "duplicate": ("warning", "pictures are like an earlier one"),
+  "not_read": ("warning", "pictures are of a kind that is not read"),
+  "transparent": ("warning", "pictures are wholly transparent"),
+  "single_color": ("warning", "pictures have one colour only"),
   "tiny": ("warning", "pictures are smaller than their bucket"),
   "extreme_aspect": ("warning", "pictures lose much to cropping"),
   "wrong_extension": ("warning", "pictures are not what their names say"),
   "cmyk": ("warning", "pictures are CMYK"),
   "sixteen_bit": ("warning", "pictures have more than 8 bits"),
-  "palette": ("warning", "pictures have a palette"),
   "animated": ("warning", "pictures are animated"),
+  "palette": ("info", "pictures have a palette"),
+  "other_file": ("info", "files are neither pictures nor about any"),
   "rotated": ("info", "pictures are turned by EXIF data"),
 }
 _MOST_BITS = 4  # Of 128 that differ between pictures that are called alike.
 _MOST_COLOR = 3.0  # Of 255.
+# A picture that loses more of its area to its bucket is probably misplaced;
+# who asks for squares only knows that ordinary ones lose a third.
+_MOST_CROPPED, _MOST_CROPPED_TO_ONE = 0.2, 0.5
 _ASPECT_EDGES = (0.25, 0.5, 0.67, 0.8, 0.95, 1.05, 1.25, 1.5, 2.0, 4.0)
 _SIDE_EDGES = (256, 512, 768, 1024, 1536, 2048, 4096)
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """What a data set is to be used for."""
+  """What a data set is to be used for.
+
+  Attributes:
+    shapes: see `buckets.table`.
+    max_buckets: see `buckets.sort`.
+    max_tokens: that a caption may have.
+  """
 
   image_size: int
+  shapes: Mapping[float, buckets.Shape]
+  max_buckets: int
   batch_size: int
   max_tokens: int
   tokenizer: text.Tokenizer
   tokenizer_name: str
 
-  @property
-  def sample_size(self) -> int:
-    return self.image_size // resolution.COMPRESSION
-
   @classmethod
   def load(
     cls,
+    *,
     image_size: int,
+    kind: str,
+    multiple: int,
+    max_buckets: int,
     batch_size: int,
     tokenizer: str | None,
     max_tokens: int,
   ) -> "Settings":
-    """Reads the tokenizer, the bundled one for None."""
+    """Reads the tokenizer, the bundled one for None.
+
+    Args:
+      kind: see `buckets.table`, as `image_size` and `multiple`.
+
+    Raises:
+      FileNotFoundError: there is no tokenizer.
+      ValueError: it is unusable, or the size is no multiple.
+    """
     if tokenizer is None:
       bundled = importlib.resources.files("sana_jax.assets") / "emoji_model"
       directory = pathlib.Path(str(bundled / "tokenizer"))
@@ -73,24 +97,27 @@ class Settings:
     else:
       directory, name = pathlib.Path(tokenizer), tokenizer
     loaded = text.Tokenizer.from_pretrained(directory)
-    return cls(image_size, batch_size, max_tokens, loaded, name)
+    shapes = buckets.table(kind, image_size, multiple)
+    return cls(
+      *(image_size, shapes, max_buckets, batch_size),
+      *(max_tokens, loaded, name),
+    )
 
   def count_tokens(self, caption: str) -> int:
-    return len(self.tokenizer.tokenize(caption))
+    return len(self.tokenizer.tokenize(text.prepare(caption)))
 
 
 def examine_all(
   source: access.FileSource, settings: Settings, num_threads: int
 ) -> list[examination.Examined]:
-  """Examines every record, and compares them with each other."""
+  """Examines every record, and compares them with each other.
+
+  Tells of the pictures, not of what training makes of them; see `sort`.
+  """
 
   def examine(index: int) -> examination.Examined:
     return examination.examine(
-      source,
-      index,
-      settings.sample_size,
-      settings.count_tokens,
-      settings.max_tokens,
+      source, index, settings.count_tokens, settings.max_tokens
     )
 
   with futures.ThreadPoolExecutor(num_threads) as pool:
@@ -101,6 +128,65 @@ def examine_all(
       examination.Finding("duplicate", f"like {earlier.key}")
     )
   return examined
+
+
+class Sorted(NamedTuple):
+  """What training makes of the pictures that can be decoded.
+
+  Attributes:
+    bucketing: None: there are none.
+    plans: likewise.
+  """
+
+  bucketing: buckets.Bucketing | None
+  plans: sampler.BatchSampler | None
+
+
+def sort(
+  name: str, examined: Sequence[examination.Examined], settings: Settings
+) -> Sorted:
+  """Sorts pictures into buckets as training does, and adds what that finds."""
+  if not any(record.size for record in examined):
+    return Sorted(None, None)
+  sizes = np.array([record.size or (0, 0) for record in examined], np.int32)
+  problems = {i: "not decoded" for i, e in enumerate(examined) if not e.size}
+  sources = [buckets.Sizes(name, sizes[:, 0], sizes[:, 1], problems)]
+  # That few others are of its shape is no fault of a picture.
+  own = buckets.sort(sources, [1.0], settings.shapes, len(settings.shapes))
+  most = _MOST_CROPPED if len(settings.shapes) > 1 else _MOST_CROPPED_TO_ONE
+  for shape, members in zip(
+    own.shapes, own.populations[0].members, strict=True
+  ):
+    for index in members:
+      examined[index].findings += _fit(examined[index].size, shape, most)
+  bucketing = buckets.sort(
+    sources,
+    [1.0],
+    settings.shapes,
+    settings.max_buckets,
+    least=settings.batch_size,
+  )
+  (population,) = bucketing.populations
+  plans = sampler.BatchSampler([population], settings.batch_size, seed=0)
+  return Sorted(bucketing, plans)
+
+
+def _fit(
+  size: tuple[int, int], shape: buckets.Shape, most_cropped: float
+) -> Iterator[examination.Finding]:
+  (height, width), where = size, "{} x {}".format(*shape)
+  if height * width < shape[0] * shape[1]:
+    detail = f"{height} x {width}, its bucket is {where}"
+    yield examination.Finding("tiny", detail)
+  if (loss := crop_loss(size, shape)) > most_cropped:
+    detail = f"{height} x {width} loses {loss:.0%} in {where}"
+    yield examination.Finding("extreme_aspect", detail)
+
+
+def crop_loss(size: tuple[int, int], bucket: tuple[int, int]) -> float:
+  """Returns the part of a picture's area that covering a bucket cuts off."""
+  ratio, goal = size[0] / size[1], bucket[0] / bucket[1]
+  return 1 - min(ratio / goal, goal / ratio)
 
 
 def duplicates(
@@ -141,6 +227,7 @@ def _alike(a: examination.Examined, b: examination.Examined) -> bool:
 def summarize(
   source: access.FileSource,
   examined: Sequence[examination.Examined],
+  found: Sorted,
   settings: Settings,
 ) -> dict[str, Any]:
   """Returns the report, which may be written as JSON."""
@@ -148,22 +235,20 @@ def summarize(
   for record in examined:
     for finding in record.findings:
       items[finding.code].append({"key": record.key, "detail": finding.detail})
-  items["orphan"] += [
-    {"key": name, "detail": "no picture of this name"}
-    for name in source.orphans
-  ]
+  for code, pairs in _files(source).items():
+    items[code] += [{"key": name, "detail": detail} for name, detail in pairs]
   findings = {
     code: {
       "level": MEANINGS[code][0],
       "meaning": MEANINGS[code][1],
-      "count": len(found),
-      "items": found,
+      "count": len(those),
+      "items": those,
     }
-    for code, found in items.items()
-    if found
+    for code, those in items.items()
+    if those
   }
   sizes = [record.size for record in examined if record.size]
-  buckets = _buckets(sizes, settings)
+  shapes = _buckets(examined, found)
   return {
     "source": source.name,
     "records": len(source),
@@ -175,27 +260,52 @@ def summarize(
     "findings": findings,
     "resolutions": _histogram([min(size) for size in sizes], _SIDE_EDGES),
     "aspects": _histogram([h / w for h, w in sizes], _ASPECT_EDGES),
-    "buckets": buckets,
-    "leftover": sum(b["count"] % settings.batch_size for b in buckets),
+    "buckets": shapes,
+    "batches_per_epoch": sum(bucket["batches"] for bucket in shapes),
+    "moved": found.bucketing.reports[0].moved if found.bucketing else 0,
+  }
+
+
+def _files(source: access.FileSource) -> dict[str, list[tuple[str, str]]]:
+  """Returns what the doctor says of files that are in no record, by code."""
+  hidden = "hidden files and those of hidden directories are not read"
+  return {
+    "orphan": [(name, "no picture of this name") for name in source.orphans],
+    "not_read": [
+      (
+        name,
+        hidden
+        if kind == grouping.HIDDEN
+        else f"{kind} is not read; convert it to .png or .jpg",
+      )
+      for name, kind in source.unread.items()
+    ],
+    "other_file": [(name, "left alone") for name in source.others],
   }
 
 
 def _buckets(
-  sizes: Sequence[tuple[int, int]], settings: Settings
+  examined: Sequence[examination.Examined], found: Sorted
 ) -> list[dict[str, Any]]:
-  losses: dict[tuple[int, int], list[float]] = collections.defaultdict(list)
-  for size in sizes:
-    bucket = resolution.closest_bin(size[0] / size[1], settings.sample_size)
-    losses[bucket].append(examination.crop_loss(size, bucket))
+  if found.bucketing is None:
+    return []
+  (population,) = found.bucketing.populations
   return [
     {
-      "height": height,
-      "width": width,
-      "count": len(lost),
-      "batches": len(lost) // settings.batch_size,
-      "cropped": float(np.mean(lost)),
+      "height": shape[0],
+      "width": shape[1],
+      "count": len(members),
+      "batches": float(batches),
+      "cropped": float(
+        np.mean([crop_loss(examined[i].size, shape) for i in members])
+      ),
     }
-    for (height, width), lost in sorted(losses.items())
+    for shape, members, batches in zip(
+      found.bucketing.shapes,
+      population.members,
+      found.plans.batches_per_epoch(),
+      strict=True,
+    )
   ]
 
 

@@ -1,23 +1,29 @@
 """Says what is wrong with a data set: python -m sana_jax.tools.doctor PATH.
 
 PATH is whatever sana_jax.data.sources.open_source opens. Every picture is
-decoded and every caption counted; nothing is changed. The exit code is 0 for a
-healthy data set, 1 when problems were found, and 2 when it cannot be used.
+decoded and every caption counted; nothing is changed. Pass the sizes, buckets
+and lengths of the run that it is for: what fits one may be too small for
+another. The exit code is 0 for a healthy data set, 1 when problems were found,
+and 2 when it could not be examined, or nothing of it can be used.
 """
 
 import argparse
 import json
-import pathlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from sana_jax import resolution
-from sana_jax.data import sources
+from sana_jax.data import sources, storage
+from sana_jax.data.sources import access
 from sana_jax.tools import contact_sheet, diagnosis
 
 _SHOWN = 10
-_SIZES = tuple(resolution.COMPRESSION * s for s in resolution.SAMPLE_SIZES)
+_REPORT, _SHEET = "report.json", "contact_sheet.html"
+_POSITIVE = (
+  *("image_size", "multiple", "max_buckets", "batch_size"),
+  *("max_sequence_length", "threads"),
+)
 
 
 def lines(report: Mapping[str, Any]) -> Iterator[str]:
@@ -37,15 +43,20 @@ def lines(report: Mapping[str, Any]) -> Iterator[str]:
   for name, count in report["aspects"].items():
     yield f"  {name:>12} {count:>8,}"
   yield (
-    f"buckets of image_size {report['image_size']}, full batches of "
+    f"buckets of image_size {report['image_size']}: pictures, batches of "
     f"{report['batch_size']} per epoch, lost to cropping"
   )
   for bucket in report["buckets"]:
     yield (
       f"  {bucket['height']:>5} x {bucket['width']:<5} {bucket['count']:>8,} "
-      f"{bucket['batches']:>6,} {bucket['cropped']:>6.1%}"
+      f"{bucket['batches']:>8,.2f} {bucket['cropped']:>6.1%}"
     )
-  yield f"  {report['leftover']:,} pictures fill no batch"
+  yield (
+    f"  {report['batches_per_epoch']:,.2f} batches per epoch; what fills none "
+    "waits for the next epoch"
+  )
+  if report["moved"]:
+    yield f"  {report['moved']:,} pictures moved to a kept shape"
   yield "healthy" if report["healthy"] else "problems found"
 
 
@@ -62,19 +73,42 @@ def make_parser() -> argparse.ArgumentParser:
   )
   parser.add_argument("--split", help="of the data set")
   parser.add_argument(
-    "--image_size", type=int, default=1024, choices=_SIZES, help="of the bins"
+    "--image_size",
+    type=int,
+    default=1024,
+    help="side of a square picture in training, in pixels",
   )
-  parser.add_argument("--batch_size", type=int, default=64)
+  parser.add_argument(
+    "--buckets",
+    choices=("square", "aspect"),
+    default="aspect",
+    help="as data.buckets of training and --buckets of precompute",
+  )
+  parser.add_argument("--max_buckets", type=int, default=10)
+  parser.add_argument(
+    "--multiple",
+    type=int,
+    default=resolution.COMPRESSION,
+    help="of which sides are multiples: pixels per token of the model",
+  )
+  parser.add_argument(
+    "--batch_size", type=int, default=64, help="of all hosts together"
+  )
   parser.add_argument(
     "--tokenizer",
     help="directory; default: the bundled one, which is not Gemma",
   )
   parser.add_argument(
-    "--max_tokens", type=int, default=300, help="that a caption may have"
+    "--max_sequence_length",
+    type=int,
+    default=300,
+    help="tokens that a caption may have",
   )
   parser.add_argument("--threads", type=int, default=8)
   parser.add_argument(
-    "--report", help="directory for report.json and contact_sheet.html"
+    "--report",
+    help="directory, local or in any store, for report.json and "
+    "contact_sheet.html",
   )
   parser.add_argument("--json", action="store_true", help="for machines")
   return parser
@@ -83,27 +117,41 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str]) -> int:
   parser = make_parser()
   args = parser.parse_args(argv)
-  for name in ("batch_size", "max_tokens", "threads"):
+  for name in _POSITIVE:
     if vars(args)[name] < 1:
       parser.error(f"--{name} must be at least 1, got {vars(args)[name]}")
-  try:
-    source = sources.open_source(args.path, kind=args.kind, split=args.split)
-    settings = diagnosis.Settings.load(
-      args.image_size, args.batch_size, args.tokenizer, args.max_tokens
+  if args.image_size % args.multiple:
+    parser.error(
+      f"--image_size must be a multiple of --multiple={args.multiple}, got "
+      f"{args.image_size}"
     )
+  try:
+    return _examine(args)
   except (OSError, ValueError) as error:
     sys.stderr.write(f"doctor: {error}\n")
     return 2
+
+
+def _examine(args: argparse.Namespace) -> int:
+  source = sources.open_source(args.path, kind=args.kind, split=args.split)
+  settings = diagnosis.Settings.load(
+    image_size=args.image_size,
+    kind=args.buckets,
+    multiple=args.multiple,
+    max_buckets=args.max_buckets,
+    batch_size=args.batch_size,
+    tokenizer=args.tokenizer,
+    max_tokens=args.max_sequence_length,
+  )
+  directory = _report_directory(args, source) if args.report else None
   examined = diagnosis.examine_all(source, settings, args.threads)
-  report = diagnosis.summarize(source, examined, settings)
-  if args.report:
-    directory = pathlib.Path(args.report)
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / "report.json").write_text(
-      json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
+  found = diagnosis.sort(source.name, examined, settings)
+  report = diagnosis.summarize(source, examined, found, settings)
+  if directory is not None:
+    content = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
+    (directory / _REPORT).write(content.encode())
     page = contact_sheet.page(source, examined, report)
-    (directory / "contact_sheet.html").write_text(page, encoding="utf-8")
+    (directory / _SHEET).write(page.encode())
   if args.json:
     sys.stdout.write(json.dumps(report, indent=2) + "\n")
   else:
@@ -112,6 +160,26 @@ def main(argv: Sequence[str]) -> int:
     sys.stderr.write(f"doctor: no picture of {source.name} can be decoded.\n")
     return 2
   return 0 if report["healthy"] else 1
+
+
+def _report_directory(
+  args: argparse.Namespace, source: access.FileSource
+) -> storage.Location:
+  """Returns where the report goes, before anything is examined.
+
+  Raises:
+    OSError: it cannot be written there.
+    ValueError: it is within the source, which is to stay as it is.
+  """
+  directory = storage.Location.of(args.report)
+  root = storage.Location.of(args.path)
+  if root.is_dir() and directory.is_within(root):
+    raise ValueError(
+      f"--report={args.report} is within {source.name}, where its files would "
+      "belong to the data: take another directory."
+    )
+  (directory / _REPORT).write(b"{}\n")
+  return directory
 
 
 if __name__ == "__main__":

@@ -8,21 +8,24 @@ import numpy as np
 import PIL.Image
 from jaxtyping import Float, UInt8
 
-from sana_jax import resolution
 from sana_jax.data import records, transforms
 from sana_jax.data.sources import access
 
-# A picture that loses more of its area to its bucket is probably misplaced.
-_MOST_CROPPED = 0.2
 _HASH_SIDE = 8
+# Of 255; a JPEG of one colour has no less noise than none.
+_MOST_SPREAD = 1
 _FORMATS = {
-  **dict.fromkeys((".jpg", ".jpeg", ".jfif"), ("JPEG", "MPO")),
+  **dict.fromkeys((".jpg", ".jpeg", ".jpe", ".jfif"), ("JPEG", "MPO")),
   **dict.fromkeys((".tif", ".tiff"), ("TIFF",)),
-  ".png": ("PNG",),
+  **dict.fromkeys((".png", ".apng"), ("PNG",)),
+  **dict.fromkeys((".ppm", ".pgm", ".pbm", ".pnm"), ("PPM",)),
+  **dict.fromkeys((".jp2", ".j2k"), ("JPEG2000",)),
+  **dict.fromkeys((".bmp", ".dib"), ("BMP", "DIB")),
   ".webp": ("WEBP",),
   ".gif": ("GIF",),
-  ".bmp": ("BMP",),
   ".avif": ("AVIF",),
+  ".tga": ("TGA",),
+  ".qoi": ("QOI",),
 }
 
 
@@ -55,7 +58,6 @@ class Examined:
 def examine(
   source: access.FileSource,
   index: int,
-  sample_size: int,
   count_tokens: Callable[[str], int],
   max_tokens: int,
 ) -> Examined:
@@ -64,23 +66,15 @@ def examine(
     record = source[index]
     name = source.file_name(index)
   except (OSError, ValueError) as error:
-    key = source.keys()[index]
-    return Examined(index, key, [Finding("unreadable_record", str(error))])
+    finding = Finding("unreadable_record", str(error))
+    return Examined(index, source.key(index), [finding])
   result = Examined(index, record.key, [])
-  _examine_image(record.image, name, sample_size, result)
+  _examine_image(record.image, name, result)
   result.findings += _captions(record.captions, count_tokens, max_tokens)
   return result
 
 
-def crop_loss(size: tuple[int, int], bucket: tuple[int, int]) -> float:
-  """Returns the part of a picture's area that covering a bucket cuts off."""
-  ratio, goal = size[0] / size[1], bucket[0] / bucket[1]
-  return 1 - min(ratio / goal, goal / ratio)
-
-
-def _examine_image(
-  image: bytes, name: str | None, sample_size: int, result: Examined
-) -> None:
+def _examine_image(image: bytes, name: str | None, result: Examined) -> None:
   try:
     with transforms.opened(image) as picture:
       result.findings += _form(picture, image, name)
@@ -96,18 +90,25 @@ def _examine_image(
   except ValueError as error:
     result.findings.append(Finding("truncated", str(error)))
     return
-  height, width = result.size = (decoded.height, decoded.width)
+  result.size = (decoded.height, decoded.width)
   result.outline = outline(decoded)
   tiny = decoded.resize((4, 4), PIL.Image.Resampling.BOX)
   result.colors = np.asarray(tiny, np.float32)
-  bucket = resolution.closest_bin(height / width, sample_size)
-  if height * width < bucket[0] * bucket[1]:
-    detail = f"{height} x {width}, its bucket is {bucket[0]} x {bucket[1]}"
-    result.findings.append(Finding("tiny", detail))
-  loss = crop_loss((height, width), bucket)
-  if loss > _MOST_CROPPED:
-    detail = f"{height} x {width} loses {loss:.0%} in {bucket[0]} x {bucket[1]}"
-    result.findings.append(Finding("extreme_aspect", detail))
+  result.findings += _content(image, decoded)
+
+
+def _content(image: bytes, decoded: PIL.Image.Image) -> list[Finding]:
+  """Finds pictures on which there is nothing to see."""
+  extrema = decoded.getextrema()
+  if any(high - low > _MOST_SPREAD for low, high in extrema):
+    return []
+  with transforms.opened(image) as picture:
+    if picture.has_transparency_data:
+      _, most = picture.convert("RGBA").getchannel("A").getextrema()
+      if not most:
+        return [Finding("transparent", "all of it; trained on as white")]
+  color = tuple(high for _, high in extrema)
+  return [Finding("single_color", f"all of it is {color} of 255")]
 
 
 def outline(picture: PIL.Image.Image) -> bytes:

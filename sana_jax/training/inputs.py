@@ -1,9 +1,9 @@
 """Four ways to a batch that a transformer is trained on.
 
 The bundled emoji are encoded once and stay in memory; pictures are decoded on
-the host and encoded in the step; a cache holds latents and text states, and
-noise may stand for them. Each way says how batches are read, and what the step
-makes of one.
+the host and encoded in the step; a cache holds latents and text states, or
+latents alone, and noise may stand for them. Each way says how batches are read,
+and what the step makes of one.
 """
 
 import functools
@@ -14,16 +14,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from etils import epath
 from jaxtyping import Array, Bool, Float
 
 from sana_jax import config as config_lib
 from sana_jax import resolution
 from sana_jax import text as text_lib
-from sana_jax.data import buckets, examples, loader, opening, readers, synthetic
+from sana_jax.data import (
+  buckets,
+  cache_manifest,
+  examples,
+  loader,
+  opening,
+  readers,
+  synthetic,
+)
 from sana_jax.data import cache as cache_lib
 from sana_jax.data import names as names_lib
 from sana_jax.models import dc_ae
 from sana_jax.pipeline import options
+from sana_jax.training import ledger as ledger_lib
+from sana_jax.training import scans
 from sana_jax.weights import files
 
 
@@ -59,6 +70,7 @@ class Inputs(NamedTuple):
     num_shapes: how many there are.
     size_of: a batch -> the (height, width) of its pictures.
     name_batch: see `names.NameBatch`; None: records have no names.
+    ledger: of sources that may change, or be used in part.
   """
 
   batches: loader.HostBatches
@@ -68,6 +80,7 @@ class Inputs(NamedTuple):
   num_shapes: int
   size_of: Callable[[dict[str, Any]], tuple[int, int]]
   name_batch: names_lib.NameBatch | None = None
+  ledger: ledger_lib.Ledger | None = None
 
 
 def from_emoji(
@@ -104,8 +117,12 @@ def from_pictures(
   autoencoder: dc_ae.DCAE,
   autoencoder_config: config_lib.DCAEConfig,
   tokenize: readers.TokenizeFn,
+  workdir: epath.PathLike | None = None,
 ) -> Inputs:
   """Opens the sources; their pictures are encoded in the step.
+
+  Args:
+    workdir: of the run, whose `scans/` keeps the sizes of pictures.
 
   Raises:
     FileNotFoundError, ValueError: a source cannot be read, or used.
@@ -116,6 +133,9 @@ def from_pictures(
     tokenize=tokenize,
     batch_size=config.batch_size,
     seed=config.seed,
+    find_scan=scans.shared(
+      None if workdir is None else epath.Path(workdir) / "scans"
+    ),
   )
   return Inputs(
     opened.batches,
@@ -127,6 +147,7 @@ def from_pictures(
     num_shapes=len(opened.shapes),
     size_of=lambda batch: batch["images"].shape[1:3],
     name_batch=opened.name_batch,
+    ledger=_ledger(opened, config),
   )
 
 
@@ -134,66 +155,131 @@ def from_cache(
   config: config_lib.TextToImageConfig,
   autoencoder_config: config_lib.DCAEConfig,
   generation: options.GenerationConfig,
+  tokenize: readers.TokenizeFn,
 ) -> Inputs:
-  """Opens a cache of latents and text states.
+  """Opens a cache of latents, and of text states if it has any.
+
+  Args:
+    tokenize: for one without; its captions are encoded in the step.
 
   Raises:
     FileNotFoundError: it is not there, or not complete.
     ValueError: it was made otherwise than this run needs it.
   """
   source = cache_lib.CachedSource(config.data.cache)
-  compression = autoencoder_config.spatial_compression
-  source.manifest.check(
-    image_size=config.data.image_size,
-    scaling_factor=autoencoder_config.scaling_factor,
-    compression=compression,
-    latent_channels=config.model.in_channels,
-    max_sequence_length=config.max_sequence_length,
-    text_width=config.model.caption_channels,
-    instruction_sha256=text_lib.instruction_sha256(
-      generation.complex_human_instruction
-    ),
-    tokenizer_sha256=text_lib.tokenizer_sha256(config.tokenizer),
-    autoencoder_sha256=files.weights_sha256(config.autoencoder),
-    text_encoder_sha256=files.weights_sha256(config.text_encoder_path),
-    lowercase=True,
+  manifest = source.manifest
+  check_cache(manifest, config, autoencoder_config, generation)
+  made = manifest.settings
+  logging.info(
+    "%s: made with resample=%s, crop=%s, tile=%s, dtype=%s, %s text states",
+    *(source.name, made.resample, made.crop, made.tile, made.dtype),
+    "with" if manifest.has_text else "without",
   )
-  _check_shapes(source, config.data, compression * config.model.patch_size)
   opened = opening.open_cache(
-    source, config.data, batch_size=config.batch_size, seed=config.seed
+    source,
+    config.data,
+    batch_size=config.batch_size,
+    seed=config.seed,
+    tokenize=None if manifest.has_text else tokenize,
   )
-  null_text = source.null_caption()[None]
-  return Inputs(
-    opened.batches,
-    frozen={
+  frozen = {}
+  if manifest.has_text:
+    null_text = source.null_caption()[None]
+    frozen = {
       "null_text": null_text,
       "null_text_mask": readers.null_mask(null_text.shape[1]),
-    },
-    condition=cached_conditions,
-    encodes_text=False,
+    }
+  return Inputs(
+    opened.batches,
+    frozen=frozen,
+    condition=cached_conditions if frozen else latents_to_conditions,
+    encodes_text=not manifest.has_text,
     num_shapes=len(opened.shapes),
     size_of=lambda batch: tuple(
-      compression * side for side in batch["latents"].shape[1:3]
+      made.compression * side for side in batch["latents"].shape[1:3]
     ),
     name_batch=opened.name_batch,
+    ledger=_ledger(opened, config),
   )
 
 
-def _check_shapes(
-  source: cache_lib.CachedSource, config: config_lib.DataConfig, multiple: int
+def check_cache(
+  manifest: cache_manifest.Manifest,
+  config: config_lib.TextToImageConfig,
+  autoencoder_config: config_lib.DCAEConfig,
+  generation: options.GenerationConfig,
 ) -> None:
-  if config.buckets is None:
-    return
-  shapes = source.manifest.settings.buckets
-  table = buckets.table(config.buckets, config.image_size, multiple)
-  strange = sorted(set(shapes) - set(table.values()))
-  if strange:
-    raise ValueError(
-      f"{source.name} has pictures of (height, width) {strange[:3]}, "
-      f"{len(strange)} shapes of {len(shapes)} that data.buckets="
-      f"{config.buckets!r} does not have; leave data.buckets out, or make the "
-      f"cache with --buckets={config.buckets}."
+  """Compares what a cache was made with, with what a run needs.
+
+  Tile and dtype are no matter of need: a run takes them as they are, and does
+  not go on with others.
+
+  Raises:
+    ValueError: it does not fit; names all that differs.
+  """
+  problems = _bucket_problems(manifest.settings, config)
+  if manifest.has_text and config.train_text_encoder:
+    problems.append(
+      "it holds text states, which train_text_encoder=True would change: "
+      "make one with --latents_only, or set it to False"
     )
+  text = {
+    "max_sequence_length": config.max_sequence_length,
+    "text_width": config.model.caption_channels,
+    "instruction_sha256": text_lib.instruction_sha256(
+      generation.complex_human_instruction
+    ),
+    "tokenizer_sha256": text_lib.tokenizer_sha256(config.tokenizer),
+    "lowercase": True,
+  }
+  if config.text_encoder_path is not None:
+    text["text_encoder_sha256"] = files.weights_sha256(config.text_encoder_path)
+  manifest.check(
+    *problems,
+    image_size=config.data.image_size,
+    crop="center",
+    resample=opening.resample_filter(config.data),
+    scaling_factor=autoencoder_config.scaling_factor,
+    compression=autoencoder_config.spatial_compression,
+    latent_channels=config.model.in_channels,
+    autoencoder_sha256=files.weights_sha256(config.autoencoder),
+    **(text if manifest.has_text else {}),
+  )
+
+
+def _bucket_problems(
+  settings: cache_manifest.Settings, config: config_lib.TextToImageConfig
+) -> list[str]:
+  problems = []
+  multiple = settings.compression * config.model.patch_size
+  if odd := [s for s in settings.buckets if any(x % multiple for x in s)]:
+    problems.append(
+      f"buckets has {odd}, training needs multiples of {multiple}, the pixels "
+      "per token"
+    )
+  wanted = config.data.buckets
+  if settings.image_size == config.data.image_size:
+    known = {
+      shape
+      for kind in ("square", "aspect")
+      if wanted in (None, kind)
+      for shape in buckets.table(
+        kind, settings.image_size, settings.compression
+      ).values()
+    }
+    if strange := sorted(set(settings.buckets) - known):
+      problems.append(
+        f"buckets has {strange}, which are not in the tables of "
+        f"{settings.image_size} pixels"
+        + (f" for data.buckets={wanted!r}: leave it out" if wanted else "")
+      )
+  return problems
+
+
+def _ledger(
+  opened: opening.Opened, config: config_lib.TextToImageConfig
+) -> ledger_lib.Ledger:
+  return ledger_lib.Ledger(opened, allow_changed=config.data.allow_changed)
 
 
 def from_synthetic(config: config_lib.TextToImageConfig) -> Inputs:
@@ -287,6 +373,14 @@ def images_to_conditions(
   latents = frozen["autoencoder"].encode(images).astype(jnp.float32)
   batch = batch | {"latents": latents * scaling_factor}
   return tokens_to_conditions(params, frozen, batch, config)
+
+
+def latents_to_conditions(params, frozen, batch, config) -> Conditions:
+  """Takes latents from the batch, and encodes its tokens."""
+  latents = batch["latents"].astype(jnp.float32)
+  return tokens_to_conditions(
+    params, frozen, batch | {"latents": latents}, config
+  )
 
 
 def cached_conditions(params, frozen, batch, config) -> Conditions:

@@ -33,6 +33,7 @@ from sana_jax.training import (
   suspects,
   wandb_sink,
 )
+from sana_jax.training import ledger as ledger_lib
 from sana_jax.training import program as program_lib
 from sana_jax.training import scalars as scalars_lib
 from sana_jax.training import step as step_lib
@@ -61,6 +62,7 @@ class Recipe(NamedTuple):
       the model itself (no rematerialisation); None: they are not known.
     initial: abstract parameters, shardings included -> what a run begins with
       in place of `init`'s random ones, so structured and placed.
+    ledger: of the data, if they may change or be used in part.
   """
 
   init: Callable[[jax.Array], dict[str, Any]]
@@ -72,6 +74,7 @@ class Recipe(NamedTuple):
   export: Callable[[Any, Any, epath.Path], None] | None
   num_shapes: int = 1
   name_shape: Callable[[Any], str] = compilations.name_leaves
+  ledger: ledger_lib.Ledger | None = None
   name_batch: names.NameBatch | None = None
   flops_per_image: Callable[[Any], float] | None = None
   initial: Callable[[dict[str, Any]], dict[str, Any]] | None = None
@@ -109,7 +112,7 @@ def train(
   which cannot go on without it, end soon.
 
   Raises:
-    ValueError: `workdir` belongs to a run with another config.
+    ValueError: `workdir` belongs to a run with another config, or other data.
     OSError: a checkpoint could not be written.
     MemoryError: a step does not fit the devices.
     FloatingPointError: too many steps were bad; see `anomalies.py`.
@@ -118,6 +121,8 @@ def train(
   workdir = epath.Path(workdir)
   workdir.mkdir(parents=True, exist_ok=True)
   workdir_lib.claim(config, workdir)
+  if recipe.ledger is not None:
+    recipe.ledger.begin(workdir)
   with contextlib.ExitStack() as stack:
     if jax.process_index() == 0:
       stack.enter_context(run_record.logging_to(workdir / "run.log"))
@@ -221,6 +226,7 @@ class _Run:
 
   def make_steps(self) -> None:
     """Trains until the last step, or until this run is asked to stop."""
+    self._count_data(self._step)
     while self._step < self._config.num_steps:
       # This looks at `stop` all the time while it waits.
       batch = self._feed.next(self._stop.is_set)
@@ -310,6 +316,11 @@ class _Run:
       values |= speed.device_memory()
       self._writer.scalars(step, values)
       metrics.log_line(step, self._config.num_steps, values)
+      self._count_data(step)
+
+  def _count_data(self, step: int) -> None:
+    if self._recipe.ledger is not None:
+      self._recipe.ledger.note(step)
 
   def _best_names(self) -> set[str]:
     settings = self._config.checkpoint

@@ -28,10 +28,16 @@ from sana_jax.weights import components
 _NUM_BINS = 5
 
 
-def make_recipe(config: config_lib.TextToImageConfig) -> loop.Recipe:
+def make_recipe(
+  config: config_lib.TextToImageConfig,
+  workdir: epath.PathLike | None = None,
+) -> loop.Recipe:
   """Loads what stays fixed, opens the data, and builds the rest.
 
   Noise needs nothing that is fixed, and nothing is made of what it trains.
+
+  Args:
+    workdir: of the run, where what is known of the data is kept; None: nowhere.
   """
   if config.data.synthetic:
     inputs = inputs_lib.from_synthetic(config)
@@ -49,13 +55,15 @@ def make_recipe(config: config_lib.TextToImageConfig) -> loop.Recipe:
   _check_vocabulary(config, tokenizer)
   generation = training_run.generation_config(config)
   tokenize = functools.partial(_tokenize, tokenizer, generation)
+  # Captions of models are often longer, and come again every epoch.
+  quiet = functools.partial(tokenize, warn=False)
   if config.data.cache is not None:
-    inputs = inputs_lib.from_cache(config, autoencoder_config, generation)
+    inputs = inputs_lib.from_cache(
+      config, autoencoder_config, generation, quiet
+    )
   elif config.data.places:
     inputs = inputs_lib.from_pictures(
-      *(config, autoencoder, autoencoder_config),
-      # Captions of models are often longer, and come again every epoch.
-      functools.partial(tokenize, warn=False),
+      *(config, autoencoder, autoencoder_config, quiet, workdir)
     )
   else:
     inputs = inputs_lib.from_emoji(
@@ -139,6 +147,7 @@ def _recipe(
     initial=None
     if config.init_from is None
     else functools.partial(initial.load, config),
+    ledger=inputs.ledger,
   )
 
 

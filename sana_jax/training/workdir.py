@@ -30,6 +30,8 @@ _MAY_CHANGE = frozenset(
     *("checkpoint_every", "checkpoints_to_keep"),
     # See `sampler.BatchSampler` for what this changes.
     "data.sources.*.weight",
+    # What they change in the data, `ledger.Ledger` sees.
+    *("data.verify", "data.allow_changed"),
   }
 )
 

@@ -86,7 +86,8 @@ def test_records_with_problems_are_counted_by_reason():
   assert found.populations[0].members[0].tolist() == [0, 2, 3]
   plans = sampler.BatchSampler(found.populations, 2, 0)
   assert buckets.describe(found, plans) == [
-    "a: 6 records, 3 used, 2 skipped (cut off), 1 skipped (too small)",
+    "a: 6 records, 3 used, 2 skipped (cut off: record 1, record 5), "
+    "1 skipped (too small: record 4)",
     "32x32: 1.5 batches per epoch",
   ]
 
@@ -97,8 +98,12 @@ def test_many_reasons_are_summed_up():
     [sizes("a", [(8, 8)] * 30, problems)], [1.0], {1.0: (32, 32)}, 1
   )
   text = str(found.reports[0])
-  assert text.startswith("a: 30 records, 11 used, 2 skipped (reason 1), ")
-  assert text.endswith("2 skipped (reason 5), 9 skipped for 5 other reasons")
+  assert text.startswith(
+    "a: 30 records, 11 used, 2 skipped (reason 1: record 2, "
+  )
+  assert text.endswith(
+    "2 skipped (reason 5: record 10, record 11), 9 skipped for 5 other reasons"
+  )
   assert sum(found.reports[0].skipped.values()) == 19
 
 
@@ -109,7 +114,7 @@ def test_a_source_of_which_nothing_can_be_used_is_refused():
     lambda: buckets.sort([good, bad], [1.0, 1.0], {1.0: (32, 32)}, 3),
     lambda: buckets.group([good, bad], [1.0, 1.0], 3),
   ):
-    with pytest.raises(ValueError, match=r"used of bad: .*2 skipped \(empty\)"):
+    with pytest.raises(ValueError, match=r"used of bad: .*2 skipped \(empty: "):
       sort()
 
 
@@ -121,3 +126,61 @@ def test_stored_shapes_are_grouped_as_they_are():
   assert members == [[1, 2, 5], [0, 4], [3]]
   with pytest.raises(ValueError, match="max_buckets is 2, .* at 3 shapes"):
     buckets.group([sizes("a", shapes)], [1.0], 2)
+
+
+def test_shapes_of_less_than_a_batch_are_given_up():
+  table = {0.5: (32, 64), 1.0: (48, 48), 2.0: (64, 32), 4.0: (96, 24)}
+  wide, square, tall, tower = (10, 20), (10, 10), (20, 10), (40, 10)
+  source = sizes("a", [square] * 100 + [tower] * 16 + [tall] * 3 + [wide])
+  found = buckets.sort([source], [1.0], table, 10, least=16)
+  # Wide and tall ones are nearest to square; there are enough towers.
+  assert found.shapes == ((48, 48), (96, 24))
+  assert [len(m) for m in found.populations[0].members] == [104, 16]
+  assert found.reports[0].moved == 4
+  plans = sampler.BatchSampler(found.populations, 16, 0)
+  for step in range(60):
+    assert len(set(plans.batch(step).index.tolist())) == 16
+  # Too few for any batch: one shape, and it is said.
+  few = buckets.sort([sizes("a", [square, tall])], [1.0], table, 10, least=16)
+  assert few.shapes == ((48, 48),)
+  lines = buckets.describe(few, sampler.BatchSampler(few.populations, 16, 0))
+  assert "of 2 pictures, fewer than a batch of 16 has" in lines[-1]
+
+
+def test_stored_shapes_of_less_than_a_batch_are_left_out():
+  shapes = [(32, 32)] * 5 + [(64, 32)] * 2 + [(32, 64)] * 4
+  source = buckets.Sizes(
+    *("a", *np.array(shapes).T, {0: "cut off"}), key="key {}".format
+  )
+  found = buckets.group([source], [1.0], 3, least=4)
+  assert found.shapes == ((32, 32), (32, 64))
+  (report,) = found.reports
+  assert (report.read, report.used) == (11, 8)
+  reason = "stored at 64x32, as fewer than 4 records, one batch, are"
+  assert report.left_out == {
+    "cut off": ["key 0"],
+    reason: ["key 5", "key 6"],
+  }
+  # Where all are too few, all stay.
+  assert len(buckets.group([source], [1.0], 3, least=9).shapes) == 3
+
+
+def test_a_report_names_everything_that_is_left_out():
+  problems = {i: "cut off" for i in range(8)}
+  source = buckets.Sizes(
+    *("a", np.full(20, 8), np.full(20, 8), problems), key="{}.jpg".format
+  )
+  (report,) = buckets.sort([source], [1.0], {1.0: (32, 32)}, 1).reports
+  assert "8 skipped (cut off: 0.jpg, 1.jpg, 2.jpg, ...)" in str(report)
+  report = report.with_skipped({"x": "cut off", "y": "no picture"})
+  assert report.to_json() == {
+    "source": "a",
+    "read": 22,
+    "used": 12,
+    "skipped": 10,
+    "skipped_by_reason": {
+      "cut off": [*(f"{i}.jpg" for i in range(8)), "x"],
+      "no picture": ["y"],
+    },
+    "moved": 0,
+  }

@@ -1,6 +1,7 @@
 """Cached latents and text states: bytes, manifest, random access."""
 
 import dataclasses
+import itertools
 import json
 import pickle
 
@@ -9,8 +10,15 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from sana_jax import config as config_lib
 from sana_jax import storage
-from sana_jax.data import cache, cache_manifest, cache_records
+from sana_jax.data import (
+  cache,
+  cache_manifest,
+  cache_records,
+  loader,
+  opening,
+)
 
 SETTINGS = cache_manifest.Settings(
   image_size=64,
@@ -244,3 +252,30 @@ def test_a_broken_manifest_is_refused(rng, tmp_path, change, message):
   file.write_text(json.dumps(values))
   with pytest.raises(ValueError, match=f"no manifest of cached.*{message}"):
     cache_manifest.Manifest.read(tmp_path)
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+def test_a_damaged_shard_is_named_in_training_too(rng, tmp_path, threads):
+  records = [random_record(rng, index) for index in range(9)]
+  write_cache(tmp_path, records)
+  null = bfloat16(rng, 7, 5)
+  np.save(tmp_path / cache.NULL_CAPTION, null.view(np.uint16))
+  shard = tmp_path / "shard-00001.array_record"
+  content = bytearray(shard.read_bytes())
+  content[content.index(b"key-4")] ^= 1
+  shard.write_bytes(content)
+  source = cache.CachedSource(tmp_path)
+  assert source[0].key == "key-0"
+  message = r"shard-00001\.array_record is damaged .*; copy it again"
+  with pytest.raises(ValueError, match=message):
+    source[4]
+  config = config_lib.DataConfig(cache=str(tmp_path))
+  opened = opening.open_cache(source, config, batch_size=1, seed=0)
+  batches = opened.batches(loader.Host(num_threads=threads), 0)
+  with pytest.raises(ValueError, match=message):
+    list(itertools.islice(batches, 9))
+
+
+def test_a_cache_in_a_store_is_refused():
+  with pytest.raises(ValueError, match="gs://b/c is not on a local disk"):
+    cache.CachedSource("gs://b/c")

@@ -99,6 +99,11 @@ def test_equal_generators_draw_equal_captions():
       "proportions must be at least 0",
     ),
     ({"proportions": {"a": 1.0}}, "no effect on method 'first'"),
+    ({"threshold": 25.0}, "threshold has no effect on method 'first'"),
+    (
+      {"method": "random", "temperature": 0.1},
+      "temperature has no effect on method 'random'",
+    ),
   ],
 )
 def test_impossible_selections_are_refused(options, message, unchecked):

@@ -111,6 +111,20 @@ def test_each_source_is_read_in_one_go():
   assert [source.calls for source in sources] == [[[3, 3]], [], [[5, 1, 9]]]
 
 
+def test_records_that_a_disk_does_not_give_at_once_are_asked_for_again():
+  class Busy(Numbers):
+    def __getitems__(self, indices):
+      found = super().__getitems__(indices)
+      if len(self.calls) < 3:
+        raise OSError("busy")
+      return found
+
+  plan = sampler.BatchPlan(
+    0, np.zeros(2, np.int64), np.array([4, 7]), np.arange(2, dtype=np.uint64)
+  )
+  assert loader.read_records([Busy("a")], plan) == [("a", 4), ("a", 7)]
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_examples_are_batched_in_order(processes):
   dataset = grain.MapDataset.source(np.arange(100)).map(lambda x: {"x": x})

@@ -163,3 +163,51 @@ def test_what_cannot_be_planned_is_said_at_once():
   plans = sampler_lib.BatchSampler([full], 1, 0)
   with pytest.raises(ValueError, match="step must not be negative, got -1"):
     plans.batch(-1)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_no_record_comes_twice_in_a_batch(seed):
+  """Of two sources in proportion, in buckets of two batches and more."""
+  rng = np.random.default_rng(seed)
+  batch_size = int(rng.integers(2, 24))
+  sizes = rng.integers(batch_size, 4 * batch_size, (2, 3))
+  populations = [
+    sampler_lib.Population(
+      str(number), float(row.sum()), tuple(np.arange(n) for n in row)
+    )
+    for number, row in enumerate(sizes)
+  ]
+  plans = sampler_lib.BatchSampler(populations, batch_size, seed)
+  crossing = 0
+  for step in range(200):
+    plan = plans.batch(step)
+    rows = set(zip(plan.source.tolist(), plan.index.tolist(), strict=True))
+    assert len(rows) == batch_size
+    middle = int(rng.integers(1, batch_size))
+    parts = [plans.batch(step, r) for r in ((0, middle), (middle, batch_size))]
+    np.testing.assert_array_equal(
+      np.concatenate([part.index for part in parts]), plan.index
+    )
+    crossing += plans.epoch(step) != plans.epoch(step + 1)
+  assert crossing > 3
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_counts_of_epochs_are_what_is_planned(seed):
+  rng = np.random.default_rng(seed)
+  populations = populations_lib.random_populations(
+    rng, int(rng.integers(1, 4)), 3
+  )
+  batch_size = int(rng.integers(1, 40))
+  plans = sampler_lib.BatchSampler(populations, batch_size, seed)
+  before = 0
+  for epoch in range(5):
+    counts = plans.counts(epoch)
+    steps = range(counts.first_step, counts.end_step)
+    assert all(plans.epoch(step) == epoch for step in steps)
+    # What was left over, and what is drawn, is trained on or left over.
+    assert before + sum(counts.drawn) == (
+      len(steps) * batch_size + counts.carried
+    )
+    before = counts.carried
+  assert plans.counts(5).first_step == counts.end_step

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from sana_jax.data import records, scan, sources
+from sana_jax.data import scan, sources, storage
+from sana_jax.data.sources import folder as folder_lib
 from tests import pictures
 
 
@@ -88,13 +89,45 @@ def test_a_fingerprint_tells_orders_and_borders_apart():
   assert len({scan.fingerprint(keys) for keys in sets}) == len(sets)
 
 
-def test_records_that_cannot_be_read_are_problems():
-  class Broken(InMemory):
-    def __getitem__(self, index):
-      if index == 1:
-        raise OSError("disk on fire")
-      return super().__getitem__(index)
+class Unreliable(folder_lib.FolderSource):
+  """A folder on a disk that fails a number of times for every picture."""
 
-  record = records.Record("a", b"", ())
-  source = Broken([record, record])
-  assert scan._measure(source, 0)[1][1] == "disk on fire"
+  def __init__(self, path, failures):
+    super().__init__(storage.Location.of(path))
+    self.failures = dict.fromkeys(range(len(self)), failures)
+
+  def image_head(self, index, size):
+    if self.failures[index]:
+      self.failures[index] -= 1
+      raise OSError("disk on fire")
+    return super().image_head(index, size)
+
+
+def test_what_a_disk_does_not_give_at_once_is_asked_for_again(folder):
+  expected = scan.scan(sources.open_source(folder))
+  found = scan.scan(Unreliable(folder, 2))
+  assert found.problem == expected.problem
+  np.testing.assert_array_equal(found.height, expected.height)
+
+
+def test_records_that_cannot_be_read_are_problems(folder):
+  source = Unreliable(folder, 0)
+  source.failures[1] = 1000
+  found = scan.scan(source)
+  assert found.problem[1] == "disk on fire"
+  assert found.problem[0] is found.problem[2] is None
+
+
+def test_parts_of_a_scan_make_the_whole(folder, tmp_path):
+  source = sources.open_source(folder)
+  whole = scan.scan(source)
+  parts = [
+    scan.scan(source, part=range(*ends)) for ends in ((0, 2), (2, 2), (2, 6))
+  ]
+  sent = [scan.Scan.from_bytes(part.to_bytes()) for part in parts]
+  joined = scan.join(sent)
+  assert joined.to_bytes() == whole.to_bytes()
+  (tmp_path / "a.png").write_bytes(b"")
+  other = scan.scan(sources.open_source(tmp_path))
+  with pytest.raises(ValueError, match="parts are of .* different keys"):
+    scan.join([whole, other])

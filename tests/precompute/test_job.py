@@ -8,7 +8,8 @@ import PIL.Image
 import pytest
 
 from sana_jax import storage
-from sana_jax.data import cache, cache_manifest
+from sana_jax.data import cache, cache_manifest, records
+from sana_jax.data.sources import array_record
 from sana_jax.precompute import finalise, job, report, task
 from tests import pictures, tiny
 from tests.precompute import sources
@@ -247,7 +248,78 @@ def test_a_folder_of_broken_files_becomes_a_cache(checkpoint, tmp_path, rng):
   source = cache.CachedSource(tmp_path / "cache")
   assert len(source) == len(prepared.maker.source) - 4
   reasons = source.manifest.skipped
-  assert {key for key in reasons if not key.startswith("record")} == {
-    *("no_image", "truncated", "zero"),
+  assert reasons.keys() == {"garbled", "no_image", "truncated", "zero"}
+  assert "garbled.txt is not UTF-8" in reasons["garbled"]
+
+
+def compared(psnr, key="a"):
+  picture = np.full((8, 8, 3), 7, np.uint8)
+  return report.Compared(key, (8, 8), psnr, picture, picture)
+
+
+def test_an_autoencoder_that_does_not_know_the_pictures_is_warned_of(
+  whole, tmp_path
+):
+  good, bad = [compared(24.0)], [compared(24.0), compared(11.0, "b")]
+  assert report.verdict([], "emoji") is None
+  assert report.verdict(good, "emoji") is None
+  text = report.verdict(bad, "emoji")
+  assert "autoencoder of emoji does not know such pictures" in text
+  assert "17.5 dB on average, less than 20" in text
+  assert not report.is_compared(tmp_path)
+  directory = storage.Directory(tmp_path)
+  report.write(directory, whole[1].manifest, [])
+  assert not report.is_compared(tmp_path)
+  report.write(directory, whole[1].manifest, bad)
+  assert report.is_compared(tmp_path)
+  values = json.loads((tmp_path / report.REPORT).read_text())
+  assert "does not know such pictures" in values["warning"]
+  assert values["reconstruction"]["mean"] == 17.5
+  (tmp_path / report.REPORT).write_text("{")
+  with pytest.raises(ValueError, match=r"report\.json is no report .*delete"):
+    report.is_compared(tmp_path)
+
+
+def test_an_output_in_a_store_is_refused(tmp_path):
+  assert task.output_directory(str(tmp_path)) == tmp_path
+  with pytest.raises(
+    ValueError, match="--output=gs://x/y is not on a disk; .*gcsfuse"
+  ):
+    task.output_directory("gs://x/y")
+
+
+def test_pictures_with_a_low_score_are_skipped_and_said(
+  checkpoint, tmp_path, rng
+):
+  files = {}
+  for name, score in (("bad", 20), ("good", 25), ("unknown", None)):
+    files[f"{name}.jpg"] = pictures.encode(pictures.picture(rng))
+    value = {"prompt": name, "clip_score": score}
+    files[f"{name}.json"] = json.dumps(value).encode()
+  files["c.jxl"] = b"x"
+  folder = pictures.write_folder(tmp_path / "f", files)
+  what = make_task(checkpoint, source=str(folder), min_clip_score=22.0)
+  outcome = run(job.prepare(what), tmp_path / "cache")
+  assert outcome.completed.manifest.skipped == {
+    "bad": "the CLIP score of its prompt is below 22"
   }
-  assert any("garbled.txt is not UTF-8" in why for why in reasons.values())
+  other = make_task(checkpoint, source=str(folder))
+  with pytest.raises(FileExistsError, match="source_fingerprint was"):
+    run(job.prepare(other), tmp_path / "cache")
+
+
+def test_damaged_records_are_skipped_by_name(checkpoint, tmp_path, rng):
+  items = [
+    records.Record(f"r{i:02d}", sources.png(rng, 40, 40), ()) for i in range(9)
+  ]
+  path = tmp_path / "x.array_record"
+  array_record.write(str(path), items)
+  content = bytearray(path.read_bytes())
+  start = content.index(items[4].image[40:60])
+  content[start : start + 100] = b"\xff" * 100
+  path.write_bytes(content)
+  what = make_task(checkpoint, source=str(path))
+  outcome = run(job.prepare(what), tmp_path / "cache")
+  ((key, why),) = outcome.completed.manifest.skipped.items()
+  assert key == "r04"
+  assert "x.array_record is damaged" in why

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -117,6 +118,24 @@ def test_the_command_makes_a_cache_with_a_report(whole):
   found = report["reconstruction"]["psnr_by_bucket"]
   assert sum(each["count"] for each in found.values()) == 9
   assert (whole[0] / "worst.png").stat().st_size > 1000
+  # A random autoencoder knows no picture.
+  assert "does not know such pictures" in report["warning"]
+
+
+def test_some_pictures_are_compared_unless_that_was_done(
+  command, whole, tmp_path
+):
+  shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
+  before = contents(tmp_path)
+  assert run(command, f"--output={tmp_path}").returncode == 3
+  assert contents(tmp_path) == before
+  (tmp_path / "report.json").unlink()
+  done = run(command, f"--output={tmp_path}")
+  assert done.returncode == 3
+  assert "precompute: WARNING: the autoencoder of" in done.stderr
+  report = json.loads((tmp_path / "report.json").read_text())
+  found = report["reconstruction"]["psnr_by_bucket"]
+  assert sum(each["count"] for each in found.values()) == 8
 
 
 def test_a_run_that_is_killed_again_and_again_makes_the_same_bytes(
@@ -219,6 +238,7 @@ def test_impossible_flags_are_said_in_one_line(command, tmp_path):
   for flag, message in (
     ("--host_index=0", "--num_hosts and --host_index go together"),
     ("--check=-1", "--check must not be negative, got -1"),
+    ("--output=gs://x/y", "--output=gs://x/y is not on a disk"),
     ("--image_size=30", "image_size must be a multiple of 4"),
   ):
     done = run(command, output, flag)

@@ -3,12 +3,15 @@
 import hashlib
 import json
 import re
+import uuid
 
 import numpy as np
 import PIL.Image
 import pytest
 
-from sana_jax.data import sources
+from sana_jax import config as config_lib
+from sana_jax.data import opening, sources, storage
+from sana_jax.data.sources import array_record
 from sana_jax.tools import contact_sheet, diagnosis, doctor
 from tests import pictures
 
@@ -65,7 +68,7 @@ def test_the_report_counts_buckets_and_escapes_captions(tmp_path, rng, capsys):
   folder = pictures.write_folder(tmp_path / "folder", files)
   code, out, _ = run(
     capsys,
-    *(folder, "--image_size=512", "--batch_size=4"),
+    *(folder, "--image_size=512", "--batch_size=1"),
     *("--report", tmp_path / "report"),
   )
   assert code == 1
@@ -77,8 +80,8 @@ def test_the_report_counts_buckets_and_escapes_captions(tmp_path, rng, capsys):
   buckets = {(b["height"], b["width"]): b for b in report["buckets"]}
   # 19 without one unread, three undecodable, and three of other shapes.
   assert buckets[512, 512]["count"] == 12
-  assert buckets[512, 512]["batches"] == 3
-  assert report["leftover"] == 3
+  assert buckets[512, 512]["batches"] == 12
+  assert report["batches_per_epoch"] == 15
   assert sum(report["aspects"].values()) == 15
   assert sum(report["resolutions"].values()) == 15
   ten = min(buckets.items(), key=lambda item: item[0][0] / item[0][1])[1]
@@ -99,7 +102,9 @@ def test_a_healthy_folder_is_healthy_and_an_unusable_one_is_not(
   pictures.write_folder(healthy, {"a.jpg": image, "a.txt": b"a cat"})
   code, out, _ = run(capsys, healthy, "--image_size=512")
   assert (code, out.splitlines()[-1]) == (0, "healthy")
-  code, out, _ = run(capsys, healthy, "--max_tokens=2", "--image_size=512")
+  code, out, _ = run(
+    capsys, healthy, "--max_sequence_length=2", "--image_size=512"
+  )
   assert code == 1
   broken = pictures.write_folder(tmp_path / "broken", {"a.jpg": b""})
   code, _, err = run(capsys, broken)
@@ -120,9 +125,165 @@ def test_flat_pictures_of_other_colours_are_no_duplicates(tmp_path):
   for i, color in enumerate(("red", "blue", "lime", "red")):
     PIL.Image.new("RGB", (40 + i, 40), color).save(tmp_path / f"{i}.png")
   source = sources.open_source(tmp_path)
-  settings = diagnosis.Settings.load(512, 1, None, 300)
+  settings = diagnosis.Settings.load(
+    image_size=512,
+    kind="aspect",
+    multiple=32,
+    max_buckets=10,
+    batch_size=1,
+    tokenizer=None,
+    max_tokens=300,
+  )
   examined = diagnosis.examine_all(source, settings, 2)
   pairs = diagnosis.duplicates(examined)
   assert [(a.key, b.key) for a, b in pairs] == [("3", "0")]
-  report = diagnosis.summarize(source, examined, settings)
+  found = diagnosis.sort(source.name, examined, settings)
+  report = diagnosis.summarize(source, examined, found, settings)
   assert contact_sheet.page(source, examined, report).count("<figure") == 4
+
+
+def healthy_folder(root, rng, shapes=((SIDE, SIDE),)):
+  files = {}
+  for i, shape in enumerate(shapes):
+    files[f"{i}.jpg"] = pictures.encode(pictures.picture(rng, *shape))
+    files[f"{i}.txt"] = f"Picture number {i}".encode()
+  return pictures.write_folder(root, files)
+
+
+def test_the_doctor_expects_the_batches_that_training_reports(
+  tmp_path, rng, capsys
+):
+  shapes = [(80, 80)] * 5 + [(80, 130)] * 3 + [(130, 80)]
+  folder = healthy_folder(tmp_path / "f", rng, shapes)
+  for options, kwargs in (
+    ({"image_size": 48, "buckets": "square"}, {}),
+    ({"image_size": 64, "buckets": "aspect", "max_buckets": 2}, {}),
+    ({"image_size": 64, "buckets": "aspect"}, {"multiple": 32}),
+  ):
+    opened = opening.open_pictures(
+      config_lib.DataConfig(path=str(folder), **options),
+      multiple=kwargs.get("multiple", 16),
+      tokenize=lambda texts: {"length": np.array([len(t) for t in texts])},
+      batch_size=4,
+      seed=0,
+    )
+    flags = {"multiple": 16, "batch_size": 4} | options | kwargs
+    code, out, _ = run(
+      capsys,
+      *(folder, "--json"),
+      *(f"--{name}={value}" for name, value in flags.items()),
+    )
+    report = json.loads(out)
+    ours = [(b["height"], b["width"]) for b in report["buckets"]]
+    assert ours == list(opened.shapes)
+    assert report["batches_per_epoch"] == 9 / 4
+    assert report["moved"] == opened.reports[0].moved
+    assert code == (1 if report["findings"] else 0)
+  code, out, _ = run(
+    capsys,
+    *(folder, "--image_size=64", "--buckets=square", "--batch_size=16"),
+  )
+  assert "9     0.56" in out
+  assert "0.56 batches per epoch; what fills none waits" in out
+  # Squares cut more from ordinary pictures than shapes of their own would.
+  assert (code, out.splitlines()[-1]) == (0, "healthy")
+
+
+def test_sizes_that_no_model_has_are_refused(tmp_path, capsys):
+  for flag, message in (
+    ("--image_size=1000", "must be a multiple of --multiple=32, got 1000"),
+    ("--max_sequence_length=0", "--max_sequence_length must be at least 1"),
+  ):
+    with pytest.raises(SystemExit, match="2"):
+      doctor.main([str(tmp_path), flag])
+    assert message in capsys.readouterr().err
+
+
+def test_palettes_are_healthy_and_pictures_of_nothing_are_not(
+  tmp_path, rng, capsys
+):
+  folder = healthy_folder(tmp_path / "f", rng)
+  image = pictures.picture(rng, SIDE, SIDE).quantize(64)
+  image.save(folder / "palette.png")
+  pictures.picture(rng, SIDE, SIDE).quantize(64).save(folder / "still.gif")
+  for name in ("palette", "still"):
+    (folder / f"{name}.txt").write_text(name)
+  code, out, _ = run(capsys, folder, "--image_size=512", "--json")
+  assert code == 0
+  assert found(json.loads(out)) == {
+    ("palette", "palette"),
+    ("palette", "still"),
+  }
+  # What is transparent may be of any colours.
+  colors = pictures.picture(rng, SIDE, SIDE).convert("RGBA")
+  colors.putalpha(0)
+  colors.save(folder / "glass.png")
+  PIL.Image.new("RGB", (SIDE, SIDE)).save(folder / "night.jpg")
+  for name in ("glass", "night"):
+    (folder / f"{name}.txt").write_text(name)
+  code, out, _ = run(capsys, folder, "--image_size=512", "--json")
+  assert code == 1
+  assert found(json.loads(out)) >= {
+    ("transparent", "glass"),
+    ("single_color", "night"),
+  }
+  assert len(found(json.loads(out))) == 4
+
+
+def test_files_that_are_not_read_are_found(tmp_path, rng, capsys):
+  folder = healthy_folder(tmp_path / "f", rng)
+  (folder / "README.md").write_text("about")
+  code, out, _ = run(capsys, folder, "--image_size=512")
+  assert code == 0
+  assert "info: 1 files are neither pictures nor about any (other_file)" in out
+  (folder / "a.jxl").write_bytes(b"x")
+  (folder / ".b.jpg").write_bytes(b"x")
+  code, out, _ = run(capsys, folder, "--image_size=512")
+  assert code == 1
+  assert "warning: 2 pictures are of a kind that is not read (not_read)" in out
+  assert "  a.jxl: .jxl is not read; convert it to .png or .jpg" in out
+  assert "  .b.jpg: hidden files and those of hidden directories" in out
+
+
+def test_damaged_array_records_are_examined_as_far_as_they_go(
+  tmp_path, rng, capsys
+):
+  folder = healthy_folder(tmp_path / "f", rng, [(SIDE, SIDE)] * 4)
+  path = tmp_path / "x.array_record"
+  source = sources.open_source(folder)
+  array_record.write(str(path), source)
+  content = bytearray(path.read_bytes())
+  # Records lie one behind the other; the file is padded. The first is whole.
+  place = len(source[0].image) + 4000
+  content[place : place + 50] = b"\xff" * 50
+  path.write_bytes(content)
+  code, out, _ = run(capsys, path, "--image_size=512", "--json")
+  assert code == 1
+  codes = found(json.loads(out))
+  assert codes == {("unreadable_record", "1")}
+  # Without its end nothing is known of it.
+  path.write_bytes(content[: len(content) // 2])
+  code, _, err = run(capsys, path)
+  assert code == 2
+  assert "x.array_record does not end with an index" in err
+
+
+def test_reports_go_to_any_store_but_not_into_the_source(tmp_path, rng, capsys):
+  folder = healthy_folder(tmp_path / "f", rng)
+  report = f"memory://{uuid.uuid4().hex}/report"
+  code, _, _ = run(capsys, folder, "--image_size=512", f"--report={report}")
+  assert code == 0
+  place = storage.Location.of(report)
+  assert json.loads((place / "report.json").read())["healthy"]
+  assert (place / "contact_sheet.html").read().count(b"<figure") == 1
+  before = checksums(folder)
+  code, _, err = run(capsys, folder, "--report", folder / "report")
+  assert code == 2
+  assert "is within" in err
+  assert checksums(folder) == before
+  file = tmp_path / "file"
+  file.write_text("no directory")
+  code, out, err = run(capsys, folder, "--report", file / "x")
+  assert (code, out) == (2, "")
+  assert err.startswith("doctor: ")
+  assert "file" in err

@@ -1,6 +1,9 @@
 """Pictures and caches as inputs: what is read, and what a step makes of it."""
 
 import dataclasses
+import json
+import shutil
+import time
 
 import jax
 import numpy as np
@@ -10,6 +13,7 @@ from sana_jax import config as config_lib
 from sana_jax import text
 from sana_jax.data import (
   buckets,
+  cache_records,
   captions,
   loader,
   opening,
@@ -20,7 +24,9 @@ from sana_jax.data import (
 )
 from sana_jax.data import cache as cache_lib
 from sana_jax.pipeline import training_run
-from sana_jax.training import inputs, text_to_image
+from sana_jax.precompute import encoders as encoders_lib
+from sana_jax.precompute import job, task
+from sana_jax.training import inputs, loop, text_to_image
 from tests import caches, tiny
 from tests import pictures as picture_files
 from tests.precompute import sources
@@ -82,6 +88,21 @@ def test_a_broken_picture_stops_a_run_that_did_not_look(
     seed=0,
   )
   with pytest.raises(ValueError, match="truncated: .*set data.verify=True"):
+    next(iter(opened.batches(loader.Host(), 0)))
+
+
+def test_a_caption_that_is_no_text_stops_such_a_run_too(tmp_path, rng):
+  files, _ = picture_files.planted(rng)
+  kept = {n: c for n, c in files.items() if n.startswith("garbled")}
+  picture_files.write_folder(tmp_path, kept)
+  opened = opening.open_pictures(
+    config_lib.DataConfig(path=str(tmp_path), image_size=SIDE),
+    multiple=4,
+    tokenize=lambda text: {"length": np.array([len(text)])},
+    batch_size=1,
+    seed=0,
+  )
+  with pytest.raises(ValueError, match="garbled.txt .*set data.verify=True"):
     next(iter(opened.batches(loader.Host(), 0)))
 
 
@@ -161,7 +182,9 @@ def test_a_cache_stands_for_its_pictures(checkpoint, pictures, cache):
   """The step makes the same of either, up to the cache's bfloat16."""
   config = make_config(checkpoint, cache=str(cache))
   generation = training_run.generation_config(config)
-  from_cache = inputs.from_cache(config, tiny.autoencoder_config(), generation)
+  from_cache = inputs.from_cache(
+    config, tiny.autoencoder_config(), generation, words
+  )
   (cached,) = take(from_cache.batches, 1)
   source = cache_lib.CachedSource(cache)
   # The same records of the source, found by their keys.
@@ -249,12 +272,175 @@ def test_a_cache_of_another_kind_is_refused(checkpoint, cache, tmp_path):
     text_to_image.make_recipe(config)
 
 
-def test_a_cache_and_a_trained_text_encoder_exclude_each_other(checkpoint):
+def test_states_of_a_text_encoder_that_is_trained_are_refused(
+  checkpoint, cache
+):
   config = dataclasses.replace(
-    make_config(checkpoint, cache="c"), train_text_encoder=True
+    make_config(checkpoint, cache=str(cache)), train_text_encoder=True
   )
-  with pytest.raises(ValueError, match="data.cache holds text states"):
-    config.freeze()
+  with pytest.raises(ValueError, match="holds text states, which train_text_"):
+    text_to_image.make_recipe(config)
+
+
+def test_a_cache_without_text_states_is_trained_with_a_text_encoder(
+  checkpoint, pictures, tmp_path
+):
+  prepared = job.assemble(
+    task.Task(
+      source="pictures",
+      checkpoint=str(checkpoint),
+      image_size=SIDE,
+      batch_size=4,
+    ),
+    *(pictures, pictures.sizes(), "f" * 64),
+    encoders_lib.load(
+      *(str(checkpoint),),
+      dtype="float32",
+      tile=None,
+      batch_size=4,
+      latents_only=True,
+    ),
+  )
+  job.run(prepared, tmp_path, started=time.monotonic())
+  config = make_config(checkpoint, cache=str(tmp_path))
+  recipe = text_to_image.make_recipe(config)
+  assert {"text_encoder", "null_ids"} <= set(recipe.frozen)
+  (batch,) = take(recipe.batches, 1)
+  assert {*batch} == {"latents", "input_ids", "attention_mask"}
+  assert batch["latents"].dtype == cache_records.BFLOAT16
+  # The captions are those of the records.
+  source = cache_lib.CachedSource(tmp_path)
+  plan = sampler_of(source, config).batch(0)
+  captions_of = [source[int(i)].captions for i in plan.index]
+  tokenizer = text.Tokenizer.from_pretrained(config.tokenizer)
+  expected = text_to_image._tokenize(
+    *(tokenizer, training_run.generation_config(config)),
+    [found[0].text if found else "" for found in captions_of],
+  )
+  np.testing.assert_array_equal(batch["input_ids"], expected["input_ids"])
+  params = jax.eval_shape(recipe.init, jax.random.key(0))
+  loss, _ = jax.eval_shape(
+    recipe.loss_fn, params, recipe.frozen, jax.random.key(1), batch
+  )
+  assert loss.shape == ()
+  made = jax.jit(
+    lambda frozen, batch: inputs.latents_to_conditions(
+      {}, frozen, batch, config
+    )
+  )(recipe.frozen, batch)
+  latents = np.stack([source[int(i)].latents for i in plan.index])
+  np.testing.assert_array_equal(made.latents, latents.astype(np.float32))
+  np.testing.assert_array_equal(made.text_mask, batch["attention_mask"] > 0)
+  # The text encoder may be trained, too: there are no states to go stale.
+  trained = dataclasses.replace(config, train_text_encoder=True)
+  assert "text_encoder" not in text_to_image.make_recipe(trained).frozen
+
+
+@pytest.mark.parametrize(
+  ("field", "value", "message"),
+  [
+    ("resample", "lanczos", "resample is 'lanczos', training needs 'bicubic'"),
+    ("crop", "random", "crop is 'random', training needs 'center'"),
+    ("buckets", ((64, 64),), r"buckets has \[\(64, 64\)\], which are not in"),
+    (
+      "buckets",
+      ((33, 31),),
+      r"buckets has \[\(33, 31\)\], training needs mult",
+    ),
+  ],
+)
+def test_what_a_cache_was_made_with_is_compared(
+  checkpoint, cache, field, value, message
+):
+  config = make_config(checkpoint, cache=str(cache))
+  manifest = cache_lib.CachedSource(cache).manifest
+  changed = dataclasses.replace(
+    manifest,
+    settings=dataclasses.replace(manifest.settings, **{field: value}),
+  )
+  arguments = (
+    *(config, tiny.autoencoder_config()),
+    training_run.generation_config(config),
+  )
+  inputs.check_cache(manifest, *arguments)
+  with pytest.raises(ValueError, match=message):
+    inputs.check_cache(changed, *arguments)
+  config.data.resample = "lanczos"
+  if field == "resample":
+    inputs.check_cache(changed, *arguments)
+
+
+@pytest.mark.parametrize("field", ["tile", "dtype", "source_fingerprint"])
+def test_a_cache_that_was_made_again_otherwise_is_another(
+  checkpoint, cache, tmp_path, field
+):
+  copy = shutil.copytree(cache, tmp_path / "cache")
+  config = make_config(checkpoint, cache=str(copy))
+  run = tmp_path / "run"
+  run.mkdir()
+  text_to_image.make_recipe(config).ledger.begin(run)
+  manifest = json.loads((copy / "manifest.json").read_text())
+  manifest["settings"][field] = "other"
+  (copy / "manifest.json").write_text(json.dumps(manifest))
+  with pytest.raises(ValueError, match=f"cache: {field} is other, was"):
+    text_to_image.make_recipe(config).ledger.begin(run)
+
+
+def make_cache(checkpoint, path, **what):
+  prepared = job.prepare(
+    task.Task(
+      checkpoint=str(checkpoint), image_size=SIDE, buckets="square", **what
+    )
+  )
+  job.run(prepared, path, started=time.monotonic())
+  return str(path)
+
+
+def train_two_steps(checkpoint, workdir, **data):
+  """Returns the losses, and what of the source was read and used."""
+  config = make_config(checkpoint, **data)
+  config.num_steps, config.log_every = 2, 1
+  loop.train(config, workdir, text_to_image.make_recipe(config, workdir))
+  lines = (workdir / "metrics.jsonl").read_text().splitlines()
+  report = json.loads((workdir / "data_report.json").read_text())
+  return [json.loads(line)["loss"] for line in lines], report["sources"][0]
+
+
+@pytest.mark.slow
+def test_a_folder_of_broken_files_is_trained_from(checkpoint, tmp_path, rng):
+  files, _ = picture_files.planted(rng)
+  picture_files.write_folder(tmp_path / "planted", files)
+  planted = str(tmp_path / "planted")
+  cached = make_cache(checkpoint, tmp_path / "cache", source=planted)
+  losses = []
+  for name, data in (
+    ("pictures", {"path": planted, "verify": True}),
+    ("cache", {"cache": cached}),
+  ):
+    found, source = train_two_steps(
+      checkpoint, tmp_path / f"run_{name}", **data
+    )
+    losses.append(found)
+    # Truncated, no image, no bytes, and a caption that is not text.
+    assert (source["read"], source["used"], source["skipped"]) == (19, 15, 4)
+    keys = [k for keys in source["skipped_by_reason"].values() for k in keys]
+    assert {"truncated", "no_image", "zero"} < {*keys}
+  assert len(losses[0]) == 2
+  np.testing.assert_allclose(losses[1], losses[0], rtol=1e-2)
+
+
+@pytest.mark.slow
+def test_emoji_go_through_a_cache_to_training(checkpoint, tmp_path):
+  cached = make_cache(
+    checkpoint,
+    tmp_path / "cache",
+    source="sana_jax/assets/emoji_64",
+    split="heldout",
+  )
+  losses, source = train_two_steps(checkpoint, tmp_path / "run", cache=cached)
+  assert len(losses) == 2
+  assert np.isfinite(losses).all()
+  assert (source["read"], source["used"], source["skipped"]) == (80, 80, 0)
 
 
 def test_pictures_of_several_sources_are_opened_by_the_config(

@@ -39,8 +39,9 @@ def open_source(
   """Opens a data set of pictures with captions.
 
   Args:
-    path: a directory, a file, or a pattern with stars, on a local disk or in
-      any store that fsspec knows (gs://, s3://, hf://, memory://).
+    path: a directory, a file, or a pattern with stars or braces
+      ({00..15}.tar), on a local disk or in any store that fsspec knows (gs://,
+      s3://, hf://, memory://).
     kind: one of `KINDS`; "auto" looks at what is there.
     split: of a TFDS data set; for the others a subdirectory, or files named
       train.tar or train-....tar.
@@ -63,7 +64,7 @@ def open_source(
         f"{root} is a file: split={split!r} needs a directory with splits."
       )
     return _open_files([root], root, kind)
-  found = root.glob() if storage.has_stars(root.path) else []
+  found = root.glob() if storage.is_pattern(root.path) else []
   if not found:
     raise FileNotFoundError(
       f"There is nothing at {root}: expected a directory of pictures, .tar, "
@@ -87,12 +88,14 @@ def _open_directory(
     if split is not None:
       root = root / split
     return wids.open_wids(root)
-  names = root.files()
+  everything = root.files()
+  names = [name for name in everything if not storage.is_hidden(name)]
   if split is not None:
+    everything = [name for name in everything if _is_of_split(name, split)]
     names = _of_split(names, root, split)
   kind = _kind_of(names, root) if kind == "auto" else kind
   if kind == "folder":
-    return folder.FolderSource(root, names)
+    return folder.FolderSource(root, everything)
   chosen = [n for n in names if n.lower().endswith(_SUFFIXES[kind])]
   if not chosen:
     raise FileNotFoundError(

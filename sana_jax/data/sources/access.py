@@ -1,8 +1,10 @@
 """What our sources have in common beyond `records.Source`."""
 
 import abc
+import collections
 import operator
-from collections.abc import Iterator, Sequence
+import types
+from collections.abc import Iterator, Mapping, Sequence
 from typing import SupportsIndex
 
 from sana_jax.data import records
@@ -16,10 +18,15 @@ class FileSource(abc.ABC):
   Attributes:
     name: the path it was opened from.
     orphans: files that describe no picture, such as a .txt without one.
+    unread: pictures that are left out, and of what kind they are: a suffix
+      that is not read, or "hidden".
+    others: files that are neither pictures nor about any.
   """
 
   name: str
   orphans: tuple[str, ...] = ()
+  unread: Mapping[str, str] = types.MappingProxyType({})
+  others: tuple[str, ...] = ()
 
   @abc.abstractmethod
   def keys(self) -> Sequence[str]:
@@ -28,6 +35,14 @@ class FileSource(abc.ABC):
   @abc.abstractmethod
   def file_name(self, index: int) -> str | None:
     """Returns what the picture's file is called, if it has a name."""
+
+  def key(self, index: int) -> str:
+    """Returns one key, of a record that cannot be read too."""
+    return self.keys()[index]
+
+  def captions(self, index: SupportsIndex) -> tuple[records.Caption, ...]:
+    """Reads a record's captions, without its picture where that is easy."""
+    return self[index].captions
 
   @abc.abstractmethod
   def _read(self, index: int) -> records.Record:
@@ -64,6 +79,32 @@ class FileSource(abc.ABC):
         f"index {index} is outside the {len(self)} records of {self.name}"
       )
     return index % len(self)
+
+
+def describe_unread(source: records.Source) -> str | None:
+  """Says how many pictures are left out, and of what kinds; None: none are."""
+  if not isinstance(source, FileSource) or not source.unread:
+    return None
+  kinds = collections.Counter(source.unread.values())
+  first = {kind: name for name, kind in reversed(source.unread.items())}
+  shown = [
+    f"{count} {kind} (such as {first[kind]})"
+    for kind, count in sorted(kinds.items())
+  ]
+  return (
+    f"{source.name}: {len(source.unread)} pictures are not read: "
+    f"{', '.join(shown)}"
+  )
+
+
+def key_of(source: records.Source, index: int) -> str:
+  """Returns the key of a record, which need not be readable."""
+  if isinstance(source, FileSource):
+    return source.key(index)
+  try:
+    return source[index].key
+  except (OSError, ValueError):
+    return f"record {index}"
 
 
 def require_unique(keys: Sequence[str], name: str) -> None:

@@ -116,10 +116,16 @@ class ArrayRecordSource(access.FileSource):
       places.setdefault(number, []).append((row, position))
     found: dict[int, records.Record] = {}
     for number, rows in places.items():
-      contents = self._reader(number).read([row for row, _ in rows])
+      contents = self._contents(number, [row for row, _ in rows])
       for (_, position), content in zip(rows, contents, strict=True):
         found[position] = _unpack(content)
     return [found[position] for position in range(len(indices))]
+
+  def _contents(self, number: int, rows: Sequence[int]) -> Sequence[bytes]:
+    try:
+      return self._reader(number).read(rows)
+    except RuntimeError as error:
+      raise ValueError(damage(self._paths[number], error)) from error
 
   def _reader(self, number: int) -> array_record_module.ArrayRecordReader:
     with self._lock:
@@ -127,9 +133,11 @@ class ArrayRecordSource(access.FileSource):
         path = self._paths[number]
         if not os.path.isfile(path):
           raise FileNotFoundError(f"There is no ArrayRecord file {path}.")
-        self._readers[number] = array_record_module.ArrayRecordReader(
-          path, _OPTIONS
-        )
+        try:
+          reader = array_record_module.ArrayRecordReader(path, _OPTIONS)
+        except RuntimeError as error:
+          raise ValueError(damage(path, error)) from error
+        self._readers[number] = reader
       return self._readers[number]
 
   def _open(self) -> None:
@@ -144,6 +152,14 @@ class ArrayRecordSource(access.FileSource):
   def __setstate__(self, state):
     self.__dict__.update(state)
     self._open()
+
+
+def damage(path: str, error: RuntimeError) -> str:
+  """Returns what to say of a file that its reader cannot make sense of."""
+  return (
+    f"{path} is damaged ({error}): copy it again, or make it anew from what it "
+    "was made from."
+  )
 
 
 def _unpack(content: bytes) -> records.Record:
@@ -165,6 +181,8 @@ def _read_keys(
       last = msgpack.unpackb(reader.read([count - 1])[0])
     except ValueError:  # Records of another kind.
       last = None
+    except RuntimeError as error:
+      raise ValueError(damage(path, error)) from error
   if not isinstance(last, dict) or last.get("format") != FORMAT:
     raise ValueError(
       f"{path} does not end with an index of {FORMAT}: expected a file that "

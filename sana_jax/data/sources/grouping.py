@@ -4,14 +4,27 @@ import dataclasses
 import pathlib
 import posixpath
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+
+from sana_jax.data import storage
 
 IMAGE_SUFFIXES = frozenset(
   (
-    *(".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"),
-    *(".avif", ".jfif"),
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif"),
+    *(".bmp", ".dib", ".tif", ".tiff", ".avif", ".jp2", ".j2k", ".tga"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".qoi"),
   )
 )
+# Pictures to their owners, which nothing here decodes.
+UNREAD_SUFFIXES = frozenset(
+  (
+    *(".jxl", ".heic", ".heif", ".svg", ".svgz", ".psd", ".psb", ".xcf"),
+    *(".exr", ".hdr", ".eps", ".pdf", ".dng", ".cr2", ".cr3", ".nef", ".arw"),
+    *(".orf", ".rw2", ".raf", ".raw", ".ico", ".avifs", ".jxr", ".bpg"),
+  )
+)
+HIDDEN = "hidden"
+_DESCRIBING = (".txt", ".json")
 _SCORES = re.compile(r"[_.].*score$")
 
 
@@ -43,6 +56,37 @@ def is_image(name: str) -> bool:
   return split_suffix(name)[1].lower() in IMAGE_SUFFIXES
 
 
+def unread(names: Iterable[str]) -> dict[str, str]:
+  """Returns which files are pictures that are not read, and of what kind.
+
+  The kind is the suffix, or `HIDDEN`. What macOS puts beside a picture
+  (`._a.jpg`) is none.
+  """
+  kinds = {}
+  for name in sorted(names):
+    base = posixpath.basename(name)
+    # A hidden ".jpg" has no suffix to posixpath.
+    suffix = pathlib.PurePosixPath(f"x{base}").suffix.lower()
+    if base.startswith("._"):
+      continue
+    if suffix in UNREAD_SUFFIXES:
+      kinds[name] = suffix
+    elif suffix in IMAGE_SUFFIXES and storage.is_hidden(name):
+      kinds[name] = HIDDEN
+  return kinds
+
+
+def others(names: Iterable[str]) -> list[str]:
+  """Returns the files that are neither pictures nor describe any."""
+  return [
+    name
+    for name in sorted(names)
+    if not is_image(name)
+    and not storage.is_hidden(name)
+    and split_suffix(name)[1].lower() not in {*UNREAD_SUFFIXES, *_DESCRIBING}
+  ]
+
+
 def split_suffix(name: str) -> tuple[str, str]:
   """Splits off the last suffix: a/b.c.jpg is a/b.c and .jpg."""
   return posixpath.splitext(name)
@@ -64,8 +108,10 @@ def group(names: Sequence[str]) -> tuple[list[Group], list[str]]:
     names: with slashes, in any order.
 
   Returns:
-    The groups, sorted by key, and the .txt and .json files of no picture.
+    The groups, sorted by key, and the .txt and .json files of no picture, not
+    even of one that is not read.
   """
+  missed = {split_suffix(name)[0]: [name] for name in unread(names)}
   images: dict[str, list[str]] = {}
   for name in sorted(names):
     if is_image(name):
@@ -77,11 +123,12 @@ def group(names: Sequence[str]) -> tuple[list[Group], list[str]]:
   for name in sorted(names):
     stem, suffix = split_suffix(name)
     suffix = suffix.lower()
-    if suffix not in (".txt", ".json"):
+    if suffix not in _DESCRIBING:
       continue
     owner = stem if suffix == ".txt" else _owner(stem, images)
     if owner not in images:
-      orphans.append(name)
+      if stem not in missed and _owner(stem, missed) is None:
+        orphans.append(name)
     elif suffix == ".txt":
       texts[stem] = name
     elif owner != stem and is_score_file(name):

@@ -2,7 +2,8 @@
 
 Column `image` (or `jpg`, `png`, `webp`) holds {bytes, path} or bytes, or
 `image_path` names a file relative to the table's. Columns whose names say so
-(see `caption_files.is_caption_name`) hold captions, strings or lists of them.
+(see `caption_files.is_caption_name`) hold captions, strings or lists of them;
+NAME_clip_score or clip_score hold their scores (see `caption_files.scores_of`).
 The keys are those of a column `key` or `__key__`, else the table's name and
 the number of the row.
 
@@ -46,7 +47,8 @@ class ParquetSource(access.FileSource):
     for number, file in enumerate(self._files):
       metadata, schema = _metadata(file)
       if number == 0:
-        self._image, self._captions, self._key = _columns(schema, file)
+        found = _columns(schema, file)
+        self._image, self._captions, self._scores, self._key = found
       self._require_columns(schema, file)
       for i in range(metadata.num_row_groups):
         self._groups.append((number, i))
@@ -76,10 +78,15 @@ class ParquetSource(access.FileSource):
   def _read(self, index: int) -> records.Record:
     fields = self._row(index)
     texts = {name: fields[name] for name in self._captions}
+    scores = {name: fields[name] for name in self._scores}
+    where = f"Row {index} of {self.name}"
     return records.Record(
       key=self._row_key(index) if self._key is None else str(fields[self._key]),
       image=self._bytes(fields[self._image], index),
-      captions=caption_files.assemble(caption_files.from_fields(texts)),
+      captions=caption_files.assemble(
+        caption_files.from_fields(texts, where),
+        caption_files.scores_of(texts | scores, where),
+      ),
     )
 
   def _read_all(self, indices: Sequence[int]) -> list[records.Record]:
@@ -122,7 +129,7 @@ class ParquetSource(access.FileSource):
         self._cached.move_to_end(group)
         return self._cached[group]
     file, number = self._groups[group]
-    columns = [self._image, *self._captions]
+    columns = [self._image, *self._captions, *self._scores]
     columns += [self._key] if self._key else []
     table = _read(self._files[file], number, columns)
     with self._lock:
@@ -132,7 +139,7 @@ class ParquetSource(access.FileSource):
     return table
 
   def _require_columns(self, schema: pa.Schema, file: storage.Location):
-    wanted = {self._image, *self._captions} | (
+    wanted = {self._image, *self._captions, *self._scores} | (
       {self._key} if self._key else set()
     )
     if lacking := wanted - set(schema.names):
@@ -176,8 +183,8 @@ def _read(
 
 def _columns(
   schema: pa.Schema, file: storage.Location
-) -> tuple[str, list[str], str | None]:
-  """Returns the columns of pictures, captions and keys."""
+) -> tuple[str, list[str], list[str], str | None]:
+  """Returns the columns of pictures, captions, scores and keys."""
   images = [name for name in _IMAGES if name in schema.names]
   if not images:
     raise ValueError(
@@ -189,8 +196,11 @@ def _columns(
     for name in schema.names
     if caption_files.is_caption_name(name) and _is_text(schema.field(name).type)
   ]
+  scores = [
+    name for name in schema.names if caption_files.is_score_name(name, captions)
+  ]
   keys = [name for name in _KEYS if name in schema.names]
-  return images[0], captions, keys[0] if keys else None
+  return images[0], captions, scores, keys[0] if keys else None
 
 
 def _is_text(kind: pa.DataType) -> bool:

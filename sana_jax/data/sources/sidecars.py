@@ -67,12 +67,18 @@ class Sidecars:
     for suffix, location in self._files[shard]:
       table = self._table(location)
       found = key if key in table else stem
-      if not isinstance(table.get(found), Mapping):
+      if found not in table:
         continue
+      if not isinstance(table[found], Mapping):
+        raise ValueError(
+          f"{location} describes {found!r} by a JSON "
+          f"{type(table[found]).__name__}: expected an object of captions, or "
+          "scores, by name."
+        )
       if grouping.is_score_file(location.name):
         scores |= caption_files.scores_from_json(table, found, str(location))
       else:
-        texts |= caption_files.from_json(table, found, suffix)
+        texts |= caption_files.from_json(table, found, str(location), suffix)
     return texts, scores
 
   def _table(self, location: storage.Location) -> Mapping[str, Any]:

@@ -13,7 +13,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from sana_jax.data import records, storage
-from sana_jax.data.sources import access, caption_files
+from sana_jax.data.sources import access, array_record, caption_files
 
 _EMOJI = frozenset(("name", "base_name", "keywords", "codepoints"))
 _Path = tuple[str, ...]
@@ -83,10 +83,13 @@ class TfdsSource(access.FileSource):
     return f"{self._split}/{index}"
 
   def _read(self, index: int) -> records.Record:
-    return self._record(index, self._records[index])
+    return self._read_all([index])[0]
 
   def _read_all(self, indices: Sequence[int]) -> list[records.Record]:
-    fields = self._records.__getitems__(indices)
+    try:
+      fields = self._records.__getitems__(indices)
+    except RuntimeError as error:
+      raise ValueError(array_record.damage(self.name, error)) from error
     return list(map(self._record, indices, fields))
 
   def _record(self, index: int, fields: Any) -> records.Record:
@@ -100,7 +103,9 @@ class TfdsSource(access.FileSource):
     return records.Record(
       key=self._key(index),
       image=bytes(fields[self._image]),
-      captions=caption_files.assemble(caption_files.from_fields(texts)),
+      captions=caption_files.assemble(
+        caption_files.from_fields(texts, self.name)
+      ),
     )
 
 

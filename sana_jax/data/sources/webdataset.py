@@ -10,7 +10,7 @@ import posixpath
 import tarfile
 from collections.abc import Mapping, Sequence
 from concurrent import futures
-from typing import Any
+from typing import Any, NamedTuple, SupportsIndex
 
 from sana_jax.data import records, storage
 from sana_jax.data.sources import access, caption_files, grouping, sidecars
@@ -69,11 +69,14 @@ class TarSource(access.FileSource):
       scanned = list(pool.map(_scan, range(len(shards)), self._shards))
     self._entries = [entry for entries, _ in scanned for entry in entries]
     self.counts = tuple(len(entries) for entries, _ in scanned)
-    self.orphans = tuple(
-      f"{shard.name}:{member}"
-      for shard, (_, orphans) in zip(self._shards, scanned, strict=True)
-      for member in orphans
-    )
+    orphans, unread, others = [], {}, []
+    for shard, (_, strays) in zip(self._shards, scanned, strict=True):
+      prefix = f"{shard.name}:"
+      orphans += [prefix + member for member in strays.orphans]
+      unread |= {prefix + m: kind for m, kind in strays.unread.items()}
+      others += [prefix + member for member in strays.others]
+    self.orphans, self.unread = tuple(orphans), unread
+    self.others = tuple(others)
     if not self._entries:
       raise FileNotFoundError(
         f"No pictures in the {len(shards)} tar file(s) of {name}: expected "
@@ -91,6 +94,9 @@ class TarSource(access.FileSource):
   def keys(self) -> list[str]:
     return [self._key(entry) for entry in self._entries]
 
+  def key(self, index: int) -> str:
+    return self._key(self._entries[index])
+
   def file_name(self, index: int) -> str:
     return self._entries[index].member
 
@@ -107,10 +113,20 @@ class TarSource(access.FileSource):
 
   def _read(self, index: int) -> records.Record:
     entry = self._entries[index]
+    return records.Record(
+      key=self._key(entry),
+      image=self._bytes(entry, entry.image),
+      captions=self.captions(index),
+    )
+
+  def captions(self, index: SupportsIndex) -> tuple[records.Caption, ...]:
+    entry = self._entries[self._checked(index)]
     stem = posixpath.basename(grouping.split_suffix(entry.member)[0])
     texts, scores = {}, {}
     for suffix, span in entry.captions:
-      texts |= caption_files.from_json(self._json(entry, span), stem, suffix)
+      value, where = self._json(entry, span), self._where(entry)
+      texts |= caption_files.from_json(value, stem, where, suffix)
+      scores |= caption_files.scores_of(value, where)
     for span in entry.scores:
       scores |= caption_files.scores_from_json(
         self._json(entry, span), stem, self._where(entry)
@@ -121,12 +137,8 @@ class TarSource(access.FileSource):
       text = caption_files.from_text(
         self._bytes(entry, entry.text), self._where(entry)
       )
-    return records.Record(
-      key=self._key(entry),
-      image=self._bytes(entry, entry.image),
-      captions=caption_files.assemble(
-        texts | more_texts, scores | more_scores, text
-      ),
+    return caption_files.assemble(
+      texts | more_texts, scores | more_scores, text
     )
 
   def _where(self, entry: _Entry) -> str:
@@ -144,10 +156,16 @@ class TarSource(access.FileSource):
     )
 
 
-def _scan(
-  number: int, shard: storage.Location
-) -> tuple[list[_Entry], list[str]]:
-  """Returns a tar file's records and orphans."""
+class _Strays(NamedTuple):
+  """The members of a tar file that are in no record; see `FileSource`."""
+
+  orphans: list[str]
+  unread: dict[str, str]
+  others: list[str]
+
+
+def _scan(number: int, shard: storage.Location) -> tuple[list[_Entry], _Strays]:
+  """Returns a tar file's records, and what belongs to none."""
   spans = _members(shard)
   groups, orphans = grouping.group(list(spans))
   entries = [
@@ -162,7 +180,10 @@ def _scan(
     )
     for group in groups
   ]
-  return entries, orphans
+  kinds = grouping.unread(spans)
+  # Hidden members are read: whoever made the tar file wanted them.
+  unread = {n: kind for n, kind in kinds.items() if kind != grouping.HIDDEN}
+  return entries, _Strays(orphans, unread, grouping.others(spans))
 
 
 def _members(shard: storage.Location) -> dict[str, _Span]:
