@@ -406,7 +406,7 @@ PARAM_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
   (r"/attention/branches/\d+/depth_kernel$", (None, None, None)),
   (r"/attention/branches/\d+/point_kernel$", ("heads", None, None)),
   (r"/attention/out/kernel$", ("heads", "embed")),
-  (r"/ffn/inverted/kernel$", ("fused_embed", None)),
+  (r"/ffn/inverted/kernel$", ("fused_embed", "fused")),
   (r"/ffn/(inverted/bias|depth_bias)$", (None,)),
   (r"/ffn/depth_kernel$", (None, None, None)),
   (r"/ffn/point/kernel$", ("mlp", "embed")),

@@ -454,14 +454,14 @@ def _tokens(x: Float[Array, "b h w d"]) -> Float[Array, "b n d"]:
 # Vectors, tables and the depthwise kernels are small and stay whole.
 PARAM_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
   (r"^blocks/scale_shift_table$", ("layers", None, None)),
-  (r"^blocks/.*attention/(kv|qkv)/kernel$", ("layers", "fused_embed", None)),
+  (r"^blocks/.*attention/(kv|qkv)/kernel$", ("layers", "fused_embed", "fused")),
   (r"^blocks/cross_attention/q/kernel$", ("layers", "embed", "heads")),
   (r"^blocks/.*attention/(q|kv|qkv)/bias$", ("layers", None)),
   (r"^blocks/.*attention/norm_[qk]/scale$", ("layers", None)),
   (r"^blocks/.*attention/out/kernel$", ("layers", "heads", "embed")),
   (r"^blocks/.*attention/out/bias$", ("layers", None)),
   (r"^blocks/norm2/(scale|bias)$", ("layers", None)),
-  (r"^blocks/ffn/inverted/kernel$", ("layers", "fused_embed", None)),
+  (r"^blocks/ffn/inverted/kernel$", ("layers", "fused_embed", "fused")),
   (r"^blocks/ffn/(inverted/bias|depth_bias)$", ("layers", None)),
   (r"^blocks/ffn/depth_kernel$", ("layers", None, None, None)),
   (r"^blocks/ffn/point/kernel$", ("layers", "mlp", "embed")),

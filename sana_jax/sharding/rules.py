@@ -21,6 +21,7 @@ RULES: Rules = {
   # parts, so at rest the kernel is cut along its input; `layers.Linear.split`
   # moves it (a weight, not activations) to a share of every part.
   "fused_embed": ("fsdp", "tensor"),
+  "fused": (),
   "vocab": (),
   "layers": (),
 }

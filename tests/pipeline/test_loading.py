@@ -137,14 +137,16 @@ def run(saved, flow, tmp_path_factory):
 
 def save_states(workdir, ema, steps):
   """Saves averages that are a multiple, the step's number, of `ema`."""
-  checkpointer = checkpoint_lib.Checkpointer(workdir, keep=2)
+  checkpointer = checkpoint_lib.Checkpointer(
+    workdir, config_lib.CheckpointConfig()
+  )
   for step in steps:
     scaled = jax.tree.map(lambda w: w * step, ema)  # noqa: B023
     params = jax.tree.map(lambda w: w + 1, ema)
     state = step_lib.TrainState(
       jnp.int32(step), params, scaled, params, jnp.int32(0)
     )
-    checkpointer.save(step, state)
+    checkpointer.save(step, state, {})
   checkpointer.wait()
   checkpointer.close()
 

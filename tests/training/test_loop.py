@@ -131,7 +131,7 @@ def test_another_config_is_refused_by_name(tmp_path):
 
 
 def test_a_batch_that_does_not_divide_is_an_error(tmp_path):
-  with pytest.raises(ValueError, match=r"batch_size \(12\).*devices \(8\)"):
+  with pytest.raises(ValueError, match=r"batch_size \(12\).*data=8"):
     loop.train(make_config(batch_size=12), tmp_path, make_recipe())
 
 
