@@ -3,7 +3,8 @@
 `--config.init_from=SANA1.5_1.6B_1024px` fine-tunes the published one. See
 `sana_1600m_1024` for what is published and what is ours. A batch of 2 per GPU
 is published; 512 in all is ours. Upstream also leaves out pictures whose prompt
-has a CLIP score below 22, which must be done to the data here.
+has a CLIP score below 22: `--min_clip_score=22` of sana_jax.precompute, or
+`--config.data.min_clip_score=22` with pictures.
 """
 
 from configs import sana_1600m_1024
