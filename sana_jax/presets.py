@@ -195,11 +195,12 @@ def describe(config: config_lib.TrainConfig) -> str:
   """Says in one line how a run is spread, and what its compiler is told."""
   told = config.hardware.compiler_options
   options = " ".join(f"{name}={value}" for name, value in told.items())
+  mesh = " ".join(f"{k}={v}" for k, v in config.mesh.items() if v != 1)
   return (
     f"preset {config.hardware.preset or 'none'}: "
-    f"mesh {' '.join(f'{k}={v}' for k, v in config.mesh.items())}, batch "
-    f"{config.batch_size} in {config.optim.accumulation} part(s), remat "
-    f"{config.remat}, compiler options: {options or 'none'}"
+    f"mesh {mesh or 'of one device'}, batch {config.batch_size} in "
+    f"{config.optim.accumulation} part(s), remat {config.remat}, "
+    f"compiler options: {options or 'none'}"
   )
 
 

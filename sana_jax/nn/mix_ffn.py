@@ -57,14 +57,19 @@ class MixFFN(nnx.Module):
     )
 
   def __call__(self, x: Float[Array, "b h w d"]) -> Float[Array, "b h w d"]:
-    # Value and gate side by side: a shard has the same channels of both.
-    kernels = self.depth_kernel[...].astype(self.dtype).reshape(3, 3, 2, -1)
+    # Where a mesh cuts the channels, value and gate are filtered one by one, so
+    # that a shard has the same channels of both; together they are in memory
+    # once.
+    parts = 1 if sharding.shards("mlp") == 1 else 2
+    kernels = self.depth_kernel[...].astype(self.dtype).reshape(3, 3, parts, -1)
     kernels = sharding.constrain(kernels, (None, None, None, "mlp"))
-    biases = self.depth_bias[...].astype(self.dtype).reshape(2, 1, 1, 1, -1)
+    biases = self.depth_bias[...].astype(self.dtype)
+    biases = biases.reshape(parts, 1, 1, 1, -1)
     biases = sharding.constrain(biases, (None, None, None, None, "mlp"))
-    value, gate = (
+    filtered = [
       depthwise_conv_op.depthwise_conv(jax.nn.silu(y), kernels[:, :, part])
       + biases[part]
-      for part, y in enumerate(self.inverted.split(x, 2, axis="mlp"))
-    )
+      for part, y in enumerate(self.inverted.split(x, parts, axis="mlp"))
+    ]
+    value, gate = filtered if parts == 2 else jnp.split(filtered[0], 2, axis=-1)
     return self.point(value * jax.nn.silu(gate))

@@ -35,8 +35,7 @@ def depthwise_conv(
     )
   halo, shards = kh // 2, sharding.shards("rows")
   if shards == 1 or halo == 0:
-    padded = jnp.pad(x, ((0, 0), (halo, halo), (0, 0), (0, 0)))
-    return _filter_rows(padded, kernel)
+    return _filter(_pad(x, halo, kw // 2), kernel)
   if x.shape[1] % shards or x.shape[1] // shards < halo:
     raise ValueError(
       f"depthwise_conv: {x.shape[1]} rows do not divide over sequence={shards} "
@@ -63,16 +62,22 @@ def _filter_shard(
   # Who has no neighbour receives zeros: the padding of the picture.
   above = jax.lax.ppermute(x[:, -halo:], axis, down)
   below = jax.lax.ppermute(x[:, :halo], axis, up)
-  return _filter_rows(jnp.concatenate([above, x, below], axis=1), kernel)
+  x = jnp.concatenate([above, x, below], axis=1)
+  return _filter(_pad(x, 0, kernel.shape[1] // 2), kernel)
 
 
-def _filter_rows(
-  padded: Float[Array, "b h2 w c"], kernel: Float[Array, "kh kw c"]
+def _pad(
+  x: Float[Array, "b h w c"], rows: int, columns: int
+) -> Float[Array, "b h2 w2 c"]:
+  return jnp.pad(x, ((0, 0), (rows, rows), (columns, columns), (0, 0)))
+
+
+def _filter(
+  padded: Float[Array, "b h2 w2 c"], kernel: Float[Array, "kh kw c"]
 ) -> Float[Array, "b h w c"]:
-  """Filters an array whose rows are already padded."""
+  """Filters an array that is already padded."""
   kh, kw, channels = kernel.shape
-  height, width = padded.shape[1] - kh + 1, padded.shape[2]
-  padded = jnp.pad(padded, ((0, 0), (0, 0), (kw // 2, kw // 2), (0, 0)))
+  height, width = padded.shape[1] - kh + 1, padded.shape[2] - kw + 1
   shifted = (
     padded[:, i : i + height, j : j + width]
     * kernel[i, j].reshape(1, 1, 1, channels)

@@ -197,7 +197,9 @@ def test_a_training_run_is_described(tmp_path):
   state = step_lib.TrainState(
     jnp.int32(7), params, params, (moments,), jnp.int32(0)
   )
-  checkpointer = checkpoint.Checkpointer(tmp_path, keep=2)
+  checkpointer = checkpoint.Checkpointer(
+    tmp_path, config_lib.CheckpointConfig()
+  )
   checkpointer.save(7, state)
   checkpointer.wait()
   checkpointer.close()
