@@ -1,6 +1,7 @@
 """train.py as a user runs it: killed, stopped, misspelled, on several hosts."""
 
 import json
+import multiprocessing
 import os
 import pathlib
 import random
@@ -16,6 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import safetensors.numpy
+from absl import app
 
 from sana_jax import pipeline as pipeline_lib
 from sana_jax import tree
@@ -169,24 +171,32 @@ def whole(config, tmp_path_factory):
   return workdir
 
 
-def assert_same_run(workdir, whole, **tolerance):
-  """Compares the data seen (by their losses), and all of the last state."""
+def assert_same_run(workdir, whole, tolerance: float = 0):
+  """Compares the data seen (by their losses), and all of the last state.
+
+  Args:
+    tolerance: largest difference, in units of the largest value of an array.
+  """
   expected, found = metrics(whole), metrics(workdir)
   assert [row["step"] for row in found] == list(range(1, 61))
+  # Every step has a batch of its own, and so a loss.
+  assert len({row["loss"] for row in expected}) == 60
   for a, b in zip(found, expected, strict=True):
-    assert a.keys() == b.keys()
-    for name in b:
-      np.testing.assert_allclose(a[name], b[name], **tolerance, err_msg=name)
-  ours, theirs = final_state(workdir), final_state(whole)
-  assert ours.keys() == theirs.keys()
+    assert_close(a, b, tolerance)
+  theirs = final_state(whole)
   parts = {name.split("/")[0] for name in theirs}
   assert parts == {"step", "params", "ema", "opt_state", "skipped"}
+  assert_close(final_state(workdir), theirs, tolerance)
+  assert_close(exported(workdir), exported(whole), tolerance)
+
+
+def assert_close(ours: dict, theirs: dict, tolerance: float) -> None:
+  assert ours.keys() == theirs.keys()
   for name, value in theirs.items():
-    np.testing.assert_allclose(ours[name], value, **tolerance, err_msg=name)
-  weights = exported(workdir)
-  assert weights.keys() == exported(whole).keys()
-  for name, weight in exported(whole).items():
-    np.testing.assert_allclose(weights[name], weight, **tolerance)
+    largest = tolerance * float(np.abs(value).max())
+    np.testing.assert_allclose(
+      ours[name], value, rtol=0, atol=largest, err_msg=name
+    )
 
 
 @pytest.mark.slow
@@ -202,7 +212,7 @@ def test_a_killed_run_continues_as_if_nothing_had_happened(
   assert step <= newest_checkpoint(tmp_path) < 60
   output = finish(start(config, tmp_path))
   assert "resuming from step" in output
-  assert_same_run(tmp_path, whole, rtol=0)
+  assert_same_run(tmp_path, whole)
 
 
 @pytest.mark.slow
@@ -222,7 +232,7 @@ def test_sigterm_saves_the_step_and_leaves_with_success(
   assert not (tmp_path / "export").exists()
   output = finish(start(config, tmp_path, rare))
   assert f"resuming from step {step}" in output
-  assert_same_run(tmp_path, whole, rtol=0)
+  assert_same_run(tmp_path, whole)
 
 
 def start_two(config, workdir, *flags) -> list[subprocess.Popen]:
@@ -282,8 +292,8 @@ def test_processes_and_meshes_may_change_and_die(config, whole, tmp_path):
     kill_one_of(pair, victim)
   last = finish(start(config, tmp_path))
   assert "resuming from step" in last
-  # Sums over devices are taken in another order.
-  assert_same_run(tmp_path, whole, rtol=1e-5, atol=1e-6)
+  # Sums over devices are taken in another order: 2e-7 was measured.
+  assert_same_run(tmp_path, whole, 1e-6)
 
 
 @pytest.mark.slow
@@ -369,7 +379,8 @@ MISTAKES = {
   "other config": (
     "{dir}/other.py",
     [],
-    "must return one of TextToImageConfig, AutoencoderConfig, got SanaConfig",
+    "must return one of TextToImageConfig, AutoencoderConfig, StagesConfig, "
+    "got SanaConfig",
   ),
   "no such data": (
     "{config}",
@@ -377,6 +388,18 @@ MISTAKES = {
     "no emoji data set in '/nowhere'",
   ),
 }
+
+
+def run_command(arguments: list[str], path: pathlib.Path) -> None:
+  """Does what `python train.py` does, and writes what it prints to a file."""
+  with path.open("wb") as output:
+    os.dup2(output.fileno(), 1)
+    os.dup2(output.fileno(), 2)
+  sys.argv = ["train.py", *arguments]
+  # Here, because it defines flags, as other commands do.
+  import train  # noqa: PLC0415
+
+  app.run(train.main, flags_parser=train._parse_flags)
 
 
 @pytest.mark.slow
@@ -387,27 +410,30 @@ def test_mistakes_end_in_one_line(config, tmp_path):
   (tmp_path / "misspelled.py").write_text(
     head + "  config = config_lib.AutoencoderConfig()\n  config.batchsize = 1\n"
   )
-  processes = {
-    name: start(
-      path.format(config=config, dir=tmp_path), tmp_path / "run", *flags
-    )
+  commands = {
+    name: [
+      f"--config={path.format(config=config, dir=tmp_path)}",
+      *(f"--workdir={tmp_path / 'run'}", *flags),
+    ]
     for name, (path, flags, _) in MISTAKES.items()
   }
-  processes["no workdir"] = subprocess.Popen(
-    [sys.executable, str(ROOT / "train.py"), f"--config={config}"],
-    cwd=ROOT,
-    stdout=subprocess.PIPE,
-    stderr=subprocess.STDOUT,
-    text=True,
-  )
   expected = {name: message for name, (*_, message) in MISTAKES.items()}
+  commands["no workdir"] = [f"--config={config}"]
   expected["no workdir"] = "--workdir must have a value"
-  for name, process in processes.items():
-    output, _ = process.communicate(timeout=PATIENCE)
-    assert process.returncode not in (0, None), (name, output)
+  # Forks of a process that has imported everything: that takes seconds.
+  context = multiprocessing.get_context("forkserver")
+  context.set_forkserver_preload(["train"])
+  for name, flags in commands.items():
+    path = tmp_path / name
+    process = context.Process(target=run_command, args=(flags, path))
+    process.start()
+    process.join(PATIENCE)
+    output = path.read_text()
+    assert process.exitcode not in (0, None), (name, output)
     assert "Traceback" not in output, (name, output)
-    (line,) = [x for x in output.splitlines() if expected[name] in x]
-    assert len(line) < 500, (name, output)
+    lines = [x for x in output.splitlines() if expected[name] in x]
+    assert len(lines) == 1, (name, output)
+    assert len(lines[0]) < 500, (name, output)
 
 
 @pytest.mark.slow
