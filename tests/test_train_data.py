@@ -136,7 +136,6 @@ def test_a_run_on_a_cache_moves_from_one_process_to_two(base, tmp_path):
   pair = [
     test_train.start(
       *(config, tmp_path / "parts", cache, "--distributed"),
-      "--compilation_cache_dir=",  # See `test_train.start_two`.
       **slurm,
       SLURM_PROCID=str(rank),
       SLURM_LOCALID=str(rank),
