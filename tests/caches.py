@@ -8,6 +8,8 @@ from sana_jax.precompute import job, task
 from tests import tiny
 from tests.precompute import sources
 
+_BATCH_SIZE = 4
+
 
 def make_checkpoint(path: pathlib.Path) -> None:
   """Saves a random pipeline without an instruction, as training has none."""
@@ -19,7 +21,7 @@ def make_checkpoint(path: pathlib.Path) -> None:
 
 def load_encoders(checkpoint: pathlib.Path) -> encoders_lib.Encoders:
   return encoders_lib.load(
-    str(checkpoint), dtype="float32", tile=None, batch_size=4
+    str(checkpoint), dtype="float32", tile=None, batch_size=_BATCH_SIZE
   )
 
 
@@ -28,6 +30,7 @@ def make_cache(
   checkpoint: pathlib.Path,
   pictures: sources.Pictures,
   image_size: int,
+  max_buckets: int = task.Task.max_buckets,
 ) -> None:
   """Makes a cache of pictures, in shards of ten."""
   prepared = job.assemble(
@@ -36,6 +39,8 @@ def make_cache(
       checkpoint=str(checkpoint),
       image_size=image_size,
       records_per_shard=10,
+      max_buckets=max_buckets,
+      batch_size=_BATCH_SIZE,
     ),
     *(pictures, pictures.sizes(), "f" * 64, load_encoders(checkpoint)),
   )

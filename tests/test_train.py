@@ -1,6 +1,7 @@
 """train.py as a user runs it: killed, stopped, misspelled, on several hosts."""
 
 import json
+import multiprocessing
 import os
 import pathlib
 import random
@@ -16,6 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import safetensors.numpy
+from absl import app
 
 from sana_jax import pipeline as pipeline_lib
 from sana_jax import tree
@@ -27,12 +29,23 @@ PATIENCE = 900  # seconds; loaded machines are slow
 
 AUTOENCODER = """
 from sana_jax import config as config_lib
-from tests import tiny
 
 
 def get_config():
   config = config_lib.AutoencoderConfig()
-  config.model = tiny.autoencoder_config(4)
+  # The smallest that still has something of all kinds: it is compiled often.
+  kinds, channels, layers = ("ResBlock",) * 3, (4, 8, 8), (0, 0, 1)
+  config.model = config_lib.DCAEConfig(
+    latent_channels=4,
+    encoder_block_types=kinds,
+    decoder_block_types=kinds,
+    encoder_block_out_channels=channels,
+    decoder_block_out_channels=channels,
+    encoder_layers_per_block=layers,
+    decoder_layers_per_block=layers,
+    encoder_qkv_multiscales=((),) * 3,
+    decoder_qkv_multiscales=((),) * 3,
+  )
   config.data.split = "heldout"
   config.num_steps = 60
   config.batch_size = 8
@@ -43,8 +56,8 @@ def get_config():
   config.optim.eps = 1e-3
   config.latent_noise = 0.1
   config.log_every = 1
-  config.checkpoint.every = 4
-  config.sample_every = 30
+  config.checkpoint.every = 10
+  config.sample_every = 50
   config.mesh = {"data": 2, "fsdp": 4}
   config.dtype = "float32"
   config.remat = "none"
@@ -158,24 +171,32 @@ def whole(config, tmp_path_factory):
   return workdir
 
 
-def assert_same_run(workdir, whole, **tolerance):
-  """Compares the data seen (by their losses), and all of the last state."""
+def assert_same_run(workdir, whole, tolerance: float = 0):
+  """Compares the data seen (by their losses), and all of the last state.
+
+  Args:
+    tolerance: largest difference, in units of the largest value of an array.
+  """
   expected, found = metrics(whole), metrics(workdir)
   assert [row["step"] for row in found] == list(range(1, 61))
+  # Every step has a batch of its own, and so a loss.
+  assert len({row["loss"] for row in expected}) == 60
   for a, b in zip(found, expected, strict=True):
-    assert a.keys() == b.keys()
-    for name in b:
-      np.testing.assert_allclose(a[name], b[name], **tolerance, err_msg=name)
-  ours, theirs = final_state(workdir), final_state(whole)
-  assert ours.keys() == theirs.keys()
+    assert_close(a, b, tolerance)
+  theirs = final_state(whole)
   parts = {name.split("/")[0] for name in theirs}
   assert parts == {"step", "params", "ema", "opt_state", "skipped"}
+  assert_close(final_state(workdir), theirs, tolerance)
+  assert_close(exported(workdir), exported(whole), tolerance)
+
+
+def assert_close(ours: dict, theirs: dict, tolerance: float) -> None:
+  assert ours.keys() == theirs.keys()
   for name, value in theirs.items():
-    np.testing.assert_allclose(ours[name], value, **tolerance, err_msg=name)
-  weights = exported(workdir)
-  assert weights.keys() == exported(whole).keys()
-  for name, weight in exported(whole).items():
-    np.testing.assert_allclose(weights[name], weight, **tolerance)
+    largest = tolerance * float(np.abs(value).max())
+    np.testing.assert_allclose(
+      ours[name], value, rtol=0, atol=largest, err_msg=name
+    )
 
 
 @pytest.mark.slow
@@ -183,7 +204,7 @@ def test_a_killed_run_continues_as_if_nothing_had_happened(
   config, whole, tmp_path
 ):
   first = start(config, tmp_path)
-  step = 4 * random.randint(1, 10)
+  step = 10 * random.randint(1, 4)
   wait_for(tmp_path / "checkpoints" / str(step), first)
   first.kill()
   first.communicate()
@@ -191,7 +212,7 @@ def test_a_killed_run_continues_as_if_nothing_had_happened(
   assert step <= newest_checkpoint(tmp_path) < 60
   output = finish(start(config, tmp_path))
   assert "resuming from step" in output
-  assert_same_run(tmp_path, whole, rtol=0)
+  assert_same_run(tmp_path, whole)
 
 
 @pytest.mark.slow
@@ -202,7 +223,7 @@ def test_sigterm_saves_the_step_and_leaves_with_success(
   rare = "--config.checkpoint.every=1000"
   first = start(config, tmp_path, rare)
   wait_for(tmp_path / "metrics.jsonl", first)
-  time.sleep(random.uniform(0, 1))
+  time.sleep(random.uniform(0, 0.5))
   first.terminate()
   output = finish(first)
   step = newest_checkpoint(tmp_path)
@@ -211,7 +232,7 @@ def test_sigterm_saves_the_step_and_leaves_with_success(
   assert not (tmp_path / "export").exists()
   output = finish(start(config, tmp_path, rare))
   assert f"resuming from step {step}" in output
-  assert_same_run(tmp_path, whole, rtol=0)
+  assert_same_run(tmp_path, whole)
 
 
 def start_two(config, workdir, *flags) -> list[subprocess.Popen]:
@@ -223,23 +244,39 @@ def start_two(config, workdir, *flags) -> list[subprocess.Popen]:
     start(
       *(config, workdir, coordinator, "--num_processes=2"),
       *(f"--process_id={rank}", "--heartbeat_timeout=20", *flags),
-      # Only process 0 writes the cache, and finds its programs there; the other
-      # would compile alone for longer than Gloo waits, which is 30 seconds.
-      "--compilation_cache_dir=",
+      # With the cache: only process 0 writes it, and finds its programs there,
+      # while the other compiles.
       XLA_FLAGS="--xla_force_host_platform_device_count=4",
     )
     for rank in range(2)
   ]
 
 
+def kill_one_of(pair, victim: int) -> None:
+  """Kills a process amid a step; the other must end soon, and say why."""
+  time.sleep(random.uniform(0, 0.3))
+  pair[victim].kill()
+  died = time.monotonic()
+  output, _ = pair[1 - victim].communicate(timeout=PATIENCE)
+  pair[victim].communicate()
+  assert time.monotonic() - died < 60
+  assert pair[1 - victim].returncode not in (0, None), output
+  # Where no collective fails first, JAX ends the process when it misses the
+  # other's heartbeat, or the coordinator.
+  ours = f"process {1 - victim} of 2 ends after" in output
+  assert ours or "another task died" in output, output
+  assert not ours or "Run the same command again on all hosts" in output
+  assert "if one of the processes dies, all end within about 20 s" in output
+
+
 @pytest.mark.slow
 def test_processes_and_meshes_may_change_and_die(config, whole, tmp_path):
-  """Two processes are asked to stop; then one of two dies; one ends the run."""
-  pair = start_two(
-    *(config, tmp_path, "--config.mesh.data=1", "--config.mesh.fsdp=8"),
-    "--config.checkpoint.every=1000",
-  )
+  """Two are asked to stop; of two, each dies once; one alone ends the run."""
+  flags = ("--config.mesh.data=4", "--config.mesh.fsdp=2")
+  rare = "--config.checkpoint.every=1000"
+  pair = start_two(config, tmp_path, *flags, rare)
   wait_for(tmp_path / "metrics.jsonl", pair[0])
+  time.sleep(random.uniform(0, 0.5))
   pair[1].terminate()
   for rank, process in enumerate(pair):
     output = finish(process)
@@ -247,34 +284,22 @@ def test_processes_and_meshes_may_change_and_die(config, whole, tmp_path):
     assert "waiting for 2 processes at localhost:" in output
     assert f"process {rank} of 2: 4 local of 8 devices" in output
   stopped = newest_checkpoint(tmp_path)
-  assert 0 < stopped < 50
-  pair = start_two(config, tmp_path)
-  wait_for(tmp_path / "checkpoints" / str(stopped // 4 * 4 + 4), pair[0])
-  victim = random.randrange(2)
-  pair[victim].kill()
-  died = time.monotonic()
-  output, _ = pair[1 - victim].communicate(timeout=PATIENCE)
-  assert time.monotonic() - died < 120
-  assert pair[1 - victim].returncode != 0
-  ours = f"process {1 - victim} of 2 ends after" in output
-  # Where the coordinator died, JAX may end the process before us.
-  assert ours or (victim == 0 and "another task died" in output), output
-  assert not ours or "Run the same command again on all hosts" in output
-  pair[victim].communicate()
-  last = finish(
-    start(
-      *(config, tmp_path, "--config.mesh.data=8", "--config.mesh.fsdp=1"),
-    )
-  )
+  assert 0 < stopped < 40
+  for victim in (0, 1):
+    pair = start_two(config, tmp_path, *flags)
+    step = newest_checkpoint(tmp_path) // 10 * 10 + 10
+    wait_for(tmp_path / "checkpoints" / str(step), pair[0])
+    kill_one_of(pair, victim)
+  last = finish(start(config, tmp_path))
   assert "resuming from step" in last
-  # Sums over devices are taken in another order.
-  assert_same_run(tmp_path, whole, rtol=1e-5, atol=1e-6)
+  # Sums over devices are taken in another order: 2e-7 was measured.
+  assert_same_run(tmp_path, whole, 1e-6)
 
 
 @pytest.mark.slow
 def test_a_checkpoint_that_cannot_be_written_ends_the_run(config, tmp_path):
   process = start(config, tmp_path)
-  wait_for(tmp_path / "checkpoints" / "4", process)
+  wait_for(tmp_path / "checkpoints" / "10", process)
   (tmp_path / "checkpoints").rename(tmp_path / "elsewhere")
   (tmp_path / "checkpoints").write_text("")
   output, _ = process.communicate(timeout=PATIENCE)
@@ -354,7 +379,8 @@ MISTAKES = {
   "other config": (
     "{dir}/other.py",
     [],
-    "must return one of TextToImageConfig, AutoencoderConfig, got SanaConfig",
+    "must return one of TextToImageConfig, AutoencoderConfig, StagesConfig, "
+    "got SanaConfig",
   ),
   "no such data": (
     "{config}",
@@ -362,6 +388,18 @@ MISTAKES = {
     "no emoji data set in '/nowhere'",
   ),
 }
+
+
+def run_command(arguments: list[str], path: pathlib.Path) -> None:
+  """Does what `python train.py` does, and writes what it prints to a file."""
+  with path.open("wb") as output:
+    os.dup2(output.fileno(), 1)
+    os.dup2(output.fileno(), 2)
+  sys.argv = ["train.py", *arguments]
+  # Here, because it defines flags, as other commands do.
+  import train  # noqa: PLC0415
+
+  app.run(train.main, flags_parser=train._parse_flags)
 
 
 @pytest.mark.slow
@@ -372,27 +410,30 @@ def test_mistakes_end_in_one_line(config, tmp_path):
   (tmp_path / "misspelled.py").write_text(
     head + "  config = config_lib.AutoencoderConfig()\n  config.batchsize = 1\n"
   )
-  processes = {
-    name: start(
-      path.format(config=config, dir=tmp_path), tmp_path / "run", *flags
-    )
+  commands = {
+    name: [
+      f"--config={path.format(config=config, dir=tmp_path)}",
+      *(f"--workdir={tmp_path / 'run'}", *flags),
+    ]
     for name, (path, flags, _) in MISTAKES.items()
   }
-  processes["no workdir"] = subprocess.Popen(
-    [sys.executable, str(ROOT / "train.py"), f"--config={config}"],
-    cwd=ROOT,
-    stdout=subprocess.PIPE,
-    stderr=subprocess.STDOUT,
-    text=True,
-  )
   expected = {name: message for name, (*_, message) in MISTAKES.items()}
+  commands["no workdir"] = [f"--config={config}"]
   expected["no workdir"] = "--workdir must have a value"
-  for name, process in processes.items():
-    output, _ = process.communicate(timeout=PATIENCE)
-    assert process.returncode not in (0, None), (name, output)
+  # Forks of a process that has imported everything: that takes seconds.
+  context = multiprocessing.get_context("forkserver")
+  context.set_forkserver_preload(["train"])
+  for name, flags in commands.items():
+    path = tmp_path / name
+    process = context.Process(target=run_command, args=(flags, path))
+    process.start()
+    process.join(PATIENCE)
+    output = path.read_text()
+    assert process.exitcode not in (0, None), (name, output)
     assert "Traceback" not in output, (name, output)
-    (line,) = [x for x in output.splitlines() if expected[name] in x]
-    assert len(line) < 500, (name, output)
+    lines = [x for x in output.splitlines() if expected[name] in x]
+    assert len(lines) == 1, (name, output)
+    assert len(lines[0]) < 500, (name, output)
 
 
 @pytest.mark.slow

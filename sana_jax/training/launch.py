@@ -13,14 +13,18 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import jax
+import orbax.checkpoint as ocp
 from absl import logging
 
 _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID")
 # What JAX itself waits beyond our patience: ours has the better message.
 _GRACE = 60
+# The longest that processes wait for one that lives: the largest models compile
+# for minutes, and so does a grid of 4K samples take.
+_MEETING_SECONDS = 3600
 _POD_COMMAND = (
   "gcloud compute tpus tpu-vm ssh NAME --zone=ZONE --worker=all "
   '--command="COMMAND"'
@@ -104,10 +108,42 @@ def join(cluster: Cluster, *, timeout: int, heartbeat_timeout: int) -> None:
   )
   watchdog.cancel()
   logging.info(
-    "process %d of %d: %d local of %d devices",
+    "process %d of %d: %d local of %d devices; if one of the processes dies, "
+    "all end within about %d s (--heartbeat_timeout), and the same command on "
+    "all hosts continues from the last checkpoint",
     *(jax.process_index(), jax.process_count()),
-    *(jax.local_device_count(), jax.device_count()),
+    *(jax.local_device_count(), jax.device_count(), heartbeat_timeout),
   )
+
+
+def meet(where: str) -> None:
+  """Waits until all processes are here, without a collective.
+
+  To be called before collectives where processes may be minutes apart: one
+  compiles, or is sampling, and another is not. Collectives have little
+  patience (Gloo's, on CPUs, have 30 s); this waits for whoever is alive.
+
+  Args:
+    where: the same in all processes.
+  """
+  # Of one process, orbax makes a function that does nothing.
+  barrier = ocp.multihost.get_barrier_sync_fn()
+  barrier(key=where, timeout_ms=1000 * _MEETING_SECONDS)
+
+
+def compile_and_meet(function: jax.stages.Wrapped, *args: Any) -> None:
+  """Compiles for these arguments; returns when all processes have done it.
+
+  A process that has the program in its compilation cache is there at once;
+  others compile for minutes. The call that follows finds the program made.
+
+  Args:
+    function: jitted; one process compiles it when it is called.
+  """
+  if jax.process_count() == 1:
+    return
+  function.lower(*args).compile()
+  meet("compiled")
 
 
 def leave(code: int) -> NoReturn:

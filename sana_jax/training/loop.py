@@ -171,6 +171,9 @@ class _Run:
       loss_fn=recipe.loss_fn,
       mesh=self._mesh,
     )
+    # Making the recipe may have taken one process longer than another, and
+    # Orbax begins with a collective.
+    launch.meet("begin")
     self._checkpointer = checkpoint.Checkpointer(workdir, config.checkpoint)
     stack.callback(self._checkpointer.close)
     self.state = self._load(self._checkpointer.latest_step())
@@ -257,6 +260,7 @@ class _Run:
       logging.info(
         "exported the averaged model to %s", self._workdir / "export"
       )
+    launch.meet("exported")
 
   def _advance(self, batch: Any) -> None:
     """Makes a step, and looks at the results of the one before."""
@@ -272,10 +276,11 @@ class _Run:
     # A step that compiles first does not count for the speed.
     paused = self._chrono.paused() if is_new else contextlib.nullcontext()
     trace = jax.profiler.StepTraceAnnotation("train", step_num=self._step + 1)
+    inputs = (self.state, self._frozen, self._key, batch)
     with explained, paused, trace:
-      self.state, scalars = self._program.step(
-        self.state, self._frozen, self._key, batch
-      )
+      if is_new:
+        launch.compile_and_meet(self._program.step, *inputs)
+      self.state, scalars = self._program.step(*inputs)
       if is_new:
         jax.block_until_ready(scalars)
     self._step += 1
@@ -409,12 +414,14 @@ class _Run:
           with self._stop.breaking_off():
             picture = self._recipe.sample(*whole)
             self._writer.images(self._step, picture, suffix)
+        launch.meet("sampled")
 
   def _load(self, step: int | None) -> step_lib.TrainState:
     if step is not None:
       logging.info("resuming from step %d", step)
       return self._checkpointer.restore(step, self._program.state)
     logging.info("starting at step 0")
+    launch.compile_and_meet(self._program.init, self._key_init)
     state = self._program.init(self._key_init)
     if self._recipe.initial is None:
       return state

@@ -1,12 +1,15 @@
 """Who takes part in a run, and what one is told when somebody is missing."""
 
 import http.server
+import os
+import re
 import socket
 import subprocess
 import sys
 import threading
 import time
 
+import jax
 import pytest
 
 from sana_jax.training import launch
@@ -111,6 +114,70 @@ def test_without_a_metadata_server_a_machine_is_on_its_own():
 
 def test_one_process_has_no_peers_to_blame():
   assert launch.explain_peer_failure(ValueError("x")) is None
+
+
+def test_one_process_meets_nobody_and_compiles_when_called():
+  launch.meet("here")
+  traced = []
+  launch.compile_and_meet(jax.jit(lambda x: traced.append(x)), 1.0)
+  assert not traced
+
+
+MEET = """
+import sys, time
+import jax
+from sana_jax.training import launch
+rank, port = map(int, sys.argv[1:])
+launch.join(
+  launch.Cluster("coordinator", 2, rank, f"localhost:{port}"),
+  timeout=100, heartbeat_timeout=50,
+)
+launch.meet("ready")
+compiled = []
+jax.monitoring.register_event_duration_secs_listener(
+  lambda name, *_, **__: "backend_compile" in name and compiled.append(name)
+)
+mesh = jax.make_mesh((8,), ("x",))
+everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+def slow(x):
+  time.sleep(3 * rank)  # One process is slower to trace.
+  return 2 * x
+
+double = jax.jit(slow, out_shardings=everywhere)
+started = time.monotonic()
+for _ in range(2):  # A place may be met at again.
+  launch.compile_and_meet(double, 1.0)
+waited, programs = time.monotonic() - started, len(compiled)
+assert float(double(1.0)) == 2
+print(f"waited {waited} for {programs} and {len(compiled) - programs} more")
+"""
+
+
+@pytest.mark.slow
+def test_processes_meet_when_the_slowest_has_compiled():
+  with socket.socket() as free:
+    free.bind(("", 0))
+    port = free.getsockname()[1]
+  flag = "--xla_force_host_platform_device_count=4"
+  pair = [
+    subprocess.Popen(
+      [sys.executable, "-c", MEET, str(rank), str(port)],
+      env=os.environ | {"XLA_FLAGS": flag},
+      stdout=subprocess.PIPE,
+      text=True,
+    )
+    for rank in range(2)
+  ]
+  for process in pair:
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0
+    waited, programs, more = re.search(
+      r"waited (\S+) for (\d+) and (\d+) more", output
+    ).groups()
+    assert float(waited) > 2.5
+    # The call finds what was compiled for it.
+    assert (programs, more) == ("1", "0")
 
 
 JOIN = """
