@@ -144,6 +144,14 @@ def lay_out(config: config_lib.TextToImageConfig, target: Hardware) -> Layout:
     (n for n in _powers(most) if state / n <= _OF_STATE * usable), most
   )
   free = usable - state / fsdp
+  if free <= 0:
+    raise ValueError(
+      f"{target.chips} {target.chip} do not hold the state: parameters, "
+      f"average, gradients and moments are {state / 2**30:.0f} GiB, cut in "
+      f"{fsdp} {state / fsdp / 2**30:.1f} of the {usable / 2**30:.1f} GiB of a "
+      "chip. "
+      "Take more chips, or an optimiser with a smaller state (optim.name)."
+    )
   picture = picture_bytes(config)
   devices = target.chips * target.slices
   most = math.gcd(target.chips // fsdp, _MOST_SEQUENCE_SHARDS)

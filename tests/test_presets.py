@@ -156,3 +156,8 @@ def test_libtpu_knows_the_options_of_tpus(topology, monkeypatch):
   )
   # A jitted function with the options, as the step is.
   jax.jit(lambda x: x @ x, compiler_options=options).lower(x).compile()
+
+
+def test_chips_that_do_not_hold_the_state_are_said_to_be_too_few():
+  with pytest.raises(ValueError, match="1 v5e do not hold the state: .*GiB"):
+    get("sana_1600m_1024", "v5e-1")

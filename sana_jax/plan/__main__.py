@@ -68,6 +68,7 @@ def main(argv: list[str]) -> None:
 def make_plan(config: config_lib.Config) -> tuple[str, dict[str, Any]]:
   """Plans what the flags ask for; returns a page to read, and a record."""
   # Where the file could not be read, any access raises an OSError saying why.
+  getattr(config, "seed", None)
   training.check_config(config)
   devices = topology.describe(_TOPOLOGY.value, num_slices=_NUM_SLICES.value)
   training.complete(config, devices)

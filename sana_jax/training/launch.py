@@ -159,14 +159,20 @@ def leave(code: int) -> NoReturn:
 
 
 def explain_peer_failure(error: Exception) -> str | None:
-  """Returns what to do when a step failed for another process's sake."""
+  """Returns what to do when a step failed, perhaps for another's sake.
+
+  What was wrong in this process says itself what to do, and is left whole.
+  """
   if jax.process_count() == 1:
     return None
+  who = f"process {jax.process_index()} of {jax.process_count()}"
+  if isinstance(error, MemoryError | ValueError | OSError | ArithmeticError):
+    return f"{who} ends: {error}"
   return (
-    f"process {jax.process_index()} of {jax.process_count()} ends after "
-    f"{type(error).__name__}: {' '.join(str(error).split())[:400]}. Where it "
-    "speaks of a connection, another process died first: see its log. Run the "
-    "same command again on all hosts: it continues from the last checkpoint"
+    f"{who} ends after {type(error).__name__}: "
+    f"{' '.join(str(error).split())[:400]}. Where it speaks of a connection, "
+    "another process died first: see its log. Run the same command again on "
+    "all hosts: it continues from the last checkpoint"
   )
 
 

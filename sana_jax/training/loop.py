@@ -239,7 +239,10 @@ class _Run:
           self._roll_back()
       if batch is None or self._checkpointer.reached_preemption(self._step):
         self._save(always=True)
-        logging.warning("asked to stop: saved step %d", self._step)
+        logging.warning(
+          "asked to stop: %s",
+          f"saved step {self._step}" if self._step else "no step is done yet",
+        )
         return
       last = self._step == self._config.num_steps
       if last or self._step % self._config.checkpoint.every == 0:
@@ -302,6 +305,12 @@ class _Run:
     if self._pending is None:
       return
     (step, scalars, flops), self._pending = self._pending, None
+    unknown = self._best_names() - set(scalars)
+    if unknown:
+      raise ValueError(
+        f"checkpoint.best_metric {unknown.pop()!r} is not measured; there are "
+        f"{', '.join(sorted(scalars))}."
+      )
     is_last = step == self._config.num_steps
     logged = is_last or step % self._config.log_every == 0
     names = scalars if logged else {"loss", "skipped", *self._best_names()}
@@ -336,7 +345,7 @@ class _Run:
     with self._chrono.paused():
       found = suspects.find(
         *(self._recipe.name_batch, self._recipe.batches),
-        placement.this_host(self._config)._replace(num_workers=0),
+        placement.reader_of_all(self._config),
         step - 1,
       )
     self._watch.note(
@@ -371,10 +380,12 @@ class _Run:
       first_bad=self._watch.first_bad,
       every=self._config.checkpoint.every,
     )
-    skipped, self._pending = int(self.state.skipped), None
+    self._pending = None
     # Two states may not fit.
     jax.tree.map(lambda leaf: leaf.delete(), self.state)
     state = self._load(target)
+    # As many updates as are undone count as skipped: schedules go by the rest.
+    skipped = self._step - int(state.step) + int(state.skipped)
     counts = sharding.place(
       (np.int32(self._step), np.int32(skipped)),
       (sharding.replicated(self._mesh),) * 2,

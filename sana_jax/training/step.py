@@ -20,7 +20,8 @@ class TrainState(NamedTuple):
 
   Attributes:
     step: batches seen, those included whose update was skipped.
-    skipped: updates that were skipped because something was not finite.
+    skipped: updates that were skipped because something was not finite, or
+      undone because a run went back to an earlier checkpoint.
   """
 
   step: Int[Array, ""]

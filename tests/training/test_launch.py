@@ -116,6 +116,15 @@ def test_one_process_has_no_peers_to_blame():
   assert launch.explain_peer_failure(ValueError("x")) is None
 
 
+def test_what_is_wrong_in_one_of_several_processes_is_said_whole(monkeypatch):
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  budget = "the step does not fit\n" + 100 * "  1.00  parameters\n" + "knobs"
+  said = launch.explain_peer_failure(MemoryError(budget))
+  assert said == f"process 0 of 2 ends: {budget}"
+  of_peer = launch.explain_peer_failure(RuntimeError("Connection reset"))
+  assert "another process died first" in of_peer
+
+
 def test_one_process_meets_nobody_and_compiles_when_called():
   launch.meet("here")
   traced = []

@@ -194,3 +194,11 @@ def test_each_shape_of_batches_is_compiled_once(tmp_path, caplog):
     "compiling for 8x2x8 (2 of 2 shapes)",
   ]
   assert not [line for line in lines if "programs" in line]
+
+
+def test_a_best_metric_that_is_not_measured_is_an_error(tmp_path):
+  config = make_config()
+  config.checkpoint.keep_best = 1
+  config.checkpoint.best_metric = "los"
+  with pytest.raises(ValueError, match="'los' is not measured; .*grad_norm"):
+    loop.train(config, tmp_path, make_recipe())
