@@ -113,6 +113,8 @@ def test_the_model_that_ships_is_fine_tuned(tmp_path):
   config.data = config_lib.DataConfig(synthetic=True)
   config.optim.warmup_steps = 0
   config.optim.schedule = "constant"
+  # Of the cosine.
+  config.optim.final_lr_ratio = 0.0
   config.optim.peak_lr = 1e-5
   config.optim.weight_decay = 0.0
   config.num_steps, config.batch_size = 2, 8
