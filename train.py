@@ -91,6 +91,8 @@ def _parse_flags(argv: list[str]) -> list[str]:
   except (KeyError, AttributeError, OSError) as error:
     # Of a KeyError, str() is the representation of its message.
     text = error.args[0] if isinstance(error, KeyError) else str(error)
+    if " " not in text:
+      text = f"there is no field or key {text!r}."
     return sys.exit(f"train.py: --config: {' '.join(text.split())}")
 
 
