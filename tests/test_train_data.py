@@ -90,7 +90,7 @@ def assert_same_run(workdir, whole, **tolerance):
     np.testing.assert_allclose(ours[name], weight, **tolerance)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_killed_run_on_pictures_continues_as_if_nothing_had_happened(
   base, tmp_path
 ):
@@ -114,7 +114,7 @@ def test_a_killed_run_on_pictures_continues_as_if_nothing_had_happened(
   assert_same_run(tmp_path / "parts", tmp_path / "whole", rtol=0)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_on_a_cache_moves_from_one_process_to_two(base, tmp_path):
   config = f"{base}/config.py:{base}"
   cache = f"--config.data.cache={base}/cache"

@@ -105,7 +105,7 @@ def test_a_trained_text_encoder_is_read_too(checkpoint):
     )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_model_that_ships_is_fine_tuned(tmp_path):
   config = emoji.get_config()
   config.init_from = BUNDLED

@@ -64,7 +64,7 @@ def alone():
   scope="module",
   params=[
     # Copies alone are what most tests of the loop run on, too.
-    pytest.param(MESHES[0], marks=pytest.mark.slow),
+    pytest.param(MESHES[0], marks=pytest.mark.long),
     *MESHES[1:],
   ],
   ids=str,
@@ -159,7 +159,7 @@ CHECKS = dict(
 )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
   ("mesh", "changes"),
   [

@@ -113,7 +113,7 @@ def test_a_stage_that_is_stopped_or_made_longer_is_trained(tmp_path):
   assert calls[3:] == [("large", "elsewhere")]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_stopped_chain_goes_on_and_ends_as_an_undisturbed_one(tmp_path):
   stages.train(make_config(), tmp_path / "whole", train_one)
   stages.train(make_config(), tmp_path / "stopped", stop_at(3))
