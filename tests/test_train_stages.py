@@ -33,7 +33,7 @@ def get_config():
 SHORT = "--config.stages.px32.num_steps=2"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_stages_that_were_killed_go_on_in_the_one_that_ran(tmp_path):
   config = tmp_path / "stages.py"
   config.write_text(CONFIG)

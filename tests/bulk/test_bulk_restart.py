@@ -133,7 +133,14 @@ def wait_for_growth(process, manifest, size: int) -> None:
     time.sleep(0.002)
 
 
-@pytest.mark.parametrize("output_format", ["png", "webdataset", "arrayrecord"])
+@pytest.mark.parametrize(
+  "output_format",
+  [
+    "png",
+    pytest.param("webdataset", marks=pytest.mark.long),
+    pytest.param("arrayrecord", marks=pytest.mark.long),
+  ],
+)
 def test_a_run_that_is_killed_again_and_again_makes_the_same_files(
   command, whole, tmp_path, output_format
 ):
