@@ -1,6 +1,7 @@
 """Shards: what they hold, what they leave out, and that they repeat."""
 
 import dataclasses
+import errno
 import hashlib
 import json
 
@@ -183,6 +184,55 @@ def test_unusable_pictures_are_left_out_and_named(encoders, tmp_path):
   assert "cut off or damaged" in finished.shard.skipped["p003"]
   assert [r.key for r in read(tmp_path, finished)] == ["p000", "p002", "p004"]
   assert sum(done) == 5
+
+
+class Flaky(sources.Pictures):
+  """The record of a number fails with errors, in turn."""
+
+  def __init__(self, count, number, errors):
+    super().__init__(count)
+    self.number, self.errors = number, list(errors)
+
+  def __getitem__(self, index):
+    if index == self.number and self.errors:
+      raise self.errors.pop(0)
+    return super().__getitem__(index)
+
+  def __getitems__(self, indices):
+    return [self[index] for index in indices]
+
+
+def test_what_a_disk_gives_at_last_is_not_left_out(encoders, tmp_path):
+  whole = make_maker(sources.Pictures(5), encoders)
+  made = whole.make(0, storage.Directory(tmp_path))
+  # Too many for the batch, not for the record alone.
+  errors = [OSError(errno.EIO, "Input/output error")] * 6
+  flaky = make_maker(Flaky(5, 3, errors), encoders)
+  again = flaky.make(0, storage.Directory(tmp_path))
+  assert again == made
+  assert not again.shard.skipped
+
+
+@pytest.mark.parametrize(
+  "error",
+  [
+    OSError(errno.EIO, "Input/output error"),
+    TimeoutError("no answer"),
+    PermissionError(errno.EACCES, "Permission denied"),
+  ],
+)
+def test_what_a_disk_does_not_give_ends_the_shard(encoders, tmp_path, error):
+  maker = make_maker(Flaky(5, 3, [error] * 99), encoders)
+  with pytest.raises(OSError, match="record 3 of pictures cannot .* not skip"):
+    maker.make(0, storage.Directory(tmp_path))
+  assert maker.find(0, tmp_path) is None
+
+
+def test_contents_that_a_decoder_refuses_are_left_out(encoders, tmp_path):
+  damage = OSError("Corrupt snappy compressed data.")
+  maker = make_maker(Flaky(5, 3, [damage] * 99), encoders)
+  finished = maker.make(0, storage.Directory(tmp_path))
+  assert finished.shard.skipped == {"record 3": str(damage)}
 
 
 def test_a_shard_of_nothing_but_broken_pictures_has_no_file(encoders, tmp_path):
