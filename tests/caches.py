@@ -36,6 +36,7 @@ def make_cache(
       checkpoint=str(checkpoint),
       image_size=image_size,
       records_per_shard=10,
+      min_pictures=1,
     ),
     *(pictures, pictures.sizes(), "f" * 64, load_encoders(checkpoint)),
   )

@@ -113,6 +113,8 @@ def open_cache(
 ) -> Opened:
   """Plans batches of a cache; see `readers.CacheReader` for them.
 
+  Warns of shapes of fewer pictures than a batch, whose batches repeat them.
+
   Args:
     tokenize: makes batches those of `readers.LatentReader`.
 
@@ -125,9 +127,8 @@ def open_cache(
     *(source.name, shapes[:, 0], shapes[:, 1], {}),
     key=lambda index: source[index].key,
   )
-  bucketing = buckets.group(
-    [sizes], [1.0], config.max_buckets, least=batch_size
-  )
+  bucketing = buckets.group([sizes], [1.0], config.max_buckets)
+  _warn_of_repeats(source.name, bucketing, batch_size)
   report = bucketing.reports[0].with_skipped(source.manifest.skipped)
   bucketing = dataclasses.replace(bucketing, reports=(report,))
   selection = _selection(config)
@@ -138,6 +139,28 @@ def open_cache(
     reader = readers.LatentReader(source, selection, tokenize)
   return _planned(
     bucketing, reader, [source], [source.manifest.identity()], batch_size, seed
+  )
+
+
+def _warn_of_repeats(
+  name: str, bucketing: buckets.Bucketing, batch_size: int
+) -> None:
+  few = buckets.repeating(bucketing, batch_size)
+  if not few:
+    return
+  remedies = "a smaller batch_size"
+  if len(bucketing.shapes) > 1:
+    remedies += (
+      f", or another cache by sana_jax.precompute --min_pictures={batch_size}, "
+      "or by its --buckets=square"
+    )
+  logging.warning(
+    "%s: %d of %d pictures are of shapes of fewer than a batch of %d (%s). "
+    "Batches of these repeat pictures, of one pass after the other. Remedies: "
+    "%s.",
+    *(name, sum(few.values()), bucketing.reports[0].used, batch_size),
+    ", ".join(f"{h}x{w}: {count}" for (h, w), count in few.items()),
+    remedies,
   )
 
 

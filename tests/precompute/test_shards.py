@@ -61,6 +61,7 @@ def make_plan(source, problems=None, **changes):
       "image_size": SIDE,
       "multiple": 4,
       "max_buckets": 40,
+      "min_pictures": 1,
       "records_per_shard": PER_SHARD,
       "batch_size": 3,
     }
@@ -423,8 +424,19 @@ def test_few_buckets_take_all_pictures():
   assert set(plan.bucket_of) == {0}
 
 
+def test_few_pictures_of_a_shape_go_to_another():
+  source = sources.Pictures(15)
+  all_shapes = make_plan(source)
+  assert np.bincount(all_shapes.bucket_of).min() == 3
+  plan = make_plan(source, min_pictures=4)
+  counts = np.bincount(plan.bucket_of)
+  assert len(plan.shapes) == len(counts) > 1
+  assert counts.min() >= 4
+  assert counts.sum() == 15
+
+
 @pytest.mark.parametrize(
-  "changes", [{"records_per_shard": 0}, {"max_buckets": 0}]
+  "changes", [{"records_per_shard": 0}, {"max_buckets": 0}, {"min_pictures": 0}]
 )
 def test_impossible_plans_are_refused(changes):
   with pytest.raises(ValueError, match=f"{next(iter(changes))} .0."):

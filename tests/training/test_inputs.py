@@ -253,6 +253,24 @@ def test_all_shapes_of_a_cache_are_trained_at(checkpoint, cache):
   assert all(batch["text"].shape == (8, tiny.LENGTH, 12) for batch in batches)
 
 
+def test_all_of_a_cache_is_trained_on_and_repeats_are_said(
+  checkpoint, cache, caplog
+):
+  config = make_config(checkpoint, cache=str(cache))
+  recipe = text_to_image.make_recipe(config)
+  (report,) = recipe.ledger.report(0)["sources"]
+  assert report["used"] == report["read"] == COUNT
+  # Six of each of four sizes.
+  assert (
+    "24 of 24 pictures are of shapes of fewer than a batch of 8" in caplog.text
+  )
+  assert "a smaller batch_size, or another cache by" in caplog.text
+  assert "--min_pictures=8" in caplog.text
+  caplog.clear()
+  text_to_image.make_recipe(dataclasses.replace(config, batch_size=2))
+  assert "fewer than a batch" not in caplog.text
+
+
 def test_a_cache_of_another_kind_is_refused(checkpoint, cache, tmp_path):
   config = make_config(checkpoint, cache=str(cache))
   config.data.image_size = 64
