@@ -23,6 +23,9 @@ from sana_jax.data import (
 from sana_jax.data import cache as cache_lib
 from sana_jax.data.sources import access
 
+# In an identity: other files, if nothing else differs, are no other batches.
+STAMP = "files"
+
 ScanFn = Callable[..., scan.Scan]
 """(source, num_threads=, verify=, min_clip_score=), as `scan.scan`."""
 
@@ -99,7 +102,9 @@ def open_pictures(
     flip=config.random_flip,
     resample=resample_filter(config),
   )
-  identities = [{"keys": found.fingerprint} for found in scans]
+  identities = [
+    {"keys": found.fingerprint, STAMP: found.stamp} for found in scans
+  ]
   return _planned(bucketing, reader, opened, identities, batch_size, seed)
 
 
