@@ -63,7 +63,8 @@ class Ledger:
     theirs = json.loads(path.read_text()) if path.exists() else ours
     changes = _changes(theirs, ours)
     for their, our in zip(theirs, ours, strict=False):
-      if not changes and their.get(opening.STAMP) != our.get(opening.STAMP):
+      stamps = [side.get(opening.STAMP) for side in (their, our)]
+      if not changes and all(stamps) and stamps[0] != stamps[1]:
         logging.warning(
           "%s: files have changed since the run was started last; the same "
           "records are used, and pictures or captions may be others",
