@@ -16,7 +16,8 @@ def get_config() -> config_lib.TextToImageConfig:
   config.train_text_encoder = False
   config.text_encoder_path = f"{_MODEL}/text_encoder"
   # An empty path is to be given: without one, it would be the emoji.
-  config.data = config_lib.DataConfig(image_size=64, buckets="square", path="")
+  # Squares, or what a cache was made with.
+  config.data = config_lib.DataConfig(image_size=64, path="")
   config.num_steps = 1000
   config.checkpoint.every = 200
   config.sample_every = 200

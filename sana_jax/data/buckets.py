@@ -205,16 +205,11 @@ def _kept(
 
 
 def group(
-  sources: Sequence[Sizes],
-  weights: Sequence[float],
-  max_buckets: int,
-  *,
-  least: int = 1,
+  sources: Sequence[Sizes], weights: Sequence[float], max_buckets: int
 ) -> Bucketing:
   """Groups records that are stored at the shapes they are trained at.
 
-  They cannot be moved to another shape: those of shapes of fewer than `least`
-  records are left out, unless all shapes are.
+  They cannot be moved to another shape, so all shapes stay; see `repeating`.
 
   Raises:
     ValueError: a source has no usable record, or there are more shapes than
@@ -233,13 +228,6 @@ def group(
       f"data.max_buckets is {max_buckets}, but the records are stored at "
       f"{len(shapes)} shapes. Raise it, or make the cache with fewer."
     )
-  small = counts < least
-  if small.any() and not small.all():
-    sources = [
-      _without(s, {tuple(map(int, shape)) for shape in shapes[small]}, least)
-      for s in sources
-    ]
-    return group(sources, weights, max_buckets)
   usable = [_usable(sizes) for sizes in sources]
   ends = np.cumsum([len(records) for records in usable])
   which = np.split(which.reshape(-1), ends[:-1])
@@ -254,17 +242,16 @@ def group(
   )
 
 
-def _without(sizes: Sizes, shapes: set[Shape], least: int) -> Sizes:
-  """Makes problems of the records of some shapes."""
-  problems = {
-    int(i): (
-      f"stored at {sizes.height[i]}x{sizes.width[i]}, as fewer than "
-      f"{least} records, one batch, are"
-    )
-    for i in _usable(sizes)
-    if (int(sizes.height[i]), int(sizes.width[i])) in shapes
+def repeating(bucketing: Bucketing, batch_size: int) -> dict[Shape, int]:
+  """Counts the records of shapes of fewer than a batch, by shape.
+
+  Each of their batches has records of several passes, some more than once.
+  """
+  counts = {
+    shape: sum(len(p.members[number]) for p in bucketing.populations)
+    for number, shape in enumerate(bucketing.shapes)
   }
-  return dataclasses.replace(sizes, problems={**sizes.problems, **problems})
+  return {s: count for s, count in counts.items() if count < batch_size}
 
 
 _NONE = np.zeros(0, np.int64)
@@ -319,12 +306,12 @@ def describe(bucketing: Bucketing, plans: sampler.BatchSampler) -> list[str]:
   """Returns lines that say what is read, and what shapes an epoch has."""
   lines = [str(report) for report in bucketing.reports]
   batches = plans.batches_per_epoch()
-  for number, (height, width) in enumerate(bucketing.shapes):
-    records = sum(len(p.members[number]) for p in bucketing.populations)
-    line = f"{height}x{width}: {float(batches[number]):.1f} batches per epoch"
-    if records < plans.batch_size:
+  few = repeating(bucketing, plans.batch_size)
+  for count, shape in zip(batches, bucketing.shapes, strict=True):
+    line = f"{shape[0]}x{shape[1]}: {float(count):.1f} batches per epoch"
+    if shape in few:
       line += (
-        f"; of {records} pictures, fewer than a batch of {plans.batch_size} "
+        f"; of {few[shape]} pictures, fewer than a batch of {plans.batch_size} "
         "has: batches repeat them"
       )
     lines.append(line)

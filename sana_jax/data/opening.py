@@ -23,6 +23,9 @@ from sana_jax.data import (
 from sana_jax.data import cache as cache_lib
 from sana_jax.data.sources import access
 
+# In an identity: other files, if nothing else differs, are no other batches.
+STAMP = "files"
+
 ScanFn = Callable[..., scan.Scan]
 """(source, num_threads=, verify=, min_clip_score=), as `scan.scan`."""
 
@@ -99,7 +102,9 @@ def open_pictures(
     flip=config.random_flip,
     resample=resample_filter(config),
   )
-  identities = [{"keys": found.fingerprint} for found in scans]
+  identities = [
+    {"keys": found.fingerprint, STAMP: found.stamp} for found in scans
+  ]
   return _planned(bucketing, reader, opened, identities, batch_size, seed)
 
 
@@ -113,6 +118,8 @@ def open_cache(
 ) -> Opened:
   """Plans batches of a cache; see `readers.CacheReader` for them.
 
+  Warns of shapes of fewer pictures than a batch, whose batches repeat them.
+
   Args:
     tokenize: makes batches those of `readers.LatentReader`.
 
@@ -125,9 +132,8 @@ def open_cache(
     *(source.name, shapes[:, 0], shapes[:, 1], {}),
     key=lambda index: source[index].key,
   )
-  bucketing = buckets.group(
-    [sizes], [1.0], config.max_buckets, least=batch_size
-  )
+  bucketing = buckets.group([sizes], [1.0], config.max_buckets)
+  _warn_of_repeats(source.name, bucketing, batch_size)
   report = bucketing.reports[0].with_skipped(source.manifest.skipped)
   bucketing = dataclasses.replace(bucketing, reports=(report,))
   selection = _selection(config)
@@ -138,6 +144,28 @@ def open_cache(
     reader = readers.LatentReader(source, selection, tokenize)
   return _planned(
     bucketing, reader, [source], [source.manifest.identity()], batch_size, seed
+  )
+
+
+def _warn_of_repeats(
+  name: str, bucketing: buckets.Bucketing, batch_size: int
+) -> None:
+  few = buckets.repeating(bucketing, batch_size)
+  if not few:
+    return
+  remedies = "a smaller batch_size"
+  if len(bucketing.shapes) > 1:
+    remedies += (
+      f", or another cache by sana_jax.precompute --min_pictures={batch_size}, "
+      "or by its --buckets=square"
+    )
+  logging.warning(
+    "%s: %d of %d pictures are of shapes of fewer than a batch of %d (%s). "
+    "Batches of these repeat pictures, of one pass after the other. Remedies: "
+    "%s.",
+    *(name, sum(few.values()), bucketing.reports[0].used, batch_size),
+    ", ".join(f"{h}x{w}: {count}" for (h, w), count in few.items()),
+    remedies,
   )
 
 

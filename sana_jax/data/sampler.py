@@ -5,9 +5,10 @@ A bucket's records form an endless stream: one pass in a new random order after
 the other. Batch j of a bucket is stream[j B : (j + 1) B]; nothing is dropped,
 for what a pass leaves over begins the next batch. In that batch no record comes
 twice: those that would change places with earlier ones of the pass that ends.
-(A bucket of fewer than 2 B records may not have enough of these. One of fewer
-than B repeats records in every batch, and so may a source that its weight takes
-through more than one pass in an epoch.) Epoch e holds the batches that its
+A bucket of B to 2 B records may not have enough of those; it keeps an order for
+as many passes as fill whole batches. (A bucket of fewer than B records repeats
+them in every batch, and so may a source that its weight takes through another
+number of passes than one in an epoch.) Epoch e holds the batches that its
 passes complete, those of all buckets in random order.
 
 With n_k records in bucket k, that is floor((e + 1) n_k / B) - floor(e n_k / B)
@@ -112,6 +113,9 @@ class BatchSampler:
     self._size = sum(len(population) for population in populations)
     self._num_buckets = len(populations[0].members)
     self._rates, self._scale = _rates(populations)
+    self._turns = [
+      self._passes_of_an_order(b) for b in range(self._num_buckets)
+    ]
     # By bucket, of the epoch that was asked for last.
     self._swaps: dict[int, tuple[int, int, Any]] = {}
 
@@ -178,6 +182,24 @@ class BatchSampler:
       self._seed, _DRAWS, step, np.arange(first, last, dtype=np.uint64)
     )
     return BatchPlan(bucket, source, index, draw)
+
+  def _passes_of_an_order(self, bucket: int) -> int:
+    """Returns after how many passes a bucket's records have a new order.
+
+    With one order, any B of n >= B records that follow each other differ, the
+    end of a pass and the beginning of the next one too; and orders change where
+    a batch ends. That is for buckets that may have an epoch without a batch of
+    its own, so that `_swapped` has nothing to swap with.
+    """
+    sizes = [len(members[bucket]) for members in self._members]
+    size, common = sum(sizes), math.gcd(sum(sizes), self.batch_size)
+    whole = all(
+      rates[bucket] == count * self._scale
+      for rates, count in zip(self._rates, sizes, strict=True)
+    )
+    if whole and self.batch_size < size < 2 * self.batch_size - common:
+      return self.batch_size // common
+    return 1
 
   def _taken(self, source: int, bucket: int, epoch: int) -> int:
     """Counts what the epochs before `epoch` take of a source's bucket."""
@@ -291,7 +313,8 @@ class BatchSampler:
   ) -> tuple[Int64[np.ndarray, "n"], Int64[np.ndarray, "n"]]:
     """Returns what stands at `places` of a bucket's samples of an epoch."""
     size = self._filled(bucket, epoch + 1) - self._filled(bucket, epoch)
-    key = permutation.fold(self._seed, _MIXTURE, bucket, epoch)
+    order = epoch // self._turns[bucket]
+    key = permutation.fold(self._seed, _MIXTURE, bucket, order)
     places = permutation.permute(places.astype(np.uint64), size, key)
     places = places.astype(np.int64)
     starts = [self._taken(s, bucket, epoch) for s in range(len(self._members))]
@@ -317,7 +340,8 @@ class BatchSampler:
     """Returns the records at positions of the stream of a source's bucket."""
     members = self._members[source][bucket]
     passes, within = np.divmod(places, len(members))
-    keys = permutation.fold(self._seed, _RECORDS, source, bucket, passes)
+    orders = passes // self._turns[bucket]
+    keys = permutation.fold(self._seed, _RECORDS, source, bucket, orders)
     shuffled = permutation.permute(within.astype(np.uint64), len(members), keys)
     return members[shuffled.astype(np.int64)].astype(np.int64)
 

@@ -14,12 +14,13 @@ import tqdm
 from etils import epath
 from jaxtyping import Int32
 
-from sana_jax.data import filtering, records, retrying, transforms
+from sana_jax.data import filtering, records, retrying, storage, transforms
 from sana_jax.data.sources import access
 
 # Enough for the size of nearly every JPEG, its EXIF data included.
 _HEAD = 2**16
 _CHUNK = 32
+_FILES = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,12 +31,14 @@ class Scan:
     height: after EXIF, in pixels; 0 where there is a problem.
     problem: why a picture's size cannot be read; None: it can.
     fingerprint: of the keys, in order.
+    stamp: of the files that were there; empty: nobody looked. See `stamp`.
   """
 
   height: Int32[np.ndarray, "n"]
   width: Int32[np.ndarray, "n"]
   problem: list[str | None]
   fingerprint: str
+  stamp: str = ""
 
   def __len__(self) -> int:
     return len(self.height)
@@ -56,6 +59,7 @@ class Scan:
         json.dumps([self.problem[i] for i in places]).encode(), np.uint8
       ),
       fingerprint=np.array(self.fingerprint),
+      stamp=np.array(self.stamp),
     )
     return buffer.getvalue()
 
@@ -73,7 +77,10 @@ class Scan:
         texts = json.loads(arrays["problems"].tobytes())
         for place, text in zip(arrays["places"], texts, strict=True):
           problem[place] = text
-        return cls(height, arrays["width"], problem, str(arrays["fingerprint"]))
+        return cls(
+          *(height, arrays["width"], problem),
+          *(str(arrays[name]) for name in ("fingerprint", "stamp")),
+        )
     except (
       *(ValueError, KeyError, IndexError, OSError, EOFError),
       zipfile.BadZipFile,
@@ -182,6 +189,28 @@ def fingerprint(names: Iterable[str]) -> str:
     content = key.encode()
     digest.update(len(content).to_bytes(8, "little") + content)
   return digest.hexdigest()
+
+
+def stamp(source: records.Source, num_threads: int = 16) -> str:
+  """Returns a hash of the sizes and times of a source's files.
+
+  Another one tells that a picture or a caption may have been changed, though
+  keys are the same. Empty where the source has no files.
+  """
+  if not isinstance(source, access.FileSource):
+    return ""
+  files = source.files()
+  chunks = [files[i : i + _FILES] for i in range(0, len(files), _FILES)]
+  with futures.ThreadPoolExecutor(max(num_threads, 1)) as pool:
+    found = pool.map(lambda chunk: [_stamp_of(f) for f in chunk], chunks)
+    return fingerprint(text for texts in found for text in texts)
+
+
+def _stamp_of(file: storage.Location) -> str:
+  try:
+    return retrying.call(file.stamp)
+  except OSError:  # That it cannot be read, a scan says.
+    return "unreadable"
 
 
 def _measure(

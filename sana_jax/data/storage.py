@@ -10,6 +10,11 @@ from typing import IO, Any
 import fsspec
 from etils import epath
 
+# Of files in stores, as fsspec's clients of them say it.
+_STAMPS = (
+  *("size", "mtime", "created", "updated", "LastModified", "last_modified"),
+  *("etag", "ETag", "generation"),
+)
 _STARS = re.compile(r"[*?\[]")
 _BRACES = re.compile(
   r"\{(?:(?P<first>\d+)\.\.(?P<last>\d+)|(?P<words>[^{},]+(?:,[^{},]*)+))\}"
@@ -84,6 +89,14 @@ class Location:
 
   def size(self) -> int:
     return self.filesystem.size(self.path)
+
+  def stamp(self) -> str:
+    """Returns what changes when the file is written: size and time or tag."""
+    if self.is_local:
+      found = os.stat(self.path)
+      return f"{found.st_size} {found.st_mtime_ns}"
+    info = self.filesystem.info(self.path)
+    return " ".join(str(info[name]) for name in _STAMPS if name in info)
 
   def read(self, start: int | None = None, stop: int | None = None) -> bytes:
     """Reads the file, or some of its bytes."""

@@ -96,6 +96,7 @@ def assemble(
     image_size=task.image_size,
     multiple=encoders.autoencoder_config.spatial_compression,
     max_buckets=task.max_buckets,
+    min_pictures=task.min_pictures,
     records_per_shard=task.records_per_shard,
     batch_size=task.batch_size,
   )

@@ -81,6 +81,7 @@ def make_plan(
   image_size: int,
   multiple: int,
   max_buckets: int,
+  min_pictures: int,
   records_per_shard: int,
   batch_size: int,
 ) -> Plan:
@@ -89,20 +90,25 @@ def make_plan(
   Args:
     kind: see `buckets.table`, as `image_size` and `multiple`.
     max_buckets: see `buckets.sort`.
+    min_pictures: of a shape, the `least` of `buckets.sort`.
 
   Raises:
     ValueError: a number that cannot be, or no record can be used.
   """
-  if records_per_shard < 1 or not 1 <= max_buckets <= _MOST_BUCKETS:
+  if min(records_per_shard, min_pictures) < 1 or not (
+    1 <= max_buckets <= _MOST_BUCKETS
+  ):
     raise ValueError(
-      f"records_per_shard ({records_per_shard}) must be at least 1, and "
-      f"max_buckets ({max_buckets}) in [1, {_MOST_BUCKETS}]."
+      f"records_per_shard ({records_per_shard}) and min_pictures "
+      f"({min_pictures}) must be at least 1, and max_buckets ({max_buckets}) "
+      f"in [1, {_MOST_BUCKETS}]."
     )
   sorted_ = buckets.sort(
     [sizes],
     [1.0],
     buckets.table(kind, image_size, multiple),
     max_buckets,
+    least=min_pictures,
   )
   bucket_of = np.full(len(sizes.height), _UNUSABLE, np.int64)
   for bucket, members in enumerate(sorted_.populations[0].members):

@@ -15,6 +15,7 @@ from concurrent import futures
 from typing import NamedTuple
 
 import numpy as np
+import PIL
 from jaxtyping import BFloat16, UInt8
 
 from sana_jax import storage
@@ -24,6 +25,7 @@ from sana_jax.data import (
   cache_manifest,
   cache_records,
   records,
+  retrying,
   transforms,
 )
 from sana_jax.data.sources import access
@@ -321,9 +323,15 @@ def _write_null_caption(
 def _read(
   source: records.Source, indices: Sequence[int]
 ) -> list[records.Record | _Unreadable]:
-  """Reads records together, or one by one where one of them cannot be."""
+  """Reads records together, or one by one where one of them cannot be.
+
+  What the disk or the network does not give is asked for several times.
+
+  Raises:
+    OSError: it still does not give a record.
+  """
   try:
-    return list(source.__getitems__(list(indices)))
+    return list(retrying.call(lambda: source.__getitems__(list(indices))))
   except (OSError, ValueError):
     return [_read_one(source, index) for index in indices]
 
@@ -332,6 +340,23 @@ def _read_one(
   source: records.Source, index: int
 ) -> records.Record | _Unreadable:
   try:
-    return source[index]
+    return retrying.call(lambda: source[index])
   except (OSError, ValueError) as error:
-    return _Unreadable(access.key_of(source, index), str(error))
+    key = access.key_of(source, index)
+    if isinstance(error, ValueError) or _is_about_content(error):
+      return _Unreadable(key, str(error))
+    raise OSError(
+      f"{key} of {source.name} cannot be read: {error}. It is not skipped, for "
+      "another time it may be there: see to the disk or the network, and run "
+      "the same command again."
+    ) from error
+
+
+def _is_about_content(error: OSError) -> bool:
+  """Whether a decoder raised it, of bytes that were read.
+
+  What systems raise has a number, and what clients of stores do is a subclass;
+  Arrow, of damaged pages, raises an OSError that is neither.
+  """
+  plain = type(error) is OSError and error.errno is None
+  return plain or isinstance(error, PIL.UnidentifiedImageError)

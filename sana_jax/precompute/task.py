@@ -20,6 +20,8 @@ class Task:
     checkpoint: see `encoders.load`, as `variant`, `dtype` and `latents_only`.
     image_size: see `buckets.table`; the latter's `kind` is `buckets`.
     max_buckets: only the fullest are kept; each is compiled in training.
+    min_pictures: those of shapes with fewer go to the nearest other shape;
+      a training batch's worth, and no batch repeats any.
     resample: "bicubic", "lanczos", or "auto" for what the reference takes.
     vae_tile: side of tiles in pixels; None: as `encoders.default_tile` has it;
       0: whole pictures.
@@ -35,6 +37,7 @@ class Task:
   image_size: int = 1024
   buckets: str = "aspect"
   max_buckets: int = 10
+  min_pictures: int = 64
   resample: str = "auto"
   vae_tile: int | None = None
   dtype: str = "float32"
@@ -107,6 +110,11 @@ def define_flags() -> None:
     "Shapes: the published aspect ratios, or squares only.",
   )
   number("max_buckets", Task.max_buckets, "Shapes; the fullest are kept.")
+  number(
+    "min_pictures",
+    Task.min_pictures,
+    "Of a shape, such as training's batch; fewer go to the nearest other one.",
+  )
   flags.DEFINE_enum(
     "resample",
     Task.resample,

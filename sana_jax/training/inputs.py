@@ -170,6 +170,12 @@ def from_cache(
   manifest = source.manifest
   check_cache(manifest, config, autoencoder_config, generation)
   made = manifest.settings
+  if config.data.buckets == "aspect" and len(made.buckets) == 1:
+    logging.warning(
+      "%s has one shape, %dx%d, though data.buckets is 'aspect': made with "
+      "--buckets=square, or with fewer than --min_pictures of all others",
+      *(source.name, *made.buckets[0]),
+    )
   logging.info(
     "%s: made with resample=%s, crop=%s, tile=%s, dtype=%s, %s text states",
     *(source.name, made.resample, made.crop, made.tile, made.dtype),
@@ -271,7 +277,7 @@ def _bucket_problems(
       problems.append(
         f"buckets has {strange}, which are not in the tables of "
         f"{settings.image_size} pixels"
-        + (f" for data.buckets={wanted!r}: leave it out" if wanted else "")
+        + (f" for data.buckets={wanted!r}: set it to None" if wanted else "")
       )
   return problems
 

@@ -28,6 +28,9 @@ _SHORT = 12
 class Ledger:
   """Keeps the books of a run.
 
+  Files that are others than at the last start, or were written since, are
+  warned of if the same records are used at the same shapes.
+
   Args:
     allow_changed: True warns of data that have changed, False refuses them.
   """
@@ -57,9 +60,16 @@ class Ledger:
       )
     )
     path = workdir / IDENTITY
-    changes = (
-      _changes(json.loads(path.read_text()), ours) if path.exists() else []
-    )
+    theirs = json.loads(path.read_text()) if path.exists() else ours
+    changes = _changes(theirs, ours)
+    for their, our in zip(theirs, ours, strict=False):
+      stamps = [side.get(opening.STAMP) for side in (their, our)]
+      if not changes and all(stamps) and stamps[0] != stamps[1]:
+        logging.warning(
+          "%s: files have changed since the run was started last; the same "
+          "records are used, and pictures or captions may be others",
+          our["source"],
+        )
     if changes and not self._allow_changed:
       raise ValueError(
         f"The data of the run in {workdir} have changed: {'; '.join(changes)}. "
@@ -151,7 +161,8 @@ def _changes(theirs: list[dict[str, Any]], ours: list[dict[str, Any]]):
     f"{_short(their.get(name))}"
     for their, our in zip(theirs, ours, strict=True)
     for name in our | their
-    if name != "source" and our.get(name) != their.get(name)
+    if name not in ("source", opening.STAMP)
+    and our.get(name) != their.get(name)
   ]
 
 

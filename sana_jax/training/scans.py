@@ -2,10 +2,12 @@
 
 Every process measures its share of the pictures, and all get the shares of all:
 what a disk did not give to one of them is left out by all of them, so that they
-plan the same batches. A restart reads the scan of before, if the keys are still
-the same: a run keeps its order.
+plan the same batches. A restart reads the scan of before, if keys and files are
+still the same: a run keeps its order. Files are known by their sizes and times,
+as process 0 sees them; other processes may have copies.
 """
 
+import dataclasses
 import functools
 import json
 from collections.abc import Callable
@@ -43,7 +45,10 @@ def shared(directory: epath.PathLike | None) -> opening.ScanFn:
       kind = "-verified" if verify else ""
       kind += f"-score-{min_clip_score:g}" if min_clip_score else ""
       path = epath.Path(directory) / f"{fingerprint[:16]}{kind}.npz"
-    if (known := _known(path, source)) is not None:
+    first = jax.process_index() == 0
+    stamp = scan_lib.stamp(source, num_threads) if first else ""
+    stamp = _exchange(stamp.encode())[0].decode()
+    if (known := _known(path, source, stamp)) is not None:
       return known
     measure = functools.partial(
       scan_lib.scan,
@@ -52,7 +57,7 @@ def shared(directory: epath.PathLike | None) -> opening.ScanFn:
       verify=verify,
       min_clip_score=min_clip_score,
     )
-    return _measured(measure, len(source), path)
+    return _measured(measure, len(source), path, stamp)
 
   return find
 
@@ -68,14 +73,20 @@ def _require_same(source: records.Source, fingerprint: str) -> None:
 
 
 def _known(
-  path: epath.Path | None, source: records.Source
+  path: epath.Path | None, source: records.Source, stamp: str
 ) -> scan_lib.Scan | None:
-  """Returns the scan that process 0 finds."""
+  """Returns the scan that process 0 finds, of the files as they are."""
   content = b""
   if path is not None and jax.process_index() == 0 and path.exists():
     try:
-      content = scan_lib.load(path, source).to_bytes()
-      logging.info("%s: sizes are known from %s", source.name, path)
+      found = scan_lib.load(path, source)
+      if found.stamp == stamp:
+        content = found.to_bytes()
+        logging.info("%s: sizes are known from %s", source.name, path)
+      else:
+        logging.warning(
+          "scanning %s again: its files have changed", source.name
+        )
     except ValueError as error:
       logging.warning("scanning %s again: %s", source.name, error)
   content = _exchange(content)[0]
@@ -83,7 +94,10 @@ def _known(
 
 
 def _measured(
-  measure: Callable[..., scan_lib.Scan], count: int, path: epath.Path | None
+  measure: Callable[..., scan_lib.Scan],
+  count: int,
+  path: epath.Path | None,
+  stamp: str,
 ) -> scan_lib.Scan:
   processes = jax.process_count()
   first, last = (
@@ -94,6 +108,7 @@ def _measured(
   whole = scan_lib.join(
     [scan_lib.Scan.from_bytes(part) for part in _exchange(share.to_bytes())]
   )
+  whole = dataclasses.replace(whole, stamp=stamp)
   if path is not None and jax.process_index() == 0:
     path.parent.mkdir(parents=True, exist_ok=True)
     whole.save(path)

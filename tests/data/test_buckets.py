@@ -147,22 +147,22 @@ def test_shapes_of_less_than_a_batch_are_given_up():
   assert "of 2 pictures, fewer than a batch of 16 has" in lines[-1]
 
 
-def test_stored_shapes_of_less_than_a_batch_are_left_out():
+def test_stored_shapes_of_less_than_a_batch_stay():
   shapes = [(32, 32)] * 5 + [(64, 32)] * 2 + [(32, 64)] * 4
-  source = buckets.Sizes(
-    *("a", *np.array(shapes).T, {0: "cut off"}), key="key {}".format
+  source = sizes("a", shapes, {0: "cut off"})
+  found = buckets.group([source], [1.0], 3)
+  assert (found.reports[0].read, found.reports[0].used) == (11, 10)
+  assert buckets.repeating(found, 2) == {}
+  assert buckets.repeating(found, 4) == {(64, 32): 2}
+  assert buckets.repeating(found, 9) == dict(
+    zip([(32, 32), (32, 64), (64, 32)], [4, 4, 2], strict=True)
   )
-  found = buckets.group([source], [1.0], 3, least=4)
-  assert found.shapes == ((32, 32), (32, 64))
-  (report,) = found.reports
-  assert (report.read, report.used) == (11, 8)
-  reason = "stored at 64x32, as fewer than 4 records, one batch, are"
-  assert report.left_out == {
-    "cut off": ["key 0"],
-    reason: ["key 5", "key 6"],
-  }
-  # Where all are too few, all stay.
-  assert len(buckets.group([source], [1.0], 3, least=9).shapes) == 3
+  # Each is trained on as often as the others.
+  plans = sampler.BatchSampler(found.populations, 4, 0)
+  steps = range(plans.counts(3).end_step)
+  assert len(steps) == 10
+  rows = np.concatenate([plans.batch(step).index for step in steps])
+  np.testing.assert_array_equal(np.bincount(rows)[1:], 4)
 
 
 def test_a_report_names_everything_that_is_left_out():

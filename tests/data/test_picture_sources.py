@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import pickle
 import uuid
 from concurrent import futures
@@ -15,7 +16,7 @@ import pytest
 import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 
-from sana_jax.data import records, sources
+from sana_jax.data import records, scan, sources
 from sana_jax.data.sources import array_record
 from tests import pictures
 
@@ -120,6 +121,39 @@ def test_a_store_is_read_like_a_disk(contents):
   assert source.image_head(3, 7) == contents["d.jpg"][:7]
 
 
+@pytest.mark.parametrize(
+  "kind", ["folder", "webdataset", "wids", "parquet", "array_record"]
+)
+def test_files_that_were_written_again_are_noticed(kind, tmp_path, contents):
+  source = open_as(kind, tmp_path, contents)
+  stamp = scan.stamp(source)
+  assert scan.stamp(pickle.loads(pickle.dumps(source))) == stamp
+  files = source.files()
+  assert files
+  stamps = {stamp}
+  for file in files:
+    os.utime(file.path, ns=(0, 0))
+    stamps.add(scan.stamp(source))
+  assert len(stamps) == 1 + len(files)
+  if kind == "folder":
+    assert {file.name for file in files} == {
+      name.rpartition("/")[2] for name in contents
+    }
+
+
+def test_files_of_a_store_that_were_written_again_are_noticed(contents):
+  root = f"memory://{uuid.uuid4().hex}"
+  for name in ("a.png", "a.txt"):
+    with fsspec.open(f"{root}/{name}", "wb") as file:
+      file.write(contents["d.jpg"])
+  source = sources.open_source(root)
+  before = scan.stamp(source)
+  assert scan.stamp(source) == before
+  with fsspec.open(f"{root}/a.txt", "wb") as file:
+    file.write(contents["d.jpg"])
+  assert scan.stamp(source) != before
+
+
 def test_long_names_in_tar_files_are_whole(tmp_path, contents):
   name = "x" * 240 + "/" + "猫" * 60
   path = pictures.write_tar(
@@ -166,6 +200,9 @@ def test_the_bundled_emoji_are_a_tfds_data_set():
   source = sources.open_source(sources.emoji_path(), split="heldout")
   assert len(source) == 80
   assert source.keys()[79] == source[79].key == "heldout/79"
+  (file,) = source.files()
+  assert file.name.startswith("emoji")
+  assert "heldout" in file.name
   assert "skin tone" in source[0].captions[0].text
   assert pickle.loads(pickle.dumps(source))[5] == source[5]
   assert source.__getitems__([7, 2]) == [source[7], source[2]]

@@ -167,10 +167,17 @@ def test_what_cannot_be_planned_is_said_at_once():
 
 @pytest.mark.parametrize("seed", range(12))
 def test_no_record_comes_twice_in_a_batch(seed):
-  """Of two sources in proportion, in buckets of two batches and more."""
+  """Of two sources in proportion, in buckets of a batch and more."""
   rng = np.random.default_rng(seed)
   batch_size = int(rng.integers(2, 24))
-  sizes = rng.integers(batch_size, 4 * batch_size, (2, 3))
+  # Of one to two batches, where passes are short, and of more.
+  sizes = np.concatenate(
+    [
+      rng.integers(-(-batch_size // 2), batch_size + 1, (2, 2)),
+      rng.integers(batch_size, 4 * batch_size, (2, 2)),
+    ],
+    axis=1,
+  )
   populations = [
     sampler_lib.Population(
       str(number), float(row.sum()), tuple(np.arange(n) for n in row)
@@ -190,6 +197,17 @@ def test_no_record_comes_twice_in_a_batch(seed):
     )
     crossing += plans.epoch(step) != plans.epoch(step + 1)
   assert crossing > 3
+
+
+@pytest.mark.parametrize("batch_size", [5, 8, 12])
+def test_a_bucket_of_a_batch_and_more_never_repeats_within_one(batch_size):
+  for size in range(batch_size, 3 * batch_size + 1):
+    population = sampler_lib.Population("a", 1.0, (np.arange(size),))
+    plans = sampler_lib.BatchSampler([population], batch_size, size)
+    rows = [tuple(plans.batch(step).index.tolist()) for step in range(60)]
+    assert {len(set(batch)) for batch in rows} == {batch_size}
+    # Nor do orders stay as they were; few records have few of them.
+    assert len(set(rows)) > 30
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -33,6 +33,7 @@ def make_task(checkpoint, **changes) -> task.Task:
     "image_size": 32,
     "batch_size": 3,
     "records_per_shard": 4,
+    "min_pictures": 1,
   }
   return task.Task(**values | changes)
 

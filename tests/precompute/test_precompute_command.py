@@ -54,6 +54,7 @@ def arguments(checkpoint, pictures):
     "--image_size=32",
     "--batch_size=4",
     "--records_per_shard=10",
+    "--min_pictures=9",
   ]
 
 

@@ -1,6 +1,7 @@
 """Shards: what they hold, what they leave out, and that they repeat."""
 
 import dataclasses
+import errno
 import hashlib
 import json
 
@@ -60,6 +61,7 @@ def make_plan(source, problems=None, **changes):
       "image_size": SIDE,
       "multiple": 4,
       "max_buckets": 40,
+      "min_pictures": 1,
       "records_per_shard": PER_SHARD,
       "batch_size": 3,
     }
@@ -183,6 +185,55 @@ def test_unusable_pictures_are_left_out_and_named(encoders, tmp_path):
   assert "cut off or damaged" in finished.shard.skipped["p003"]
   assert [r.key for r in read(tmp_path, finished)] == ["p000", "p002", "p004"]
   assert sum(done) == 5
+
+
+class Flaky(sources.Pictures):
+  """The record of a number fails with errors, in turn."""
+
+  def __init__(self, count, number, errors):
+    super().__init__(count)
+    self.number, self.errors = number, list(errors)
+
+  def __getitem__(self, index):
+    if index == self.number and self.errors:
+      raise self.errors.pop(0)
+    return super().__getitem__(index)
+
+  def __getitems__(self, indices):
+    return [self[index] for index in indices]
+
+
+def test_what_a_disk_gives_at_last_is_not_left_out(encoders, tmp_path):
+  whole = make_maker(sources.Pictures(5), encoders)
+  made = whole.make(0, storage.Directory(tmp_path))
+  # Too many for the batch, not for the record alone.
+  errors = [OSError(errno.EIO, "Input/output error")] * 6
+  flaky = make_maker(Flaky(5, 3, errors), encoders)
+  again = flaky.make(0, storage.Directory(tmp_path))
+  assert again == made
+  assert not again.shard.skipped
+
+
+@pytest.mark.parametrize(
+  "error",
+  [
+    OSError(errno.EIO, "Input/output error"),
+    TimeoutError("no answer"),
+    PermissionError(errno.EACCES, "Permission denied"),
+  ],
+)
+def test_what_a_disk_does_not_give_ends_the_shard(encoders, tmp_path, error):
+  maker = make_maker(Flaky(5, 3, [error] * 99), encoders)
+  with pytest.raises(OSError, match="record 3 of pictures cannot .* not skip"):
+    maker.make(0, storage.Directory(tmp_path))
+  assert maker.find(0, tmp_path) is None
+
+
+def test_contents_that_a_decoder_refuses_are_left_out(encoders, tmp_path):
+  damage = OSError("Corrupt snappy compressed data.")
+  maker = make_maker(Flaky(5, 3, [damage] * 99), encoders)
+  finished = maker.make(0, storage.Directory(tmp_path))
+  assert finished.shard.skipped == {"record 3": str(damage)}
 
 
 def test_a_shard_of_nothing_but_broken_pictures_has_no_file(encoders, tmp_path):
@@ -373,8 +424,19 @@ def test_few_buckets_take_all_pictures():
   assert set(plan.bucket_of) == {0}
 
 
+def test_few_pictures_of_a_shape_go_to_another():
+  source = sources.Pictures(15)
+  all_shapes = make_plan(source)
+  assert np.bincount(all_shapes.bucket_of).min() == 3
+  plan = make_plan(source, min_pictures=4)
+  counts = np.bincount(plan.bucket_of)
+  assert len(plan.shapes) == len(counts) > 1
+  assert counts.min() >= 4
+  assert counts.sum() == 15
+
+
 @pytest.mark.parametrize(
-  "changes", [{"records_per_shard": 0}, {"max_buckets": 0}]
+  "changes", [{"records_per_shard": 0}, {"max_buckets": 0}, {"min_pictures": 0}]
 )
 def test_impossible_plans_are_refused(changes):
   with pytest.raises(ValueError, match=f"{next(iter(changes))} .0."):

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from configs import folder as folder_config
 from sana_jax import config as config_lib
 from sana_jax import text
 from sana_jax.data import (
@@ -253,6 +254,24 @@ def test_all_shapes_of_a_cache_are_trained_at(checkpoint, cache):
   assert all(batch["text"].shape == (8, tiny.LENGTH, 12) for batch in batches)
 
 
+def test_all_of_a_cache_is_trained_on_and_repeats_are_said(
+  checkpoint, cache, caplog
+):
+  config = make_config(checkpoint, cache=str(cache))
+  recipe = text_to_image.make_recipe(config)
+  (report,) = recipe.ledger.report(0)["sources"]
+  assert report["used"] == report["read"] == COUNT
+  # Six of each of four sizes.
+  assert (
+    "24 of 24 pictures are of shapes of fewer than a batch of 8" in caplog.text
+  )
+  assert "a smaller batch_size, or another cache by" in caplog.text
+  assert "--min_pictures=8" in caplog.text
+  caplog.clear()
+  text_to_image.make_recipe(dataclasses.replace(config, batch_size=2))
+  assert "fewer than a batch" not in caplog.text
+
+
 def test_a_cache_of_another_kind_is_refused(checkpoint, cache, tmp_path):
   config = make_config(checkpoint, cache=str(cache))
   config.data.image_size = 64
@@ -265,11 +284,40 @@ def test_a_cache_of_another_kind_is_refused(checkpoint, cache, tmp_path):
   with pytest.raises(ValueError, match="data.max_buckets is 1, but .* stored"):
     text_to_image.make_recipe(config)
   config = make_config(checkpoint, cache=str(cache), buckets="square")
-  with pytest.raises(ValueError, match="='square': leave it out"):
+  with pytest.raises(ValueError, match="='square': set it to None"):
     text_to_image.make_recipe(config)
   config = make_config(checkpoint, cache=str(tmp_path))
   with pytest.raises(FileNotFoundError, match=r"has no manifest\.json"):
     text_to_image.make_recipe(config)
+
+
+def test_a_cache_of_one_shape_is_said_where_many_are_wanted(
+  checkpoint, pictures, tmp_path, caplog
+):
+  prepared = job.assemble(
+    task.Task(
+      source="pictures",
+      checkpoint=str(checkpoint),
+      image_size=SIDE,
+      buckets="square",
+      batch_size=4,
+    ),
+    *(pictures, pictures.sizes(), "f" * 64, caches.load_encoders(checkpoint)),
+  )
+  job.run(prepared, tmp_path, started=time.monotonic())
+  for kind in (None, "square", "aspect"):
+    config = make_config(checkpoint, cache=str(tmp_path), buckets=kind)
+    assert text_to_image.make_recipe(config).num_shapes == 1
+    said = "has one shape, 32x32, though data.buckets is 'aspect'"
+    assert (said in caplog.text) == (kind == "aspect")
+
+
+def test_a_folder_is_trained_at_the_shapes_that_its_cache_has(
+  checkpoint, cache
+):
+  wanted = folder_config.get_config().data.buckets
+  config = make_config(checkpoint, cache=str(cache), buckets=wanted)
+  assert text_to_image.make_recipe(config).num_shapes == 4
 
 
 def test_states_of_a_text_encoder_that_is_trained_are_refused(

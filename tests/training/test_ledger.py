@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 
 import pytest
 
@@ -49,6 +50,24 @@ def test_the_same_data_are_scanned_once_and_taken_again(
   caplog.clear()
   make(folder, tmp_path / "run").begin(tmp_path / "run")
   assert "is not a scan" in caplog.text
+
+
+def test_files_that_were_replaced_are_scanned_again(folder, tmp_path, caplog):
+  run = tmp_path / "run"
+  (folder / "3.txt").write_text("a cat")
+  make(folder, run).begin(run)
+  # Another caption, as long as before: the same batches, and it is said.
+  os.utime(folder / "3.txt", ns=(0, 0))
+  make(folder, run).begin(run)
+  assert "its files have changed" in caplog.text
+  assert "files have changed since the run was started last" in caplog.text
+  caplog.clear()
+  make(folder, run).begin(run)
+  assert "changed" not in caplog.text
+  # A picture that was mended is used, and one more is a change.
+  (folder / "x.png").write_bytes((folder / "4.png").read_bytes())
+  with pytest.raises(ValueError, match="used is 11, was 10; .*order is"):
+    make(folder, run).begin(run)
 
 
 def test_changed_data_are_refused_until_allowed(folder, tmp_path, caplog):

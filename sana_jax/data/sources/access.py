@@ -7,7 +7,7 @@ import types
 from collections.abc import Iterator, Mapping, Sequence
 from typing import SupportsIndex
 
-from sana_jax.data import records
+from sana_jax.data import records, storage
 
 
 class FileSource(abc.ABC):
@@ -35,6 +35,10 @@ class FileSource(abc.ABC):
   @abc.abstractmethod
   def file_name(self, index: int) -> str | None:
     """Returns what the picture's file is called, if it has a name."""
+
+  @abc.abstractmethod
+  def files(self) -> Sequence[storage.Location]:
+    """Returns the files that records are read from, without opening them."""
 
   def key(self, index: int) -> str:
     """Returns one key, of a record that cannot be read too."""

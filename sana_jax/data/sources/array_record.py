@@ -99,6 +99,9 @@ class ArrayRecordSource(access.FileSource):
   def keys(self) -> list[str]:
     return [key for keys in self._keys for key in keys]
 
+  def files(self) -> list[storage.Location]:
+    return [storage.Location.of(path) for path in self._paths]
+
   def file_name(self, index: int) -> None:
     return None
 

@@ -53,6 +53,7 @@ class FolderSource(access.FileSource):
       )
     self._table: dict[str, _Described] = {}
     tables = [name for name in names if posixpath.basename(name) in _TABLES]
+    self._tables = tuple(tables)
     lost = []
     images = {group.image for group in self._groups}
     for name in tables:
@@ -71,6 +72,19 @@ class FolderSource(access.FileSource):
 
   def keys(self) -> list[str]:
     return [group.key for group in self._groups]
+
+  def files(self) -> list[storage.Location]:
+    names = [
+      name
+      for group in self._groups
+      for name in (
+        group.image,
+        *([group.text] if group.text is not None else []),
+        *(name for _, name in group.captions),
+        *group.scores,
+      )
+    ]
+    return [self._root / name for name in [*names, *self._tables]]
 
   def key(self, index: int) -> str:
     return self._groups[index].key

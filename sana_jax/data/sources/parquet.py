@@ -69,6 +69,10 @@ class ParquetSource(access.FileSource):
     access.require_unique(keys, self.name)
     return keys
 
+  def files(self) -> list[storage.Location]:
+    """Returns the tables, not the pictures that they may name."""
+    return list(self._files)
+
   def file_name(self, index: int) -> str | None:
     value = self._row(index)[self._image]
     if isinstance(value, Mapping):

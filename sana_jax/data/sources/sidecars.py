@@ -54,6 +54,11 @@ class Sidecars:
       )
     return cls(files)
 
+  def files(self) -> list[storage.Location]:
+    """Returns the files of all shards, each once."""
+    found = {at.path: at for files in self._files for _, at in files}
+    return list(found.values())
+
   def find(
     self, shard: int, key: str, stem: str
   ) -> tuple[dict[str, str], dict[str, float]]:

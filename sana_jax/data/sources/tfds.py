@@ -65,6 +65,8 @@ class TfdsSource(access.FileSource):
     self._is_emoji = _is_emoji(features)
     self._split = split
     self.name = f"{os.fspath(root.path)}:{split}"
+    paths = builder.info.splits[split].filepaths
+    self._paths = tuple(map(os.fspath, paths))
     # The contents of the file are wanted, not pixels.
     self._records = builder.as_data_source(
       split, decoders={name: tfds.decode.SkipDecoding() for name in images}
@@ -75,6 +77,9 @@ class TfdsSource(access.FileSource):
 
   def keys(self) -> list[str]:
     return [self._key(index) for index in range(len(self))]
+
+  def files(self) -> list[storage.Location]:
+    return [storage.Location.of(path) for path in self._paths]
 
   def file_name(self, index: int) -> None:
     return None

@@ -94,6 +94,9 @@ class TarSource(access.FileSource):
   def keys(self) -> list[str]:
     return [self._key(entry) for entry in self._entries]
 
+  def files(self) -> list[storage.Location]:
+    return [*self._shards, *self._tables.files()]
+
   def key(self, index: int) -> str:
     return self._key(self._entries[index])
 
