@@ -39,12 +39,9 @@ def make_cache(
       checkpoint=str(checkpoint),
       image_size=image_size,
       records_per_shard=10,
-<<<<<<< HEAD
       max_buckets=max_buckets,
       batch_size=_BATCH_SIZE,
-=======
       min_pictures=1,
->>>>>>> c-mend3
     ),
     *(pictures, pictures.sizes(), "f" * 64, load_encoders(checkpoint)),
   )
