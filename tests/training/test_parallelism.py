@@ -139,9 +139,9 @@ def check_sequence(collectives):
     if found.kind == "collective-permute"
     for shape in found.shapes
   ]
-  # One row of the value and of the gate, up and down, three times.
-  assert set(halos) == {(4, 1, parallel.COLUMNS, 160)}
-  assert len(halos) == 12
+  # One row of values and gates, up and down, three times.
+  assert set(halos) == {(4, 1, parallel.COLUMNS, 320)}
+  assert len(halos) == 6
   others = [found for found in collectives if found.kind in OTHERS]
   assert not activations(moved(others))
   assert not moved(collectives, "all-to-all")
