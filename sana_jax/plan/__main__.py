@@ -55,6 +55,7 @@ def main(argv: list[str]) -> None:
   # Devices that are here are of no use, and not to be taken.
   jax.config.update("jax_platforms", "cpu")
   try:
+    _check_flags()
     text, record = make_plan(_CONFIG.value)
   except (ValueError, OSError, ModuleNotFoundError) as error:
     sys.exit(f"plan: {' '.join(str(error).split())}")
@@ -63,6 +64,28 @@ def main(argv: list[str]) -> None:
     path = epath.Path(_JSON.value)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def _check_flags() -> None:
+  idle = [
+    f"--{flag.name}"
+    for flag in (_IMAGES_PER_CHIP, _STEPS)
+    if flag.present and _WHAT.value == "train"
+  ]
+  if idle:
+    raise ValueError(
+      f"{' and '.join(idle)}: only with --what=sample; the batch of a training "
+      "step is --config.batch_size."
+    )
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+  """Parses the flags, and makes one line of a field that is not there."""
+  try:
+    return app.parse_flags_with_usage(argv)
+  except (KeyError, AttributeError, OSError) as error:
+    text = error.args[0] if isinstance(error, KeyError) else str(error)
+    return sys.exit(f"plan: --config: {' '.join(str(text).split())}")
 
 
 def make_plan(config: config_lib.Config) -> tuple[str, dict[str, Any]]:
@@ -93,4 +116,4 @@ def make_plan(config: config_lib.Config) -> tuple[str, dict[str, Any]]:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  app.run(main, flags_parser=_parse_flags)

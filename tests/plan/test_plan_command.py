@@ -35,6 +35,21 @@ def test_what_is_wrong_is_said_in_one_line(tmp_path):
   assert line.startswith("plan: topology 'v9:2x2' is not one of")
 
 
+def test_flags_of_sampling_are_refused_in_training(tmp_path):
+  done = run(tmp_path, "--topology=v5e:2x2", "--steps=4")
+  assert done.returncode == 1
+  (line,) = done.stderr.strip().splitlines()
+  assert line.startswith("plan: --steps: only with --what=sample")
+
+
+def test_a_field_that_is_not_there_is_one_line(tmp_path):
+  done = run(tmp_path, "--topology=v5e:2x2", "--config.nosuch=1")
+  assert done.returncode == 1
+  assert done.stderr.strip().splitlines()[-1].startswith("plan: --config: ")
+  assert "nosuch" in done.stderr
+  assert "Traceback" not in done.stderr
+
+
 def test_fields_of_the_config_are_set_and_checked(tmp_path):
   changed = "--config.train_text_encoder=True"
   done = run(tmp_path, "--topology=v5e:2x2", changed)
