@@ -40,7 +40,7 @@ def make(folder, workdir, **data):
 def test_the_same_data_are_scanned_once_and_taken_again(
   folder, tmp_path, caplog
 ):
-  caplog.set_level(logging.INFO)
+  caplog.set_level(logging.INFO, logger="absl")
   for again in (False, True):
     make(folder, tmp_path / "run").begin(tmp_path / "run")
     assert ("sizes are known from" in caplog.text) == again
@@ -100,7 +100,7 @@ def test_pictures_found_broken_by_decoding_are_a_change(folder, tmp_path):
 def test_every_epoch_is_reported_with_all_that_was_skipped(
   folder, tmp_path, caplog
 ):
-  caplog.set_level(logging.INFO)
+  caplog.set_level(logging.INFO, logger="absl")
   run = tmp_path / "run"
   books = make(folder, run)
   books.begin(run)

@@ -5,7 +5,6 @@ import logging
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from absl import logging as absl_logging
 from flax import nnx
 
 from sana_jax import config as config_lib
@@ -77,20 +76,12 @@ def test_the_user_has_the_last_word():
 @pytest.mark.parametrize(
   ("certain", "level"), [(True, logging.INFO), (False, logging.WARNING)]
 )
-def test_the_reason_is_logged_and_a_guess_is_a_warning(certain, level):
-  records = []
-  handler = logging.Handler()
-  handler.emit = records.append
-  logger, verbosity = (
-    absl_logging.get_absl_logger(),
-    absl_logging.get_verbosity(),
-  )
-  logger.addHandler(handler)
-  absl_logging.set_verbosity(absl_logging.INFO)
-  precision.choose_clamp(precision.Decision(True, certain, "because"), None)
-  absl_logging.set_verbosity(verbosity)
-  logger.removeHandler(handler)
-  assert [(r.levelno, r.getMessage()) for r in records] == [(level, "because")]
+def test_the_reason_is_logged_and_a_guess_is_a_warning(caplog, certain, level):
+  with caplog.at_level(logging.INFO, logger="absl"):
+    precision.choose_clamp(precision.Decision(True, certain, "because"), None)
+  assert [(r.levelno, r.getMessage()) for r in caplog.records] == [
+    (level, "because")
+  ]
 
 
 def test_a_loaded_transformer_has_the_limit_it_needs(tmp_path):
