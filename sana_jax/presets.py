@@ -11,15 +11,20 @@ from typing import NamedTuple
 from sana_jax import config as config_lib
 from sana_jax import hardware
 
-# Source of all of these: the flags that MaxText runs with
+# Source of the first five: the flags that MaxText runs with
 # (github.com/AI-Hypercomputer/maxtext), here those that let the gathering of
-# sharded parameters run beside the computation.
+# sharded parameters run beside the computation. The last two keep gradients a
+# reduce-scatter of each kernel where fsdp is the only axis (bench/plan.py): else
+# XLA sums them in one all-reduce with those of biases, or passes parts around
+# inside the products, and either sends twice the bytes.
 _TPU_OPTIONS = {
   "xla_enable_async_all_gather": True,
   "xla_tpu_enable_async_collective_fusion": True,
   "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
   "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
   "xla_tpu_overlap_compute_collective_tc": True,
+  "xla_jf_crs_combiner_threshold_in_bytes": 2**20,
+  "xla_jf_spmd_threshold_for_windowed_einsum_mib": 10**6,
 }
 # Source: docs.jax.dev/en/latest/gpu_performance_tips.html.
 _GPU_OPTIONS = {"xla_gpu_enable_latency_hiding_scheduler": True}
@@ -121,9 +126,13 @@ def apply(
   config.optim.accumulation = layout.accumulation
   config.remat = "full"
   config.hardware.preset = name
-  options = _TPU_OPTIONS if target.kind == "tpu" else _GPU_OPTIONS
-  config.hardware.compiler_options = dict(options)
+  config.hardware.compiler_options = compiler_options(target.kind)
   return config
+
+
+def compiler_options(kind: str) -> dict[str, bool | int | str]:
+  """Returns what XLA is told when it compiles a step for "tpu" or "gpu"."""
+  return dict(_TPU_OPTIONS if kind == "tpu" else _GPU_OPTIONS)
 
 
 def lay_out(config: config_lib.TextToImageConfig, target: Hardware) -> Layout:
