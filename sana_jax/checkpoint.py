@@ -190,13 +190,29 @@ def _rank(config: config_lib.CheckpointConfig):
   return lambda metrics: metrics[config.best_metric]
 
 
+def restore_average(
+  workdir: epath.PathLike, abstract: Any, *, step: int | None = None
+) -> Any:
+  """Reads the average of the parameters, or these where none was kept.
+
+  Args and errors are those of `restore_part`.
+  """
+  return restore_part(workdir, "ema", abstract, step=step, otherwise="params")
+
+
 def restore_part(
-  workdir: epath.PathLike, part: str, abstract: Any, *, step: int | None = None
+  workdir: epath.PathLike,
+  part: str,
+  abstract: Any,
+  *,
+  step: int | None = None,
+  otherwise: str | None = None,
 ) -> Any:
   """Reads one entry of a saved state, such as "ema", and nothing else.
 
   Args:
     abstract: as in `Checkpointer.restore`, of that entry.
+    otherwise: the entry to read where `part` was not saved.
     step: None: the newest.
 
   Raises:
@@ -215,9 +231,11 @@ def restore_part(
       f"{directory} holds no checkpoint of step {step}, only of {steps}."
     )
   path = directory / str(step) / "state"
-  wanted = {part: tree.to_nested_dict(abstract)}
   with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
     saved = reader.metadata(path).item_metadata.tree
+    if otherwise is not None and part not in saved:
+      part = otherwise
+    wanted = {part: tree.to_nested_dict(abstract)}
     check_matches(saved.get(part, {}), abstract, f"checkpoint {step}")
     nested = reader.restore(
       path,

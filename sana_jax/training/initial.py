@@ -96,7 +96,7 @@ def _from_run(
       f"{before.train_text_encoder}, this run {config.train_text_encoder}: "
       f"name {workdir / 'export'}, which has both models."
     )
-  return checkpoint.restore_part(workdir, "ema", abstract)
+  return checkpoint.restore_average(workdir, abstract)
 
 
 def _check(

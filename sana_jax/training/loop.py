@@ -257,7 +257,7 @@ class _Run:
     export = self._recipe.export
     if export is None or self._step < self._config.num_steps:
       return
-    whole = sharding.gather((self.state.ema, self._frozen))
+    whole = sharding.gather((self.state.averaged, self._frozen))
     if jax.process_index() == 0:
       export(*whole, self._workdir / "export")
       logging.info(
@@ -412,12 +412,18 @@ class _Run:
       self._checkpointer.save(self._step, self.state, values)
 
   def _sample(self) -> None:
-    """Writes pictures of the average and of the parameters themselves."""
+    """Writes pictures of the average and of the parameters themselves.
+
+    Where there is no average, the parameters stand for it.
+    """
     if self._recipe.sample is None:
       return
     self._look()
+    shown = {"": self.state.averaged}
+    if self.state.ema is not None:
+      shown["_raw"] = self.state.params
     with self._chrono.paused():
-      for suffix, params in (("", self.state.ema), ("_raw", self.state.params)):
+      for suffix, params in shown.items():
         if self._stop.is_set():
           return
         whole = sharding.gather((params, self._frozen))
@@ -437,6 +443,8 @@ class _Run:
     if self._recipe.initial is None:
       return state
     # Dropped first: there may not be room for both.
+    averages = state.ema is not None
     state = state._replace(params=None, ema=None)
     params = self._recipe.initial(self._program.state.params)
-    return state._replace(params=params, ema=jax.tree.map(jnp.copy, params))
+    ema = jax.tree.map(jnp.copy, params) if averages else None
+    return state._replace(params=params, ema=ema)

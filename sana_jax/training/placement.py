@@ -40,7 +40,8 @@ def state_shardings(abstract, param_axes, mesh):
   opt_state = optim.state_shardings(
     abstract.opt_state, abstract.params, params, mesh
   )
-  return step_lib.TrainState(replicated, params, params, opt_state, replicated)
+  ema = None if abstract.ema is None else params
+  return step_lib.TrainState(replicated, params, ema, opt_state, replicated)
 
 
 def frozen_shardings(frozen, param_axes, mesh):

@@ -51,7 +51,7 @@ def make_program(
   tx = optim.make_optimizer(config.optim, **length, param_axes=param_axes)
 
   def init_state(key: jax.Array) -> step_lib.TrainState:
-    return step_lib.init_state(init(key), tx)
+    return step_lib.init_state(init(key), tx, averages=config.ema_decay > 0)
 
   abstract = jax.eval_shape(init_state, jax.random.key(0))
   sharding.check_every_axis_cuts(abstract.params, param_axes, mesh)
