@@ -26,6 +26,7 @@ from sana_jax.training import (
   text_to_image,
   wandb_sink,
 )
+from sana_jax.training import recipe as recipe_lib
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "File with get_config(); fields: --config.batch_size=8."
@@ -96,7 +97,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
     return sys.exit(f"train.py: --config: {' '.join(text.split())}")
 
 
-def _make_recipe(config: config_lib.Config, workdir: str) -> loop.Recipe:
+def _make_recipe(config: config_lib.Config, workdir: str) -> recipe_lib.Recipe:
   if type(config) not in _RECIPES:
     # Where the file could not be read, any access raises an OSError saying why.
     getattr(config, "seed", None)

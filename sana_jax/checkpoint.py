@@ -119,14 +119,22 @@ class Checkpointer:
     )
     self._saving = None
 
-  def restore(self, step: int, abstract: Any) -> Any:
-    """Reads a state into the structure, dtypes and shardings of `abstract`.
+  def check(self, step: int, abstract: Any) -> None:
+    """Compares what is saved with `abstract`, without reading it.
 
     Raises:
       ValueError: names or shapes on disk differ; all differences are listed.
     """
     saved = self._manager.item_metadata(step)["state"]
     check_matches(saved, abstract, f"checkpoint {step}")
+
+  def restore(self, step: int, abstract: Any) -> Any:
+    """Reads a state into the structure, dtypes and shardings of `abstract`.
+
+    Raises:
+      ValueError: see `check`.
+    """
+    self.check(step, abstract)
     nested = self._manager.restore(
       step,
       args=ocp.args.Composite(
@@ -190,6 +198,14 @@ def _rank(config: config_lib.CheckpointConfig):
   return lambda metrics: metrics[config.best_metric]
 
 
+def saved_steps(workdir: epath.PathLike) -> list[int]:
+  """Lists the steps of the complete checkpoints of a run, in order."""
+  directory = epath.Path(workdir).absolute() / "checkpoints"
+  if not directory.exists():
+    return []
+  return sorted(ocp.utils.checkpoint_steps(directory))
+
+
 def restore_average(
   workdir: epath.PathLike, abstract: Any, *, step: int | None = None
 ) -> Any:
@@ -220,7 +236,7 @@ def restore_part(
     ValueError: names or shapes on disk differ; all differences are listed.
   """
   directory = epath.Path(workdir).absolute() / "checkpoints"
-  steps = sorted(ocp.utils.checkpoint_steps(directory))
+  steps = saved_steps(workdir)
   if not steps:
     raise FileNotFoundError(
       f"{directory} holds no checkpoint yet; wait for the run's first."

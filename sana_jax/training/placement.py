@@ -95,16 +95,8 @@ def global_batches(
   of a step is the same whatever the mesh and the number of processes.
 
   Raises:
-    ValueError: the batch does not divide over the devices.
+    ValueError: rows of a batch do not divide over the devices.
   """
-  samples = math.prod(mesh.shape[axis] for axis in sharding.RULES["batch"])
-  parts = config.optim.accumulation
-  if config.batch_size % (parts * samples):
-    raise ValueError(
-      f"batch_size ({config.batch_size}) must be a multiple of "
-      f"{_product(mesh, 'batch')}"
-      f"{f' x optim.accumulation={parts}' if parts > 1 else ''}."
-    )
   places = sharding.batch_sharding(mesh).addressable_devices_indices_map(
     (config.batch_size,)
   )

@@ -17,6 +17,7 @@ from sana_jax import config as config_lib
 from sana_jax.data import loader
 from sana_jax.nn import layers
 from sana_jax.training import loop
+from sana_jax.training import recipe as recipe_lib
 from sana_jax.training import workdir as workdir_lib
 
 AXES = (("kernel", ("embed", None)), ("bias", (None,)))
@@ -40,7 +41,7 @@ def make_recipe(exports=None):
     .repeat()
     .random_map(example)
   )
-  return loop.Recipe(
+  return recipe_lib.Recipe(
     init=lambda key: {"line": layers.Linear(8, 8, rngs=nnx.Rngs(key))},
     param_axes={"line": AXES},
     frozen={"slope": np.float32(3.0)},
