@@ -18,6 +18,7 @@ from sana_jax import checkpoint, sharding
 from sana_jax import config as config_lib
 from sana_jax.training import (
   anomalies,
+  budget,
   checks,
   compilations,
   feeding,
@@ -72,7 +73,7 @@ def train(
   Raises:
     ValueError: `workdir` belongs to a run with another config, or other data.
     OSError: a checkpoint could not be written.
-    MemoryError: a step does not fit the devices.
+    MemoryError: the state, a step or the samples do not fit the devices.
     FloatingPointError: too many steps were bad; see `anomalies.py`.
   """
   config.freeze()
@@ -284,10 +285,9 @@ class _Run:
     if is_new or self._is_done():
       self._look()
     self._profiler.before(self._step + 1)
-    explained = out_of_memory.explained(
-      *(self._program, self._frozen, batch),
-      remat=self._config.remat,
-      mesh=self._mesh,
+    explained = self._explained(
+      out_of_memory.STEP,
+      lambda: out_of_memory.of_step(self._program.state, self._frozen, batch),
     )
     # A step that compiles first does not count for the speed.
     paused = self._chrono.paused() if is_new else contextlib.nullcontext()
@@ -305,6 +305,11 @@ class _Run:
     flops = None if is_new else self._flops(batch)
     self._pending = _Pending(self._step, scalars, flops)
     self._checkpointer.poll()
+
+  def _explained(
+    self, what: out_of_memory.What, parts: Callable[[], dict[str, int]]
+  ):
+    return out_of_memory.explained(what, parts, self._config, self._mesh)
 
   def _flops(self, batch: Any) -> float:
     per_image = self._recipe.flops_per_image
@@ -439,7 +444,11 @@ class _Run:
     shown = {"": self.state.averaged}
     if self.state.ema is not None:
       shown["_raw"] = self.state.params
-    with self._chrono.paused():
+    explained = self._explained(
+      out_of_memory.SAMPLES,
+      lambda: out_of_memory.of_samples(self._program.state, self._frozen),
+    )
+    with self._chrono.paused(), explained:
       for suffix, params in shown.items():
         if self._stop.is_set():
           return
@@ -453,6 +462,15 @@ class _Run:
   def _load(self, step: int | None) -> step_lib.TrainState:
     # Reading the first batch may have taken one process longer than another.
     launch.meet("load")
+    explained = self._explained(
+      out_of_memory.STATE,
+      lambda: budget.state_budget(self._program.state),
+    )
+    with explained:
+      # Placed without waiting: memory may run out a little later.
+      return jax.block_until_ready(self._make_state(step))
+
+  def _make_state(self, step: int | None) -> step_lib.TrainState:
     if step is not None:
       logging.info("resuming from step %d", step)
       return self._checkpointer.restore(step, self._program.state)
