@@ -6,7 +6,6 @@ under Slurm or Open MPI, the same command on all hosts makes one run of them;
 elsewhere, --coordinator does.
 """
 
-import logging as std_logging
 import os
 import sys
 
@@ -15,7 +14,7 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
 
-from sana_jax import compilation_cache, presets, sharding
+from sana_jax import checkpoint, compilation_cache, presets, sharding
 from sana_jax import config as config_lib
 from sana_jax.training import (
   autoencoder,
@@ -73,16 +72,6 @@ _RECIPES = {
     config
   ),
 }
-
-
-def _quiet_orbax() -> None:
-  """Keeps Orbax's many lines about every save out of the training log."""
-  handler = logging.get_absl_handler()
-  handler.addFilter(
-    lambda record: (
-      "orbax" not in record.pathname or record.levelno >= std_logging.WARNING
-    )
-  )
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
@@ -171,7 +160,7 @@ def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"Unexpected arguments: {argv[1:]}.")
   compilation_cache.enable(_CACHE.value, os.environ)
-  _quiet_orbax()
+  checkpoint.quiet_orbax()
   try:
     _run()
   except MemoryError as error:

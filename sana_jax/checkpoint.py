@@ -6,6 +6,7 @@ completely written is never seen, so a run may be killed at any moment.
 """
 
 import contextlib
+import logging as std_logging
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -196,6 +197,15 @@ def _retention(
 
 def _rank(config: config_lib.CheckpointConfig):
   return lambda metrics: metrics[config.best_metric]
+
+
+def quiet_orbax() -> None:
+  """Keeps Orbax's many lines about every file out of the log of a command."""
+  logging.get_absl_handler().addFilter(
+    lambda record: (
+      "orbax" not in record.pathname or record.levelno >= std_logging.WARNING
+    )
+  )
 
 
 def saved_steps(workdir: epath.PathLike) -> list[int]:
