@@ -30,6 +30,7 @@ from absl import app, flags, logging
 from etils import epath
 from jax.experimental import multihost_utils
 
+from sana_jax import checkpoint as checkpoint_lib
 from sana_jax import compilation_cache
 from sana_jax import pipeline as pipeline_lib
 from sana_jax.bulk import (
@@ -192,6 +193,7 @@ def main(argv: list[str]) -> int:
   # Backends that are not there are no news.
   std_logging.getLogger("jax").setLevel(std_logging.WARNING)
   warnings.showwarning = _log_warning
+  checkpoint_lib.quiet_orbax()
   compilation_cache.enable(_CACHE.value, os.environ)
   try:
     check_flags()

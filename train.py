@@ -6,7 +6,6 @@ under Slurm or Open MPI, the same command on all hosts makes one run of them;
 elsewhere, --coordinator does.
 """
 
-import logging as std_logging
 import os
 import sys
 
@@ -15,7 +14,7 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
 
-from sana_jax import compilation_cache, presets, sharding
+from sana_jax import checkpoint, compilation_cache, presets, sharding
 from sana_jax import config as config_lib
 from sana_jax.training import (
   autoencoder,
@@ -26,6 +25,7 @@ from sana_jax.training import (
   text_to_image,
   wandb_sink,
 )
+from sana_jax.training import recipe as recipe_lib
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "File with get_config(); fields: --config.batch_size=8."
@@ -74,16 +74,6 @@ _RECIPES = {
 }
 
 
-def _quiet_orbax() -> None:
-  """Keeps Orbax's many lines about every save out of the training log."""
-  handler = logging.get_absl_handler()
-  handler.addFilter(
-    lambda record: (
-      "orbax" not in record.pathname or record.levelno >= std_logging.WARNING
-    )
-  )
-
-
 def _parse_flags(argv: list[str]) -> list[str]:
   """Parses the flags, and makes one line of what a config file gets wrong."""
   try:
@@ -96,7 +86,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
     return sys.exit(f"train.py: --config: {' '.join(text.split())}")
 
 
-def _make_recipe(config: config_lib.Config, workdir: str) -> loop.Recipe:
+def _make_recipe(config: config_lib.Config, workdir: str) -> recipe_lib.Recipe:
   if type(config) not in _RECIPES:
     # Where the file could not be read, any access raises an OSError saying why.
     getattr(config, "seed", None)
@@ -170,7 +160,7 @@ def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"Unexpected arguments: {argv[1:]}.")
   compilation_cache.enable(_CACHE.value, os.environ)
-  _quiet_orbax()
+  checkpoint.quiet_orbax()
   try:
     _run()
   except MemoryError as error:

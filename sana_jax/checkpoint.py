@@ -6,6 +6,7 @@ completely written is never seen, so a run may be killed at any moment.
 """
 
 import contextlib
+import logging as std_logging
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -119,14 +120,22 @@ class Checkpointer:
     )
     self._saving = None
 
-  def restore(self, step: int, abstract: Any) -> Any:
-    """Reads a state into the structure, dtypes and shardings of `abstract`.
+  def check(self, step: int, abstract: Any) -> None:
+    """Compares what is saved with `abstract`, without reading it.
 
     Raises:
       ValueError: names or shapes on disk differ; all differences are listed.
     """
     saved = self._manager.item_metadata(step)["state"]
     check_matches(saved, abstract, f"checkpoint {step}")
+
+  def restore(self, step: int, abstract: Any) -> Any:
+    """Reads a state into the structure, dtypes and shardings of `abstract`.
+
+    Raises:
+      ValueError: see `check`.
+    """
+    self.check(step, abstract)
     nested = self._manager.restore(
       step,
       args=ocp.args.Composite(
@@ -190,13 +199,46 @@ def _rank(config: config_lib.CheckpointConfig):
   return lambda metrics: metrics[config.best_metric]
 
 
+def quiet_orbax() -> None:
+  """Keeps Orbax's many lines about every file out of the log of a command."""
+  logging.get_absl_handler().addFilter(
+    lambda record: (
+      "orbax" not in record.pathname or record.levelno >= std_logging.WARNING
+    )
+  )
+
+
+def saved_steps(workdir: epath.PathLike) -> list[int]:
+  """Lists the steps of the complete checkpoints of a run, in order."""
+  directory = epath.Path(workdir).absolute() / "checkpoints"
+  if not directory.exists():
+    return []
+  return sorted(ocp.utils.checkpoint_steps(directory))
+
+
+def restore_average(
+  workdir: epath.PathLike, abstract: Any, *, step: int | None = None
+) -> Any:
+  """Reads the average of the parameters, or these where none was kept.
+
+  Args and errors are those of `restore_part`.
+  """
+  return restore_part(workdir, "ema", abstract, step=step, otherwise="params")
+
+
 def restore_part(
-  workdir: epath.PathLike, part: str, abstract: Any, *, step: int | None = None
+  workdir: epath.PathLike,
+  part: str,
+  abstract: Any,
+  *,
+  step: int | None = None,
+  otherwise: str | None = None,
 ) -> Any:
   """Reads one entry of a saved state, such as "ema", and nothing else.
 
   Args:
     abstract: as in `Checkpointer.restore`, of that entry.
+    otherwise: the entry to read where `part` was not saved.
     step: None: the newest.
 
   Raises:
@@ -204,7 +246,7 @@ def restore_part(
     ValueError: names or shapes on disk differ; all differences are listed.
   """
   directory = epath.Path(workdir).absolute() / "checkpoints"
-  steps = sorted(ocp.utils.checkpoint_steps(directory))
+  steps = saved_steps(workdir)
   if not steps:
     raise FileNotFoundError(
       f"{directory} holds no checkpoint yet; wait for the run's first."
@@ -215,9 +257,11 @@ def restore_part(
       f"{directory} holds no checkpoint of step {step}, only of {steps}."
     )
   path = directory / str(step) / "state"
-  wanted = {part: tree.to_nested_dict(abstract)}
   with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
     saved = reader.metadata(path).item_metadata.tree
+    if otherwise is not None and part not in saved:
+      part = otherwise
+    wanted = {part: tree.to_nested_dict(abstract)}
     check_matches(saved.get(part, {}), abstract, f"checkpoint {step}")
     nested = reader.restore(
       path,

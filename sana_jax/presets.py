@@ -37,9 +37,9 @@ _MOST_SEQUENCE_SHARDS = 16
 # Of the memory that XLA may allocate: what we count on, and of that what the
 # state may have.
 _USABLE, _OF_STATE = 0.85, 0.3
-# Per parameter: itself, its average and its gradient in float32, and the
+# Per parameter: itself and its gradient, and its average, in float32; and the
 # moments of the optimiser.
-_STATE_BYTES = 12
+_STATE_BYTES, _AVERAGE_BYTES = 8, 4
 _MOMENT_BYTES = {
   "adafactor": 0,
   "adamw": 8,
@@ -190,6 +190,8 @@ def lay_out(config: config_lib.TextToImageConfig, target: Hardware) -> Layout:
 def state_bytes(config: config_lib.TextToImageConfig) -> float:
   """Estimates parameters, average, gradients and moments, in all."""
   each = _STATE_BYTES + _MOMENT_BYTES[config.optim.name]
+  if config.ema_decay > 0:
+    each += _AVERAGE_BYTES
   return each * num_params(config.model)
 
 

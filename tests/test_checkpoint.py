@@ -3,6 +3,9 @@
 import json
 import logging
 import resource
+import subprocess
+import sys
+import tempfile
 import time
 
 import jax
@@ -191,3 +194,29 @@ def test_all_differences_are_listed(checkpointer):
 def test_a_single_process_is_never_told_to_stop_by_orbax(checkpointer):
   # Which is why the loop has a signal handler of its own.
   assert not checkpointer.reached_preemption(1)
+
+
+def test_orbax_says_nothing_but_warnings():
+  """In a process of its own: the handler is everyone's."""
+  program = (
+    "import sys, jax.numpy as jnp\n"
+    "from absl import logging\n"
+    "from sana_jax import checkpoint, config\n"
+    "logging.set_verbosity(logging.INFO)\n"
+    "logging.use_absl_handler()\n"
+    "checkpoint.quiet_orbax()\n"
+    "saver = checkpoint.Checkpointer(sys.argv[1], config.CheckpointConfig())\n"
+    "saver.save(1, {'w': jnp.ones(2)})\n"
+    "saver.close()\n"
+    "logging.info('the command speaks')\n"
+  )
+  with tempfile.TemporaryDirectory() as directory:
+    done = subprocess.run(
+      [sys.executable, "-c", program, directory],
+      check=True,
+      capture_output=True,
+      text=True,
+    )
+  lines = [line for line in done.stderr.splitlines() if line.startswith("I")]
+  assert len(lines) == 1
+  assert lines[0].endswith("the command speaks")

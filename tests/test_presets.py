@@ -161,3 +161,11 @@ def test_libtpu_knows_the_options_of_tpus(topology, monkeypatch):
 def test_chips_that_do_not_hold_the_state_are_said_to_be_too_few():
   with pytest.raises(ValueError, match="1 v5e do not hold the state: .*GiB"):
     get("sana_1600m_1024", "v5e-1")
+
+
+def test_a_run_without_an_average_needs_no_room_for_it():
+  config = get("sana_1600m_1024")
+  averaged = presets.state_bytes(config)
+  config.ema_decay = 0.0
+  difference = averaged - presets.state_bytes(config)
+  assert difference == 4 * presets.num_params(config.model)

@@ -18,7 +18,8 @@ class TrainConfig(Config):
   """What every training run has, whatever it trains.
 
   Args:
-    ema_decay: of the averaged parameters that are sampled and exported.
+    ema_decay: of the averaged parameters that are sampled and exported; 0:
+      none are kept, and it is the parameters themselves.
     mesh: how many devices work side by side on "data" (samples, each with the
       whole model), "fsdp" (samples, each with a shard of it), "tensor" (parts
       of every matrix product) and "sequence" (rows of every latent). What is

@@ -83,6 +83,8 @@ def load(
 ) -> dict[str, Any]:
   """Reads the averaged parameters of a step, and what was not trained.
 
+  Of a run that keeps no average, the parameters themselves.
+
   Args:
     step: None: the newest that is kept.
     components: directory whose vae/, tokenizer/ and text_encoder/ are used in
@@ -181,4 +183,4 @@ def _restore(config, workdir, step, dtype, mesh, fp16_clamp) -> dict[str, Any]:
     lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole),
     models,
   )
-  return checkpoint.restore_part(workdir, "ema", abstract, step=step)
+  return checkpoint.restore_average(workdir, abstract, step=step)

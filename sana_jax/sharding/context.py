@@ -34,8 +34,8 @@ def constrain(x: Array, axes: rules_lib.Axes) -> Array:
     if n % count:
       raise ValueError(
         f"the {axis} axis of {tuple(x.shape)}, {n}, is not divisible by the "
-        f"mesh's {_product(names, sizes)}: {n} and the mesh must have sizes "
-        f"such that it is."
+        f"mesh's {_product(names, sizes)}. Sizes that divide it: "
+        f"{', '.join(map(str, rules_lib.divisors(n)))}."
       )
   return jax.lax.with_sharding_constraint(
     x, rules_lib.partition_spec(named, sizes)

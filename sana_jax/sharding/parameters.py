@@ -1,8 +1,9 @@
 """Placing parameters by a model's table, and checking that it did something."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh, NamedSharding
@@ -14,6 +15,15 @@ ParamAxes = Sequence[tuple[str, rules_lib.Axes]]
 
 # A mesh axis must cut at least this share of the parameters.
 _LEAST_SHARE = 0.5
+
+
+class _Leaf(NamedTuple):
+  """A parameter; `axes` are logical, one for each of its shape."""
+
+  name: str
+  size: int
+  axes: rules_lib.Axes
+  shape: tuple[int, ...]
 
 
 def param_shardings(
@@ -58,7 +68,12 @@ def check_every_axis_cuts(
     ValueError: an axis that does; it says which size would do.
   """
   leaves = [
-    (leaf.size, _row(name, leaf.shape, param_axes[component]), leaf.shape)
+    _Leaf(
+      f"{component}/{name}",
+      leaf.size,
+      _row(name, leaf.shape, param_axes[component]),
+      leaf.shape,
+    )
     for component, arrays in abstract.items()
     for name, leaf in zip(
       tree.leaf_names(arrays), jax.tree.leaves(arrays), strict=True
@@ -84,25 +99,29 @@ def check_every_axis_cuts(
 def _share_cut(leaves, axis: str, sizes: Mapping[str, int]) -> float:
   """The share of the parameters that mesh axis `axis` cuts."""
   cut = total = 0
-  for count, axes, shape in leaves:
-    total += count
-    cut += count * any(
+  for leaf in leaves:
+    total += leaf.size
+    cut += leaf.size * any(
       axis in _dividing(rules_lib.mesh_axes(logical), n, sizes)
-      for logical, n in zip(axes, shape, strict=True)
+      for logical, n in zip(leaf.axes, leaf.shape, strict=True)
     )
   return cut / max(total, 1)
 
 
 def _cuts_too_little(leaves, axis: str, mesh: Mesh, share, bound: int) -> str:
-  sizes = sorted(
-    {
-      n
-      for _, axes, shape in leaves
-      for logical, n in zip(axes, shape, strict=True)
-      if axis in rules_lib.mesh_axes(logical)
-    }
-  )
   size = mesh.shape[axis]
+  # By logical axis and size, the largest parameter that would be cut there.
+  whole: dict[tuple[str, int], str] = {}
+  for leaf in sorted(leaves, key=lambda leaf: -leaf.size):
+    for logical, n in zip(leaf.axes, leaf.shape, strict=True):
+      if axis in rules_lib.mesh_axes(logical) and n % size:
+        whole.setdefault((logical, n), leaf.name)
+  which = ", ".join(
+    f"{logical} of {n}, such as in {name}"
+    for (logical, n), name in sorted(whole.items())
+  )
+  common = math.gcd(*(n for _, n in whole)) if whole else 1
+  divisors = ", ".join(map(str, rules_lib.divisors(common)))
   data = mesh.shape["data"] * size // bound
   remedy = (
     f"set data={data}, {axis}={bound}"
@@ -111,9 +130,9 @@ def _cuts_too_little(leaves, axis: str, mesh: Mesh, share, bound: int) -> str:
   )
   why = " (each copy of the model sharded, HSDP)" if axis == "fsdp" else ""
   return (
-    f"mesh axis {axis}={size} cuts {share:.0%} of the parameters: the axes it "
-    f"would cut have the sizes {sizes}, which it does not divide. Of its "
-    f"divisors the largest that cuts them is {bound}: {remedy}{why}."
+    f"mesh axis {axis}={size} cuts {share:.0%} of the parameters; it does not "
+    f"divide {which}. Sizes that divide all of these: {divisors}. With this "
+    f"number of devices, {remedy}{why}."
   )
 
 

@@ -62,6 +62,11 @@ def size_of(names: Sequence[str], sizes: Mapping[str, int]) -> int:
   return math.prod(sizes.get(name, 1) for name in names)
 
 
+def divisors(n: int) -> list[int]:
+  """Lists the numbers of shards that an axis of `n` can be cut in."""
+  return [size for size in range(1, n + 1) if n % size == 0]
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
   """The sharding of an array that every device holds whole."""
   return NamedSharding(mesh, PartitionSpec())

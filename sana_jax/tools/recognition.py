@@ -250,18 +250,21 @@ def _training_run(path: epath.Path) -> Report:
     return report | {"step": None, "problems": ["no checkpoint"]}
   state = orbax_files.open_tree(path / "checkpoints" / str(steps[-1]) / "state")
   parts = {}
-  for name in sorted({n.split("/")[1] for n in state if n.startswith("ema/")}):
+  has_average = any(name.startswith("ema/") for name in state)
+  kept = "ema" if has_average else "params"
+  names = {n.split("/")[1] for n in state if n.startswith(f"{kept}/")}
+  for name in sorted(names):
     if name not in configs:
-      parts[name] = _contents(_under(state, f"ema/{name}/"))
+      parts[name] = _contents(_under(state, f"{kept}/{name}/"))
       continue
     cls, key = configs[name]
     component = opening.component(
-      config_lib.from_dict(cls, values[key]), _under(state, f"ema/{name}/")
+      config_lib.from_dict(cls, values[key]), _under(state, f"{kept}/{name}/")
     )
     parts[name] = _component(component)
   return report | {
     "step": steps[-1],
-    "ema": bool(parts),
+    "ema": has_average,
     "components": parts,
     "bytes": sum(tensor.nbytes for tensor in state.values()),
     "optimizer_bytes": sum(

@@ -10,13 +10,13 @@ from jaxtyping import Array, Float, UInt8
 from sana_jax import config as config_lib
 from sana_jax.data import examples, loader, names
 from sana_jax.models import dc_ae
-from sana_jax.training import loop
+from sana_jax.training import recipe as recipe_lib
 from sana_jax.weights import components
 
 _SHOWN = 16
 
 
-def make_recipe(config: config_lib.AutoencoderConfig) -> loop.Recipe:
+def make_recipe(config: config_lib.AutoencoderConfig) -> recipe_lib.Recipe:
   """Builds model, data and loss of `config`."""
 
   def init(key: jax.Array) -> dict[str, dc_ae.DCAE]:
@@ -56,7 +56,7 @@ def make_recipe(config: config_lib.AutoencoderConfig) -> loop.Recipe:
       directory / "vae", model, _with_scaling(config.model, factor)
     )
 
-  return loop.Recipe(
+  return recipe_lib.Recipe(
     init=init,
     param_axes={"autoencoder": dc_ae.PARAM_AXES},
     frozen={},

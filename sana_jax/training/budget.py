@@ -29,6 +29,7 @@ def state_budget(state: step_lib.TrainState) -> dict[str, int]:
   Args:
     state: arrays, or abstract ones such as `Program.state`.
   """
+  # Without an average there are no arrays, and so no bytes.
   return {
     "parameters": per_device_bytes(state.params),
     "average": per_device_bytes(state.ema),

@@ -20,12 +20,19 @@ class Feed:
 
   def __init__(self, batches: Iterator[Any]):
     self.waited = 0.0
+    self._seen: Any | None = None
     self._queue: queue.Queue[Any] = queue.Queue(1)
     self._closed = threading.Event()
     self._thread = threading.Thread(
       target=self._fill, args=(batches,), name="feed", daemon=True
     )
     self._thread.start()
+
+  def peek(self, stopped: Callable[[], bool]) -> Any | None:
+    """Returns what `next` will return; arguments and errors are its own."""
+    if self._seen is None:
+      self._seen = self.next(stopped)
+    return self._seen
 
   def next(self, stopped: Callable[[], bool]) -> Any | None:
     """Returns the next batch; None: `stopped` became true while waiting.
@@ -34,6 +41,9 @@ class Feed:
       StopIteration: there are no more.
       Exception: whatever the iterator raised.
     """
+    if self._seen is not None:
+      seen, self._seen = self._seen, None
+      return seen
     started = time.monotonic()
     try:
       while not stopped():

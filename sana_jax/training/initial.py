@@ -1,5 +1,7 @@
 """What a run begins with when that is not random: another's parameters."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,10 +18,10 @@ from sana_jax.weights import components, mapping, opening
 _MAY_DIFFER = frozenset({"sample_size", "interpolation_scale"})
 
 
-def load(
+def prepare(
   config: config_lib.TextToImageConfig, abstract: dict[str, Any]
-) -> dict[str, Any]:
-  """Reads the parameters that `config.init_from` names.
+) -> Callable[[], dict[str, Any]]:
+  """Checks what `config.init_from` names; returns what reads the parameters.
 
   Every device gets its part straight from the files.
 
@@ -36,31 +38,32 @@ def load(
   source = sources.resolve(config.init_from, components=wanted)
   logging.info("beginning with the parameters in %s", source.path)
   if isinstance(source, sources.TrainingRun):
-    return _from_run(source.path, config, abstract)
+    _check_run(source.path, config)
+    return functools.partial(checkpoint.restore_average, source.path, abstract)
   whole = isinstance(source, sources.Directory)
   if "text_encoder" in abstract and not whole:
     raise FileNotFoundError(
       f"init_from ({config.init_from}) is a transformer alone, but "
       "train_text_encoder=True; name a whole checkpoint."
     )
-  params = {
+  found = {
     "transformer": _transformer(
-      source.path / "transformer" if whole else source.path,
-      config,
-      abstract["transformer"],
+      source.path / "transformer" if whole else source.path, config
     )
   }
   if "text_encoder" in abstract:
     path = source.path / "text_encoder"
-    found = opening.open_text_encoder(path)
-    _check(config.text_encoder, found.config, "text_encoder", path)
-    params["text_encoder"] = _fill(abstract["text_encoder"], found)
-  return params
+    encoder = opening.open_text_encoder(path)
+    _check(config.text_encoder, encoder.config, "text_encoder", path)
+    found["text_encoder"] = encoder
+  return lambda: {
+    name: _fill(abstract[name], part) for name, part in found.items()
+  }
 
 
 def _transformer(
-  path: epath.Path, config: config_lib.TextToImageConfig, abstract: Any
-) -> Any:
+  path: epath.Path, config: config_lib.TextToImageConfig
+) -> opening.Component:
   found = opening.open_transformer(path)
   _check(config.model, found.config, "model", path, but=_MAY_DIFFER)
   decision = components.trained_in_fp16(path, found)
@@ -69,7 +72,7 @@ def _transformer(
       "%s: %s, but this run has fp16_clamp=%s",
       *(path, decision.reason, config.fp16_clamp),
     )
-  return _fill(abstract, found)
+  return found
 
 
 def _fill(abstract: Any, found: opening.Component) -> Any:
@@ -83,11 +86,9 @@ def _fill(abstract: Any, found: opening.Component) -> Any:
   )
 
 
-def _from_run(
-  workdir: epath.Path,
-  config: config_lib.TextToImageConfig,
-  abstract: dict[str, Any],
-) -> dict[str, Any]:
+def _check_run(
+  workdir: epath.Path, config: config_lib.TextToImageConfig
+) -> None:
   before = training_run.read_config(workdir)
   _check(config.model, before.model, "model", workdir, but=_MAY_DIFFER)
   if before.train_text_encoder != config.train_text_encoder:
@@ -96,7 +97,6 @@ def _from_run(
       f"{before.train_text_encoder}, this run {config.train_text_encoder}: "
       f"name {workdir / 'export'}, which has both models."
     )
-  return checkpoint.restore_part(workdir, "ema", abstract)
 
 
 def _check(

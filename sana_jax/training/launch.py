@@ -131,19 +131,21 @@ def meet(where: str) -> None:
   barrier(key=where, timeout_ms=1000 * _MEETING_SECONDS)
 
 
-def compile_and_meet(function: jax.stages.Wrapped, *args: Any) -> None:
+def compile_and_meet(
+  function: jax.stages.Wrapped, *args: Any
+) -> jax.stages.Compiled:
   """Compiles for these arguments; returns when all processes have done it.
 
   A process that has the program in its compilation cache is there at once;
-  others compile for minutes. The call that follows finds the program made.
+  others compile for minutes.
 
   Args:
-    function: jitted; one process compiles it when it is called.
+    function: jitted.
+    args: arrays, or abstract ones with shardings.
   """
-  if jax.process_count() == 1:
-    return
-  function.lower(*args).compile()
+  compiled = function.lower(*args).compile()
   meet("compiled")
+  return compiled
 
 
 def leave(code: int) -> NoReturn:

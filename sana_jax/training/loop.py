@@ -10,16 +10,16 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from etils import epath
 
 from sana_jax import checkpoint, sharding
 from sana_jax import config as config_lib
-from sana_jax.data import loader, names
 from sana_jax.training import (
   anomalies,
+  budget,
+  checks,
   compilations,
   feeding,
   launch,
@@ -33,52 +33,11 @@ from sana_jax.training import (
   suspects,
   wandb_sink,
 )
-from sana_jax.training import ledger as ledger_lib
 from sana_jax.training import program as program_lib
+from sana_jax.training import recipe as recipe_lib
 from sana_jax.training import scalars as scalars_lib
 from sana_jax.training import step as step_lib
 from sana_jax.training import workdir as workdir_lib
-
-
-class Recipe(NamedTuple):
-  """What is trained.
-
-  Attributes:
-    init: key -> {component name: module}.
-    param_axes: {component name: sharding rows of that module}.
-    frozen: {name: arrays} the loss needs but does not train; what has sharding
-      rows is sharded by them.
-    loss_fn: (params, frozen, key, batch) -> (loss, scalars).
-    batches: a host's part of the batches of all steps.
-    sample: (averaged params, frozen) -> uint8 picture to look at; called, like
-      `export`, by one process, with arrays that this process holds whole;
-      None: there is nothing to look at.
-    export: (averaged params, frozen, directory) -> None; the run's product;
-      None: it has none.
-    num_shapes: how many shapes batches may have; each is compiled.
-    name_shape: what the shape of a batch is called in the log.
-    name_batch: see `names.NameBatch`; None: records have no names.
-    flops_per_image: operations that a batch of this shape costs per image, for
-      the model itself (no rematerialisation); None: they are not known.
-    initial: abstract parameters, shardings included -> what a run begins with
-      in place of `init`'s random ones, so structured and placed.
-    ledger: of the data, if they may change or be used in part.
-  """
-
-  init: Callable[[jax.Array], dict[str, Any]]
-  param_axes: dict[str, sharding.ParamAxes]
-  frozen: dict[str, Any]
-  loss_fn: step_lib.LossFn
-  batches: loader.HostBatches
-  sample: Callable[[Any, Any], np.ndarray] | None
-  export: Callable[[Any, Any, epath.Path], None] | None
-  num_shapes: int = 1
-  name_shape: Callable[[Any], str] = compilations.name_leaves
-  ledger: ledger_lib.Ledger | None = None
-  name_batch: names.NameBatch | None = None
-  flops_per_image: Callable[[Any], float] | None = None
-  initial: Callable[[dict[str, Any]], dict[str, Any]] | None = None
-
 
 _KINDS = {
   "skipped": "loss or gradient is not finite, the update is skipped",
@@ -103,7 +62,7 @@ class Options(NamedTuple):
 def train(
   config: config_lib.TrainConfig,
   workdir: epath.PathLike,
-  recipe: Recipe,
+  recipe: recipe_lib.Recipe,
   options: Options = Options(),  # noqa: B008 (immutable)
 ) -> step_lib.TrainState:
   """Trains until `config.num_steps`, continuing what `workdir` holds.
@@ -114,11 +73,13 @@ def train(
   Raises:
     ValueError: `workdir` belongs to a run with another config, or other data.
     OSError: a checkpoint could not be written.
-    MemoryError: a step does not fit the devices.
+    MemoryError: the state, a step or the samples do not fit the devices.
     FloatingPointError: too many steps were bad; see `anomalies.py`.
   """
   config.freeze()
   workdir = epath.Path(workdir)
+  # What cannot be is said before the directory is this run's.
+  plan = _prepare(config, workdir, recipe, options)
   workdir.mkdir(parents=True, exist_ok=True)
   workdir_lib.claim(config, workdir)
   if recipe.ledger is not None:
@@ -128,7 +89,7 @@ def train(
       stack.enter_context(run_record.logging_to(workdir / "run.log"))
     stop = stack.enter_context(preemption.stop_request())
     try:
-      run = _Run(config, workdir, recipe, options, stop, stack)
+      run = _Run(config, workdir, recipe, plan, options, stop, stack)
       run.make_steps()
       run.finish()
     except Exception as error:
@@ -138,6 +99,46 @@ def train(
       logging.error("%s", message)
       launch.leave(1)
     return run.state
+
+
+class _Plan(NamedTuple):
+  """What is known of a run before it begins.
+
+  Attributes:
+    read_initial: reads what the run begins with; None: nothing is to be read.
+  """
+
+  mesh: jax.sharding.Mesh
+  program: program_lib.Program
+  read_initial: Callable[[], dict[str, Any]] | None
+
+
+def _prepare(
+  config: config_lib.TrainConfig,
+  workdir: epath.Path,
+  recipe: recipe_lib.Recipe,
+  options: Options,
+) -> _Plan:
+  """Checks all that can be checked without data and without devices' work."""
+  mesh = sharding.make_mesh(config.mesh)
+  checks.check_batch(config, mesh)
+  steps = checkpoint.saved_steps(workdir)
+  checks.check_length(
+    *(config, workdir),
+    latest=steps[-1] if steps else None,
+    profile_steps=options.profile_steps,
+  )
+  program = program_lib.make_program(
+    config,
+    init=recipe.init,
+    param_axes=recipe.param_axes,
+    loss_fn=recipe.loss_fn,
+    mesh=mesh,
+  )
+  read = None
+  if recipe.initial is not None and not steps:
+    read = recipe.initial(program.state.params)
+  return _Plan(mesh, program, read)
 
 
 class _Pending(NamedTuple):
@@ -159,27 +160,25 @@ class _Run:
   that devices do not wait for Python.
   """
 
-  def __init__(self, config, workdir, recipe, options, stop, stack):
+  def __init__(self, config, workdir, recipe, plan, options, stop, stack):
     self._config, self._workdir, self._recipe = config, workdir, recipe
     self._stop = stop
-    self._mesh = sharding.make_mesh(config.mesh)
+    self._mesh, self._program = plan.mesh, plan.program
+    self._read_initial = plan.read_initial
     self._key_init, self._key = jax.random.split(jax.random.key(config.seed))
-    self._program = program_lib.make_program(
-      config,
-      init=recipe.init,
-      param_axes=recipe.param_axes,
-      loss_fn=recipe.loss_fn,
-      mesh=self._mesh,
-    )
     # Making the recipe may have taken one process longer than another, and
     # Orbax begins with a collective.
     launch.meet("begin")
     self._checkpointer = checkpoint.Checkpointer(workdir, config.checkpoint)
     stack.callback(self._checkpointer.close)
-    self.state = self._load(self._checkpointer.latest_step())
-    self._step = int(self.state.step)
+    latest = self._checkpointer.latest_step()
+    if latest is not None:
+      self._checkpointer.check(latest, self._program.state)
+    self._step = latest or 0
     self._pending: _Pending | None = None
     self._open_input(stack)
+    self._trace()
+    self.state = self._load(latest)
     self._open_outputs(options, stack)
 
   def _open_input(self, stack) -> None:
@@ -194,9 +193,22 @@ class _Run:
       )
     )
     stack.callback(self._feed.close)
-    self._compiled = compilations.Compilations(
-      recipe.num_shapes, recipe.name_shape
+    self._steps = compilations.Steps(
+      self._program.step, recipe.num_shapes, recipe.name_shape
     )
+
+  def _trace(self) -> None:
+    """Traces the first step: what its shapes do not allow is raised here.
+
+    Nothing is compiled, and no state exists yet; both take minutes.
+    """
+    if self._step == self._config.num_steps:
+      return
+    batch = self._feed.peek(self._stop.is_set)
+    if batch is not None:
+      self._program.step.trace(
+        self._program.state, self._frozen, self._key, batch
+      )
 
   def _open_outputs(self, options: Options, stack) -> None:
     config, is_first = self._config, jax.process_index() == 0
@@ -257,7 +269,7 @@ class _Run:
     export = self._recipe.export
     if export is None or self._step < self._config.num_steps:
       return
-    whole = sharding.gather((self.state.ema, self._frozen))
+    whole = sharding.gather((self.state.averaged, self._frozen))
     if jax.process_index() == 0:
       export(*whole, self._workdir / "export")
       logging.info(
@@ -267,38 +279,48 @@ class _Run:
 
   def _advance(self, batch: Any) -> None:
     """Makes a step, and looks at the results of the one before."""
-    is_new = self._compiled.is_new(batch)
-    if is_new:
+    is_new = self._steps.is_new(batch)
+    # What is done already is not to wait for this step: on a CPU, calling a
+    # step may be making it, and the clock would count both as one.
+    if is_new or self._is_done():
       self._look()
     self._profiler.before(self._step + 1)
-    explained = out_of_memory.explained(
-      *(self._program, self._frozen, batch),
-      remat=self._config.remat,
-      mesh=self._mesh,
+    explained = self._explained(
+      out_of_memory.STEP,
+      lambda: out_of_memory.of_step(self._program.state, self._frozen, batch),
     )
     # A step that compiles first does not count for the speed.
     paused = self._chrono.paused() if is_new else contextlib.nullcontext()
     trace = jax.profiler.StepTraceAnnotation("train", step_num=self._step + 1)
-    inputs = (self.state, self._frozen, self._key, batch)
+    others = (self._frozen, self._key, batch)
     with explained, paused, trace:
       if is_new:
-        launch.compile_and_meet(self._program.step, *inputs)
-      self.state, scalars = self._program.step(*inputs)
+        self._steps.compile(self._program.state, *others)
+      self.state, scalars = self._steps(self.state, *others)
       if is_new:
         jax.block_until_ready(scalars)
     self._step += 1
-    self._compiled.count(self._program.step._cache_size())
     self._profiler.after(self._step, scalars)
     self._look()
     flops = None if is_new else self._flops(batch)
     self._pending = _Pending(self._step, scalars, flops)
     self._checkpointer.poll()
 
+  def _explained(
+    self, what: out_of_memory.What, parts: Callable[[], dict[str, int]]
+  ):
+    return out_of_memory.explained(what, parts, self._config, self._mesh)
+
   def _flops(self, batch: Any) -> float:
     per_image = self._recipe.flops_per_image
     if per_image is None:
       return 0.0
     return per_image(batch) * self._config.batch_size
+
+  def _is_done(self) -> bool:
+    return self._pending is not None and all(
+      leaf.is_ready() for leaf in jax.tree.leaves(self._pending.scalars)
+    )
 
   def _look(self) -> None:
     """Waits for the pending step and looks at its results."""
@@ -412,12 +434,22 @@ class _Run:
       self._checkpointer.save(self._step, self.state, values)
 
   def _sample(self) -> None:
-    """Writes pictures of the average and of the parameters themselves."""
+    """Writes pictures of the average and of the parameters themselves.
+
+    Where there is no average, the parameters stand for it.
+    """
     if self._recipe.sample is None:
       return
     self._look()
-    with self._chrono.paused():
-      for suffix, params in (("", self.state.ema), ("_raw", self.state.params)):
+    shown = {"": self.state.averaged}
+    if self.state.ema is not None:
+      shown["_raw"] = self.state.params
+    explained = self._explained(
+      out_of_memory.SAMPLES,
+      lambda: out_of_memory.of_samples(self._program.state, self._frozen),
+    )
+    with self._chrono.paused(), explained:
+      for suffix, params in shown.items():
         if self._stop.is_set():
           return
         whole = sharding.gather((params, self._frozen))
@@ -428,15 +460,26 @@ class _Run:
         launch.meet("sampled")
 
   def _load(self, step: int | None) -> step_lib.TrainState:
+    # Reading the first batch may have taken one process longer than another.
+    launch.meet("load")
+    explained = self._explained(
+      out_of_memory.STATE,
+      lambda: budget.state_budget(self._program.state),
+    )
+    with explained:
+      # Placed without waiting: memory may run out a little later.
+      return jax.block_until_ready(self._make_state(step))
+
+  def _make_state(self, step: int | None) -> step_lib.TrainState:
     if step is not None:
       logging.info("resuming from step %d", step)
       return self._checkpointer.restore(step, self._program.state)
     logging.info("starting at step 0")
-    launch.compile_and_meet(self._program.init, self._key_init)
-    state = self._program.init(self._key_init)
     if self._recipe.initial is None:
-      return state
-    # Dropped first: there may not be room for both.
-    state = state._replace(params=None, ema=None)
-    params = self._recipe.initial(self._program.state.params)
-    return state._replace(params=params, ema=jax.tree.map(jnp.copy, params))
+      function, given = self._program.init, self._key_init
+    else:
+      read = self._read_initial
+      if read is None:
+        read = self._recipe.initial(self._program.state.params)
+      function, given = self._program.begin, read()
+    return launch.compile_and_meet(function, given)(given)

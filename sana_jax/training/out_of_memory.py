@@ -2,34 +2,66 @@
 
 import contextlib
 import re
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import jax
 
+from sana_jax import config as config_lib
 from sana_jax.training import budget, speed
-from sana_jax.training import program as program_lib
+from sana_jax.training import step as step_lib
 
 _GIB = 2**30
-_KNOBS = """\
-What would help, cheapest first:
-  1. fewer pictures at a time: a smaller --config.batch_size, or the same one
-     on more devices
-  2. fewer activations: --config.remat=full (now {remat!r})
-  3. a smaller share of the state per device: more --config.mesh.fsdp (now
+_FEWER_PICTURES = """\
+fewer pictures at a time: a smaller --config.batch_size, or the same one
+     on more devices"""
+_FEWER_ACTIVATIONS = "fewer activations: --config.remat=full (now {remat!r})"
+_SMALLER_SHARE = """\
+a smaller share of the state per device: more --config.mesh.fsdp (now
      {fsdp}), or an optimiser with a smaller state (--config.optim.name)"""
+_NO_AVERAGE = "no average: --config.ema_decay=0 (now {ema_decay:g})"
+_NOTHING_ELSE = "nothing else in the device's memory: no other program uses it"
+_FEWER_PROMPTS = "fewer pictures: fewer prompts in sample_prompts (config file)"
+_NO_SAMPLES = """\
+none while training: --config.sample_every at least --config.num_steps,
+     and sample.py --checkpoint=WORKDIR on another machine"""
+
+
+class What(NamedTuple):
+  """What may run out of memory.
+
+  Attributes:
+    name: the subject of a sentence, with its verb.
+    knobs: what to turn, cheapest first.
+  """
+
+  name: str
+  knobs: tuple[str, ...]
+
+
+STEP = What(
+  "the step does", (_FEWER_PICTURES, _FEWER_ACTIVATIONS, _SMALLER_SHARE)
+)
+STATE = What(
+  "the state of the run does", (_SMALLER_SHARE, _NO_AVERAGE, _NOTHING_ELSE)
+)
+SAMPLES = What(
+  "the state and samples beside it do",
+  (_FEWER_PROMPTS, _NO_SAMPLES, _SMALLER_SHARE),
+)
 
 
 @contextlib.contextmanager
 def explained(
-  program: program_lib.Program,
-  frozen: Any,
-  batch: Any,
-  *,
-  remat: str,
+  what: What,
+  parts: Callable[[], dict[str, int]],
+  config: config_lib.TrainConfig,
   mesh: jax.sharding.Mesh,
 ) -> Iterator[None]:
   """Makes a budget of XLA's error when memory runs out inside.
+
+  Args:
+    parts: returns the bytes per device by what they are for.
 
   Raises:
     MemoryError: it did; the message has the bytes by category.
@@ -39,28 +71,65 @@ def explained(
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
-    text = describe(str(error), program.state, frozen, batch)
-    knobs = _KNOBS.format(remat=remat, fsdp=mesh.shape.get("fsdp", 1))
-    raise MemoryError(f"{text}\n{knobs}") from error
+    now = {
+      "remat": config.remat,
+      "fsdp": mesh.shape.get("fsdp", 1),
+      "ema_decay": config.ema_decay,
+    }
+    knobs = [
+      f"  {number}. {knob.format(**now)}"
+      for number, knob in enumerate(what.knobs, 1)
+    ]
+    lines = [
+      describe(what.name, str(error), parts()),
+      "What would help, cheapest first:",
+      *knobs,
+    ]
+    raise MemoryError("\n".join(lines)) from error
 
 
-def describe(message: str, state: Any, frozen: Any, batch: Any) -> str:
-  """Formats the bytes per device of a step that does not fit.
+def of_step(state: Any, frozen: Any, batch: Any) -> dict[str, int]:
+  """Returns the bytes per device that a step needs for sure.
 
   Args:
-    message: XLA's.
-    state: of the run, arrays or abstract.
+    state: of the run, arrays or abstract, as all are.
   """
   parts = budget.state_budget(state)
   # Of the parameters' shapes, all at the same time before the update.
   parts["gradients"] = parts["parameters"]
   parts["fixed parts"] = budget.per_device_bytes(frozen)
   parts["batch"] = budget.per_device_bytes(batch)
+  return parts
+
+
+def of_samples(state: step_lib.TrainState, frozen: Any) -> dict[str, int]:
+  """Returns the bytes of a device that makes samples beside the state.
+
+  Where other processes hold a part of the model, this one gathers the whole on
+  the host; the pipeline then has it on its device.
+  """
+  parts = budget.state_budget(state)
+  parts["fixed parts"] = budget.per_device_bytes(frozen)
+  whole = jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state.params
+  )
+  parts["the model of the samples"] = budget.per_device_bytes(whole)
+  return parts
+
+
+def describe(what: str, message: str, parts: Mapping[str, int]) -> str:
+  """Formats the bytes per device of what does not fit.
+
+  Args:
+    what: see `What.name`.
+    message: XLA's.
+  """
+  parts = dict(parts)
   known = sum(parts.values())
   needed = _needed_bytes(message)
   if needed is not None and needed > known:
     parts["activations and other temporaries"] = int(needed - known)
-  lines = ["the step does not fit the memory of a device (GiB per device):"]
+  lines = [f"{what} not fit the memory of a device (GiB per device):"]
   lines += [f"  {size / _GIB:8.2f}  {name}" for name, size in parts.items()]
   lines.append(f"  {sum(parts.values()) / _GIB:8.2f}  in all")
   limit = speed.device_memory().get("hbm_limit_gib")

@@ -40,7 +40,8 @@ def state_shardings(abstract, param_axes, mesh):
   opt_state = optim.state_shardings(
     abstract.opt_state, abstract.params, params, mesh
   )
-  return step_lib.TrainState(replicated, params, params, opt_state, replicated)
+  ema = None if abstract.ema is None else params
+  return step_lib.TrainState(replicated, params, ema, opt_state, replicated)
 
 
 def frozen_shardings(frozen, param_axes, mesh):
@@ -94,16 +95,8 @@ def global_batches(
   of a step is the same whatever the mesh and the number of processes.
 
   Raises:
-    ValueError: the batch does not divide over the devices.
+    ValueError: rows of a batch do not divide over the devices.
   """
-  samples = math.prod(mesh.shape[axis] for axis in sharding.RULES["batch"])
-  parts = config.optim.accumulation
-  if config.batch_size % (parts * samples):
-    raise ValueError(
-      f"batch_size ({config.batch_size}) must be a multiple of "
-      f"{_product(mesh, 'batch')}"
-      f"{f' x optim.accumulation={parts}' if parts > 1 else ''}."
-    )
   places = sharding.batch_sharding(mesh).addressable_devices_indices_map(
     (config.batch_size,)
   )

@@ -63,7 +63,10 @@ class Profiler:
     if self._asked.is_set():
       self._asked.clear()
       self._last = step + _STEPS_ON_SIGNAL - 1
-    elif self._window is not None and step == self._window[0]:
+    elif self._window is not None and step in range(
+      self._window[0], self._window[1] + 1
+    ):
+      # Of a run that goes on inside the window, what is left of it.
       self._last = self._window[1]
     if self._last is not None:
       logging.info("profiling steps %d to %d", step, self._last)

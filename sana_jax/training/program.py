@@ -9,7 +9,6 @@ import optax
 from sana_jax import config as config_lib
 from sana_jax import sharding
 from sana_jax.training import optim, placement
-from sana_jax.training import scalars as scalars_lib
 from sana_jax.training import step as step_lib
 
 
@@ -19,13 +18,15 @@ class Program(NamedTuple):
   Attributes:
     tx: the optimiser.
     init: key -> TrainState, born sharded.
+    begin: params -> TrainState that begins with them; donates them.
     step: (state, frozen, key, batch) -> (TrainState, scalars); donates state.
     state: abstract TrainState, shardings included.
   """
 
   tx: optax.GradientTransformation
-  init: Callable[[jax.Array], step_lib.TrainState]
-  step: Callable[..., tuple[step_lib.TrainState, scalars_lib.Scalars]]
+  init: jax.stages.Wrapped
+  begin: jax.stages.Wrapped
+  step: jax.stages.Wrapped
   state: step_lib.TrainState
 
 
@@ -50,8 +51,11 @@ def make_program(
   length = {"num_steps": config.num_steps, "batch_size": config.batch_size}
   tx = optim.make_optimizer(config.optim, **length, param_axes=param_axes)
 
+  def begin(params: dict[str, Any]) -> step_lib.TrainState:
+    return step_lib.init_state(params, tx, averages=config.ema_decay > 0)
+
   def init_state(key: jax.Array) -> step_lib.TrainState:
-    return step_lib.init_state(init(key), tx)
+    return begin(init(key))
 
   abstract = jax.eval_shape(init_state, jax.random.key(0))
   sharding.check_every_axis_cuts(abstract.params, param_axes, mesh)
@@ -92,4 +96,10 @@ def make_program(
     compiler_options=config.hardware.compiler_options or None,
   )
   # Jitted, so that large parameters are born sharded on the devices.
-  return Program(tx, jax.jit(init_state, out_shardings=shardings), step, state)
+  return Program(
+    tx,
+    jax.jit(init_state, out_shardings=shardings),
+    jax.jit(begin, out_shardings=shardings, donate_argnums=0),
+    step,
+    state,
+  )

@@ -20,6 +20,7 @@ class TrainState(NamedTuple):
 
   Attributes:
     step: batches seen, those included whose update was skipped.
+    ema: the average of the parameters; None: none is kept.
     skipped: updates that were skipped because something was not finite, or
       undone because a run went back to an earlier checkpoint.
   """
@@ -30,11 +31,18 @@ class TrainState(NamedTuple):
   opt_state: Any
   skipped: Int[Array, ""]
 
+  @property
+  def averaged(self) -> Any:
+    """What is sampled and exported: the parameters where none is kept."""
+    return self.params if self.ema is None else self.ema
 
-def init_state(params: Any, tx: optax.GradientTransformation) -> TrainState:
-  """Starts at step 0 with the average equal to the parameters."""
+
+def init_state(
+  params: Any, tx: optax.GradientTransformation, *, averages: bool = True
+) -> TrainState:
+  """Starts at step 0 with the average, if any, equal to the parameters."""
   # A copy: the state is donated, and one buffer cannot be donated twice.
-  ema = jax.tree.map(jnp.copy, params)
+  ema = jax.tree.map(jnp.copy, params) if averages else None
   zero = jnp.zeros((), jnp.int32)
   return TrainState(zero, params, ema, tx.init(params), jnp.copy(zero))
 
@@ -53,7 +61,7 @@ def make_train_step(
   The step's randomness is fold_in(key, state.step): a resumed run draws what
   the uninterrupted run would have drawn. The average follows the new
   parameters, with a decay of min(ema_decay, (1 + t) / (10 + t)) so that it
-  forgets the initialisation early; 0 keeps it equal to the parameters.
+  forgets the initialisation early. A state without an average stays without.
 
   When the loss or the norm of the gradient is not finite, parameters, optimiser
   and average stay as they are; the step and `skipped` go on. (A choice between
@@ -81,9 +89,11 @@ def make_train_step(
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    time = state.step.astype(jnp.float32)
-    decay = jnp.minimum(ema_decay, (1 + time) / (10 + time))
-    ema = optax.incremental_update(params, state.ema, 1 - decay)
+    ema = None
+    if state.ema is not None:
+      time = state.step.astype(jnp.float32)
+      decay = jnp.minimum(ema_decay, (1 + time) / (10 + time))
+      ema = optax.incremental_update(params, state.ema, 1 - decay)
     params, ema, opt_state = jax.tree.map(
       lambda new, old: jnp.where(finite, new, old),
       (params, ema, opt_state),

@@ -19,8 +19,9 @@ from sana_jax import text as text_lib
 from sana_jax.diffusion import flow, schedules
 from sana_jax.models import dc_ae, gemma2, sana
 from sana_jax.pipeline import training_run
-from sana_jax.training import initial, loop
+from sana_jax.training import initial
 from sana_jax.training import inputs as inputs_lib
+from sana_jax.training import recipe as recipe_lib
 from sana_jax.training import scalars as scalars_lib
 from sana_jax.weights import components
 
@@ -31,7 +32,7 @@ _NUM_BINS = 5
 def make_recipe(
   config: config_lib.TextToImageConfig,
   workdir: epath.PathLike | None = None,
-) -> loop.Recipe:
+) -> recipe_lib.Recipe:
   """Loads what stays fixed, opens the data, and builds the rest.
 
   Noise needs nothing that is fixed, and nothing is made of what it trains.
@@ -118,8 +119,8 @@ def _recipe(
   sample: Callable[[Any, Any], np.ndarray] | None,
   export: Callable[[Any, Any, epath.Path], None] | None,
   compression: int,
-) -> loop.Recipe:
-  return loop.Recipe(
+) -> recipe_lib.Recipe:
+  return recipe_lib.Recipe(
     init=lambda key: init_params(config, key),
     param_axes={
       "transformer": sana.PARAM_AXES,
@@ -146,7 +147,7 @@ def _recipe(
     ),
     initial=None
     if config.init_from is None
-    else functools.partial(initial.load, config),
+    else functools.partial(initial.prepare, config),
     ledger=inputs.ledger,
   )
 

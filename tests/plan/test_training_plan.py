@@ -57,6 +57,16 @@ def test_memory_is_accounted_for(plan):
   assert plan.total == sum(memory.values()) <= plan.hbm_bytes
 
 
+def test_a_run_without_an_average_plans_none(plan):
+  config = make_config(ema_decay=0.0)
+  mesh = sharding.make_mesh(config.mesh)
+  step = compilation.make_step(config, mesh, (4, 4))
+  memory = compilation.compile_step(step).memory
+  assert memory["average"] == 0
+  for part in ("parameters", "optimiser", "batch"):
+    assert memory[part] == plan.memory[part]
+
+
 def test_what_is_sent_is_found_along_the_mesh(plan):
   assert {axis for one in plan.found for axis in one.axes} == {"data", "fsdp"}
   kinds = {one.kind for one in plan.found if one.axes == ("fsdp",)}

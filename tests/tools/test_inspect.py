@@ -197,12 +197,16 @@ def test_a_training_run_is_described(tmp_path):
   state = step_lib.TrainState(
     jnp.int32(7), params, params, (moments,), jnp.int32(0)
   )
-  checkpointer = checkpoint.Checkpointer(
-    tmp_path, config_lib.CheckpointConfig()
-  )
-  checkpointer.save(7, state)
-  checkpointer.wait()
-  checkpointer.close()
+
+  def save(step, state):
+    checkpointer = checkpoint.Checkpointer(
+      tmp_path, config_lib.CheckpointConfig()
+    )
+    checkpointer.save(step, state)
+    checkpointer.wait()
+    checkpointer.close()
+
+  save(7, state)
   report = recognition.describe(tmp_path)
   assert (report["kind"], report["trains"]) == ("training run", "text to image")
   assert (report["step"], report["steps"], report["ema"]) == (7, [7], True)
@@ -211,6 +215,10 @@ def test_a_training_run_is_described(tmp_path):
   assert part["layout"] == "orbax"
   assert part["problems"] == []
   assert report["optimizer_bytes"] == part["bytes"]
+  save(8, state._replace(step=jnp.int32(8), ema=None))
+  report = recognition.describe(tmp_path)
+  assert (report["step"], report["ema"]) == (8, False)
+  assert report["components"]["transformer"]["problems"] == []
   config.model.num_layers = 3
   (tmp_path / "config.json").write_text(config.to_json())
   found = recognition.problems(recognition.describe(tmp_path))

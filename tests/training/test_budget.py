@@ -40,3 +40,5 @@ def test_the_budget_is_what_the_arrays_of_a_state_take_on_a_device():
     if shard.device == device
   )
   assert found == {"parameters": 48, "average": 48, "optimiser": held}
+  without = step_lib.init_state(params, optax.adam(1e-3), averages=False)
+  assert budget.state_budget(without) == found | {"average": 0}

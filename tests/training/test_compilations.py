@@ -1,38 +1,52 @@
-"""One program per shape, and a word when there are more."""
+"""One program per shape, and none that nobody asked for."""
 
 import logging
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
+from sana_jax import sharding
 from sana_jax.training import compilations
 
 
-def test_new_shapes_are_announced_once(caplog):
-  watch = compilations.Compilations(3, lambda batch: f"{batch['x'].shape[0]}")
+def make_steps(num_shapes=3):
+  step = jax.jit(lambda state, batch: (state + 1, batch["x"].sum()))
+  return compilations.Steps(step, num_shapes, compilations.name_leaves)
+
+
+def test_each_shape_is_compiled_and_announced_once(rng, caplog):
+  steps = make_steps()
   with caplog.at_level(logging.INFO, logger="absl"):
-    found = [watch.is_new({"x": np.zeros(n)}) for n in (2, 3, 2, 3)]
-  assert found == [True, True, False, False]
-  assert [record.getMessage() for record in caplog.records] == [
+    for n in (2, 3, 2, 3):
+      batch = {"x": rng.normal(size=n).astype(np.float32)}
+      if steps.is_new(batch):
+        steps.compile(np.float32(0), batch)
+      state, total = steps(np.float32(n), batch)
+      assert float(state) == n + 1
+      # Float32, another order.
+      np.testing.assert_allclose(total, batch["x"].sum(), rtol=1e-5, atol=1e-6)
+  lines = [record.getMessage() for record in caplog.records]
+  assert [line for line in lines if "compiling" in line] == [
     "compiling for 2 (1 of 3 shapes)",
     "compiling for 3 (2 of 3 shapes)",
   ]
 
 
-def test_programs_beyond_the_shapes_are_reported_each_once(caplog):
-  watch = compilations.Compilations(1, compilations.name_leaves)
-  program = jax.jit(lambda x: x + 1)
-  batch = jnp.ones(4)
-  watch.is_new(batch)
-  program(batch)
-  watch.count(program._cache_size())
-  assert not caplog.records
-  program(batch.astype(jnp.int32))  # Another type, the same shape.
-  for _ in range(3):
-    watch.count(program._cache_size())
-  (record,) = [r for r in caplog.records if r.levelno == logging.WARNING]
-  assert "2 programs for 1 shapes" in record.getMessage()
+def test_a_step_never_compiles_by_itself(rng):
+  """Another type, or another sharding, of a known shape is an error."""
+  steps = make_steps()
+  mesh = sharding.make_mesh({"data": 8})
+  x = rng.normal(size=8).astype(np.float32)
+  batch = {"x": jax.device_put(x, sharding.batch_sharding(mesh))}
+  steps.compile(jnp.float32(0), batch)
+  steps(jnp.float32(0), batch)
+  with pytest.raises(TypeError, match=r"compiled for 8 is called(.|\n)*int32"):
+    steps(jnp.float32(0), {"x": batch["x"].astype(jnp.int32)})
+  moved = {"x": jax.device_put(x, sharding.replicated(mesh))}
+  with pytest.raises(TypeError, match=r"something else(.|\n)*batch"):
+    steps(jnp.float32(0), moved)
 
 
 def test_a_batch_is_named_by_its_arrays():

@@ -27,6 +27,15 @@ def feed():
     one.close()
 
 
+def test_a_batch_that_was_looked_at_still_comes(feed):
+  one = feed(iter([3, 5]))
+  found = [one.peek(never), one.peek(never), one.next(never), one.peek(never)]
+  assert found == [3, 3, 3, 5]
+  assert one.next(never) == 5
+  with pytest.raises(StopIteration):
+    one.peek(never)
+
+
 def test_batches_come_in_order_and_one_ahead(feed):
   made = []
 

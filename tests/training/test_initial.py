@@ -55,7 +55,7 @@ def abstract_params(config):
 
 
 def load(config):
-  return initial.load(config, abstract_params(config))
+  return initial.prepare(config, abstract_params(config))()
 
 
 def assert_equal(found, expected):
@@ -69,7 +69,7 @@ def assert_equal(found, expected):
 def test_parameters_come_to_their_places_as_they_are_in_the_file(checkpoint):
   config = make_config(checkpoint)
   abstract = abstract_params(config)
-  params = initial.load(config, abstract)
+  params = initial.prepare(config, abstract)()
   assert jax.tree.structure(params) == jax.tree.structure(abstract)
   for leaf, wanted in zip(
     jax.tree.leaves(params), jax.tree.leaves(abstract), strict=True

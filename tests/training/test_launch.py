@@ -125,11 +125,10 @@ def test_what_is_wrong_in_one_of_several_processes_is_said_whole(monkeypatch):
   assert "another process died first" in of_peer
 
 
-def test_one_process_meets_nobody_and_compiles_when_called():
+def test_one_process_meets_nobody():
   launch.meet("here")
-  traced = []
-  launch.compile_and_meet(jax.jit(lambda x: traced.append(x)), 1.0)
-  assert not traced
+  compiled = launch.compile_and_meet(jax.jit(lambda x: 2 * x), 1.0)
+  assert float(compiled(1.5)) == 3
 
 
 MEET = """
@@ -156,9 +155,9 @@ def slow(x):
 double = jax.jit(slow, out_shardings=everywhere)
 started = time.monotonic()
 for _ in range(2):  # A place may be met at again.
-  launch.compile_and_meet(double, 1.0)
+  compiled_double = launch.compile_and_meet(double, 1.0)
 waited, programs = time.monotonic() - started, len(compiled)
-assert float(double(1.0)) == 2
+assert float(compiled_double(1.0)) == 2
 print(f"waited {waited} for {programs} and {len(compiled) - programs} more")
 """
 

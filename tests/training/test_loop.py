@@ -8,13 +8,16 @@ import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
+from sana_jax import checkpoint
 from sana_jax import config as config_lib
 from sana_jax.data import loader
 from sana_jax.nn import layers
 from sana_jax.training import loop
+from sana_jax.training import recipe as recipe_lib
 from sana_jax.training import workdir as workdir_lib
 
 AXES = (("kernel", ("embed", None)), ("bias", (None,)))
@@ -38,7 +41,7 @@ def make_recipe(exports=None):
     .repeat()
     .random_map(example)
   )
-  return loop.Recipe(
+  return recipe_lib.Recipe(
     init=lambda key: {"line": layers.Linear(8, 8, rngs=nnx.Rngs(key))},
     param_axes={"line": AXES},
     frozen={"slope": np.float32(3.0)},
@@ -128,6 +131,30 @@ def test_another_config_is_refused_by_name(tmp_path):
   other = make_config(num_steps=2, batch_size=16)
   with pytest.raises(ValueError, match="differing: batch_size"):
     loop.train(other, tmp_path, make_recipe())
+
+
+def test_a_run_without_an_average_has_none_anywhere(tmp_path):
+  """Not in the state, on disk, or as a second picture; parameters stand in."""
+  exported = []
+  recipe = make_recipe()._replace(
+    export=lambda params, frozen, path: exported.append(params)
+  )
+  config = make_config(ema_decay=0.0)
+  part = make_config(ema_decay=0.0, num_steps=4)
+  loop.train(part, tmp_path, make_recipe())
+  state = loop.train(config, tmp_path, recipe)
+  assert state.ema is None
+  assert_states_equal(exported, [state.params], rtol=0)
+  saved = tmp_path / "checkpoints" / "12" / "state"
+  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+    names = set(reader.metadata(saved).item_metadata.tree)
+  assert names == {"step", "params", "opt_state", "skipped"}
+  pictures = {path.name for path in (tmp_path / "samples").iterdir()}
+  assert pictures == {f"step_00000{n}.png" for n in ("04", "06", "12")}
+  restored = checkpoint.restore_average(tmp_path, state.params)
+  assert_states_equal(restored, state.params, rtol=0)
+  kept = loop.train(make_config(), tmp_path / "kept", make_recipe())
+  assert_states_equal(kept.params, state.params, rtol=1e-6, atol=1e-7)
 
 
 def test_a_batch_that_does_not_divide_is_an_error(tmp_path):

@@ -1,5 +1,6 @@
 """Memory that runs out ends in a budget and three things to try."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,14 +10,17 @@ from sana_jax.training import step as step_lib
 from tests.training import test_loop
 
 
+def too_large(x):
+  # Sorted, so that it must be stored: 2^50 bytes.
+  return jnp.sort(jnp.arange(2**48, dtype=jnp.float32) * x)[0]
+
+
 def test_a_step_that_does_not_fit_is_explained(tmp_path):
   recipe = test_loop.make_recipe()
 
   def hungry(params, frozen, key, batch):
     loss, scalars = recipe.loss_fn(params, frozen, key, batch)
-    # Sorted, so that it must be stored: 2^50 bytes.
-    large = jnp.sort(jnp.arange(2**48, dtype=jnp.float32) * loss)
-    return loss + large[0], scalars
+    return loss + too_large(loss), scalars
 
   with pytest.raises(MemoryError) as info:
     loop.train(
@@ -33,6 +37,37 @@ def test_a_step_that_does_not_fit_is_explained(tmp_path):
   assert len(text.splitlines()) < 20
 
 
+def test_a_state_that_does_not_fit_is_explained(tmp_path):
+  recipe = test_loop.make_recipe()
+
+  def init(key):
+    model = recipe.init(key)
+    kernel = model["line"].kernel
+    kernel[...] = kernel[...] + too_large(jax.random.uniform(key))
+    return model
+
+  with pytest.raises(MemoryError) as info:
+    loop.train(test_loop.make_config(), tmp_path, recipe._replace(init=init))
+  text = str(info.value)
+  assert text.startswith("the state of the run does not fit the memory of a de")
+  for part in ("average", "more --config.mesh.fsdp", "(now 0.9)"):
+    assert part in text
+  assert "batch_size" not in text
+
+
+def test_samples_that_do_not_fit_are_explained(tmp_path):
+  def sample(params, frozen):
+    return np.asarray(jax.jit(too_large)(params["line"].bias.sum()))
+
+  recipe = test_loop.make_recipe()._replace(sample=sample)
+  with pytest.raises(MemoryError) as info:
+    loop.train(test_loop.make_config(), tmp_path, recipe)
+  text = str(info.value)
+  assert text.startswith("the state and samples beside it do not fit")
+  for part in ("the model of the samples", "sample_prompts", "sample_every"):
+    assert part in text
+
+
 def test_what_xla_says_a_tpu_needs_gives_the_temporaries():
   state = step_lib.TrainState(
     *(np.int32(0), {"w": np.zeros((1024, 1024, 256), np.float32)}),
@@ -44,7 +79,8 @@ def test_what_xla_says_a_tpu_needs_gives_the_temporaries():
     "memory space hbm. Used 26.25G of 15.75G hbm. Exceeded hbm capacity by "
     "10.50G.\n\nTotal hbm usage >= 26.25G: many pages\n"
   )
-  lines = out_of_memory.describe(message, state, {}, batch).splitlines()
+  parts = out_of_memory.of_step(state, {}, batch)
+  lines = out_of_memory.describe("it does", message, parts).splitlines()
   rows = dict(line.split(maxsplit=1)[::-1] for line in lines[1:-1])
   assert rows == {
     "parameters": "1.00",

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from sana_jax import sharding
-from sana_jax.training import placement
+from sana_jax.training import checks, placement
 from tests.training import batches_worker, parallel
 
 AXES = sharding.AXES
@@ -238,7 +238,7 @@ def test_what_does_not_divide_over_the_mesh_is_an_error():
   with pytest.raises(
     ValueError, match=r"batch_size \(7\) must be a multiple of data=2 x fsdp=1"
   ):
-    next(placement.global_batches(None, config, mesh, first_step=0))
+    checks.check_batch(config, mesh)
 
   def latents(*shape):
     return {"latents": jax.ShapeDtypeStruct(shape, np.float32)}
@@ -253,7 +253,7 @@ def test_what_does_not_divide_over_the_mesh_is_an_error():
 
 def test_a_mesh_that_leaves_the_parameters_whole_does_not_start():
   with pytest.raises(
-    ValueError, match=r"fsdp=8 cuts .*the sizes \[60\], .* is 4"
+    ValueError, match=r"fsdp=8 cuts .*embed of 60, .*set data=2, fsdp=4"
   ):
     parallel.make_run({"fsdp": 8}, **NARROW)
 
