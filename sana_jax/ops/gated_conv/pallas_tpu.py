@@ -18,8 +18,9 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 _LANES = 128
-# Tokens that are computed together: two registers of packed bfloat16.
-_CHUNK = 32
+# Tokens that are computed together: enough to hide latencies, few enough for
+# the registers.
+_CHUNK = 128
 _MAX_COLUMNS = 4
 _MIN_BLOCK = 2048
 # Of 64 MiB and more, on all chips.
@@ -129,27 +130,32 @@ def gated_conv(
   bias: Float[Array, "2 c"],
   *,
   gate_start: int = 0,
+  block: int | None = None,
 ) -> Float[Array, "b h w c"]:
   """Computes a * silu(g); a, g: filtered silu of the inputs, plus bias.
 
   Args:
     value: its first c channels are read.
     gate: its c channels from `gate_start` on are read; may be `value` itself.
+    block: tokens that a program makes, a multiple of 128; None: as many as fit.
   """
   taps = kernel.reshape(2, -1, kernel.shape[-1])
   taps = jnp.concatenate([taps, bias[:, None]], axis=1)
   inputs = (value, gate)
   plan = _make_plan(inputs, kernel.shape[1:3], taps.shape[-1], gate_start)
-  return _call(inputs, taps, plan)
+  return _call(inputs, taps, plan._replace(block=block or plan.block))
 
 
 def conv(
-  x: Float[Array, "b h w c"], kernel: Float[Array, "kh kw c"]
+  x: Float[Array, "b h w c"],
+  kernel: Float[Array, "kh kw c"],
+  *,
+  block: int | None = None,
 ) -> Float[Array, "b h w c"]:
   """Filters every channel on its own, stride 1, with zeros around."""
   taps = kernel.reshape(1, -1, kernel.shape[-1])
   plan = _make_plan((x,), kernel.shape[:2], taps.shape[-1], 0)
-  return _call((x,), taps, plan)
+  return _call((x,), taps, plan._replace(block=block or plan.block))
 
 
 def _make_plan(
@@ -258,8 +264,7 @@ def _kernel(*refs, plan: _Plan):
   count = pl.cdiv(jnp.minimum(plan.tokens - block, plan.block), _CHUNK)
 
   def make_column(index, _):
-    for part in range(parts):
-      _widen(sources[part], scratch[part], plan, part, index, start)
+    _widen(sources, scratch, plan, index, start)
     lanes = pl.multiple_of(index * _LANES, _LANES)
 
     def make_chunk(index, column):
@@ -278,21 +283,32 @@ def _kernel(*refs, plan: _Plan):
   jax.lax.fori_loop(0, plan.columns, make_column, None)
 
 
-def _widen(source, window, plan: _Plan, part: int, column, start):
-  """Puts a column of the source, in float32, between zeros.
+def _widen(sources, windows, plan: _Plan, column, start):
+  """Puts a column of the sources, in float32, between zeros.
 
-  With a gate, its silu.
+  With a gate, their silu.
   """
   halo = plan.halo
-  load = _loader(source, plan, part, column)
-  window[pl.ds(0, halo), :] = jnp.zeros((halo, _LANES), jnp.float32)
+  loads = [
+    _loader(source, plan, part, column) for part, source in enumerate(sources)
+  ]
 
   def widen(index, _):
     at = pl.multiple_of(index * _CHUNK, _CHUNK)
-    x = load(pl.ds(at, _CHUNK))
-    window[pl.ds(halo + at, _CHUNK), :] = _silu(x) if plan.gated else x
+    for load, window in zip(loads, windows, strict=True):
+      x = load(pl.ds(at, _CHUNK))
+      window[pl.ds(halo + at, _CHUNK), :] = _silu(x) if plan.gated else x
 
   jax.lax.fori_loop(0, plan.window // _CHUNK, widen, None)
+  for window in windows:
+    _clear(window, plan, start)
+
+
+def _clear(window, plan: _Plan, start):
+  """Puts zeros where there is no picture."""
+  halo = plan.halo
+  zeros = jnp.zeros((halo, _LANES), jnp.float32)
+  window[pl.ds(0, halo), :] = zeros
 
   @pl.when(start + plan.window >= plan.tokens)
   def _():
@@ -304,7 +320,7 @@ def _widen(source, window, plan: _Plan, part: int, column, start):
       row = jax.lax.broadcasted_iota(jnp.int32, (_CHUNK, _LANES), 0)
       window[last, :] = jnp.where(row < rest, window[last, :], 0.0)
     after = pl.multiple_of(end + -plan.tokens % _CHUNK, _CHUNK)
-    window[pl.ds(after, halo), :] = jnp.zeros((halo, _LANES), jnp.float32)
+    window[pl.ds(after, halo), :] = zeros
 
 
 def _loader(source, plan: _Plan, part: int, column):
@@ -323,11 +339,12 @@ def _loader(source, plan: _Plan, part: int, column):
     )
     if not shift:
       return x.astype(jnp.float32)
-    x, y = (
-      pltpu.roll(z.astype(jnp.float32), _LANES - shift, 1) for z in (x, y)
-    )
+    if x.dtype == jnp.bfloat16:  # Registers of pairs: half as many to move.
+      x, y = (pltpu.bitcast(z, jnp.int32) for z in (x, y))
+    x, y = (pltpu.roll(z, _LANES - shift, 1) for z in (x, y))
     lane = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
-    return jnp.where(lane < _LANES - shift, x, y)
+    x = jnp.where(lane < _LANES - shift, x, y)
+    return pltpu.bitcast(x, source.dtype).astype(jnp.float32)
 
   return load
 
