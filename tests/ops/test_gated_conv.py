@@ -10,7 +10,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from sana_jax import sharding
 from sana_jax.ops import gated_conv as gated_conv_op
-from sana_jax.ops.gated_conv import pallas_tpu
+from sana_jax.ops.gated_conv import pallas_tpu, reference, sharded
 
 
 @pytest.fixture
@@ -152,9 +152,7 @@ def _derivatives(implementation, args, tangents, cotangent):
   )
 
 
-@pytest.mark.parametrize("implementation", [None, "pallas_tpu"])
-@pytest.mark.usefixtures("interpreted")
-def test_every_implementation_has_all_derivatives(rng, implementation):
+def _check_derivatives(rng, implementation):
   args = _arguments(rng, (1, 3, 4, 5))
   tangents = _arguments(rng, (1, 3, 4, 5))
   cotangent = jnp.asarray(rng.normal(size=(1, 3, 4, 5)), jnp.float32)
@@ -167,6 +165,15 @@ def test_every_implementation_has_all_derivatives(rng, implementation):
     found,
     expected,
   )
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_the_kernel_has_all_derivatives(rng):
+  _check_derivatives(rng, "pallas_tpu")
+
+
+def test_what_is_chosen_when_lowering_has_all_derivatives(rng):
+  _check_derivatives(rng, None)
 
 
 @pytest.mark.usefixtures("interpreted")
@@ -226,15 +233,15 @@ def test_the_kernel_works_under_vmap_scan_and_remat(rng):
     {"data": 8},
   ],
 )
-@pytest.mark.usefixtures("interpreted")
-def test_a_mesh_changes_nothing(rng, sizes, parts):
-  # Two samples on eight devices are computed by all of them.
+def test_parts_of_a_mesh_are_computed_one_by_one(rng, sizes, parts):
+  # Two samples on eight devices are computed by all of them. The interpreter of
+  # kernels would want a thread for each device: XLA's form takes its place.
   args = _arguments(rng, (2, 8, 3, 8), parts=parts)
   mesh = sharding.make_mesh(sizes)
 
   def run(*args):
     with sharding.use(mesh):
-      return gated_conv_op.gated_conv(*args, implementation="pallas_tpu")
+      return sharded.run(reference.gated_conv, *args)
 
   placed = jax.device_put(args, sharding.replicated(mesh))
   _check(jax.jit(run)(*placed), _expected(*args), jnp.float32)

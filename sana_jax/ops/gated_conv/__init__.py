@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sana_jax.ops.gated_conv import pallas_tpu, reference, sharded
+from sana_jax.ops.gated_conv import batching, pallas_tpu, reference, sharded
 
 
 class _Forms(NamedTuple):
@@ -114,8 +114,11 @@ def _gated_conv_tpu(inputs, kernel, bias):
       inputs[0], inputs[-1], jnp.moveaxis(kernel, 2, 0), bias, gate_start=start
     )
 
-  return sharded.run(local, inputs, kernel, bias)
+  return sharded.run(batching.folded(local), inputs, kernel, bias)
 
 
 def _conv_tpu(inputs, kernel):
-  return sharded.run(lambda x, k: pallas_tpu.conv(x[0], k), inputs, kernel)
+  def local(inputs, kernel):
+    return pallas_tpu.conv(inputs[0], kernel)
+
+  return sharded.run(batching.folded(local), inputs, kernel)
