@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from sana_jax.nn import layers, mix_ffn, vision
-from sana_jax.ops import depthwise_conv as depthwise_conv_op
+from sana_jax.ops import gated_conv as gated_conv_op
 from sana_jax.ops import linear_attention as linear_attention_op
 
 NORM_EPS = 1e-5
@@ -89,7 +89,7 @@ class ScaleBranch(nnx.Module):
 
   def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
     point = self.point_kernel[...].astype(self.dtype)
-    y = depthwise_conv_op.depthwise_conv(
+    y = gated_conv_op.depthwise_conv(
       x, self.depth_kernel[...].astype(self.dtype)
     )
     groups = y.reshape(*y.shape[:3], *point.shape[:2])

@@ -1,6 +1,5 @@
 """Mix-FFN: a gated inverted bottleneck with a depthwise convolution."""
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
@@ -8,7 +7,7 @@ from jaxtyping import Array, Float
 
 from sana_jax import sharding
 from sana_jax.nn import layers
-from sana_jax.ops import depthwise_conv as depthwise_conv_op
+from sana_jax.ops import gated_conv as gated_conv_op
 
 
 class MixFFN(nnx.Module):
@@ -57,19 +56,12 @@ class MixFFN(nnx.Module):
     )
 
   def __call__(self, x: Float[Array, "b h w d"]) -> Float[Array, "b h w d"]:
-    # Where a mesh cuts the channels, value and gate are filtered one by one, so
-    # that a shard has the same channels of both; together they are in memory
-    # once.
+    # Where a mesh cuts the channels, values and gates are apart: a shard has the
+    # same channels of both. Together, they are in memory once.
     parts = 1 if sharding.shards("mlp") == 1 else 2
-    kernels = self.depth_kernel[...].astype(self.dtype).reshape(3, 3, parts, -1)
-    kernels = sharding.constrain(kernels, (None, None, None, "mlp"))
-    biases = self.depth_bias[...].astype(self.dtype)
-    biases = biases.reshape(parts, 1, 1, 1, -1)
-    biases = sharding.constrain(biases, (None, None, None, None, "mlp"))
-    filtered = [
-      depthwise_conv_op.depthwise_conv(jax.nn.silu(y), kernels[:, :, part])
-      + biases[part]
-      for part, y in enumerate(self.inverted.split(x, parts, axis="mlp"))
-    ]
-    value, gate = filtered if parts == 2 else jnp.split(filtered[0], 2, axis=-1)
-    return self.point(value * jax.nn.silu(gate))
+    kernel = self.depth_kernel[...].astype(self.dtype).reshape(3, 3, 2, -1)
+    kernel = sharding.constrain(kernel, (None, None, None, "mlp"))
+    bias = self.depth_bias[...].astype(self.dtype).reshape(2, -1)
+    bias = sharding.constrain(bias, (None, "mlp"))
+    expanded = self.inverted.split(x, parts, axis="mlp")
+    return self.point(gated_conv_op.gated_conv(expanded, kernel, bias))

@@ -45,7 +45,7 @@ def make_recipe(config: config_lib.AutoencoderConfig) -> recipe_lib.Recipe:
 
   def sample(params, frozen) -> UInt8[np.ndarray, "h w 3"]:
     del frozen
-    decoded = reconstruct(params["autoencoder"], images)
+    decoded = reconstruct(on_one_device(params["autoencoder"]), images)
     return side_by_side(images, np.asarray(decoded))
 
   def export(params, frozen, directory: epath.Path) -> None:
@@ -101,6 +101,7 @@ def scaling_factor(
   """Measures 1 / std(latents), so that scaled latents have unit variance."""
   source = examples.load_source(config)
   encode = jax.jit(dc_ae.DCAE.encode)
+  model = on_one_device(model)
   indices = np.linspace(0, len(source) - 1, min(count, len(source)))
   batches = np.array_split(indices.astype(int), max(len(indices) // 32, 1))
   latents = [
@@ -113,6 +114,11 @@ def scaling_factor(
     for batch in batches
   ]
   return float(1 / np.concatenate(latents).std())
+
+
+def on_one_device(model: dc_ae.DCAE) -> dc_ae.DCAE:
+  """Puts a model where programs run that are not written for a mesh."""
+  return jax.device_put(model, jax.local_devices()[0])
 
 
 def side_by_side(

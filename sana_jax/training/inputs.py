@@ -410,6 +410,8 @@ def encode_images(
   """Encodes every emoji of the split once; the latents stay in memory."""
   source = examples.load_source(config)
   encode = jax.jit(dc_ae.DCAE.encode)
+  # The program is not written for a mesh.
+  autoencoder = jax.device_put(autoencoder, jax.local_devices()[0])
   latents = []
   for start in range(0, len(source), batch_size):
     # The last batch is filled up, so that one shape is compiled.
