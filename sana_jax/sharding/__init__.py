@@ -7,7 +7,13 @@ no-op unless a mesh is in `use`.
 """
 
 from sana_jax.sharding.arrays import gather, place
-from sana_jax.sharding.context import constrain, shards, use
+from sana_jax.sharding.context import (
+  compiler_axes,
+  constrain,
+  shards,
+  spec,
+  use,
+)
 from sana_jax.sharding.mesh import AXES, make_mesh
 from sana_jax.sharding.parameters import (
   ParamAxes,
@@ -32,6 +38,7 @@ __all__ = [
   "Rules",
   "batch_sharding",
   "check_every_axis_cuts",
+  "compiler_axes",
   "constrain",
   "gather",
   "make_mesh",
@@ -39,5 +46,6 @@ __all__ = [
   "place",
   "replicated",
   "shards",
+  "spec",
   "use",
 ]

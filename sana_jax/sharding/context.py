@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 
 import jax
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AxisType, Mesh, PartitionSpec
 from jaxtyping import Array
 
 from sana_jax.sharding import rules as rules_lib
@@ -45,6 +45,33 @@ def constrain(x: Array, axes: rules_lib.Axes) -> Array:
 def shards(axis: str) -> int:
   """Counts the shards of a logical axis; 1 without a mesh in `use`."""
   return rules_lib.size_of(rules_lib.mesh_axes(axis), _sizes())
+
+
+def spec(axes: rules_lib.Axes, shape: tuple[int, ...]) -> PartitionSpec:
+  """Returns how the mesh in `use` shards an activation by logical axes.
+
+  An axis that is not divisible by its shards is whole on all of them.
+  """
+  sizes = _sizes()
+  named = [rules_lib.mesh_axes(axis) for axis in axes]
+  kept = [
+    () if n % rules_lib.size_of(names, sizes) else names
+    for names, n in zip(named, shape, strict=True)
+  ]
+  return rules_lib.partition_spec(kept, sizes)
+
+
+def compiler_axes() -> frozenset[str]:
+  """Names the axes of the mesh in `use` that the compiler partitions.
+
+  What it cannot partition, such as a kernel, runs in a `shard_map` over them.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  return frozenset(
+    name
+    for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+    if kind == AxisType.Auto
+  )
 
 
 def _sizes() -> Mapping[str, int]:
