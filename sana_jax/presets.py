@@ -14,9 +14,9 @@ from sana_jax import hardware
 # Source of the first five: the flags that MaxText runs with
 # (github.com/AI-Hypercomputer/maxtext), here those that let the gathering of
 # sharded parameters run beside the computation. The last two keep gradients a
-# reduce-scatter of each kernel where fsdp is the only axis (bench/plan.py): else
-# XLA sums them in one all-reduce with those of biases, or passes parts around
-# inside the products, and either sends twice the bytes.
+# reduce-scatter of each kernel where fsdp is the only axis (bench/plan.py).
+# Else XLA sums them in one all-reduce with those of biases, or passes parts
+# around inside the products, and either sends twice the bytes.
 _TPU_OPTIONS = {
   "xla_enable_async_all_gather": True,
   "xla_tpu_enable_async_collective_fusion": True,

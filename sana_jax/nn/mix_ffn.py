@@ -56,8 +56,8 @@ class MixFFN(nnx.Module):
     )
 
   def __call__(self, x: Float[Array, "b h w d"]) -> Float[Array, "b h w d"]:
-    # Where a mesh cuts the channels, values and gates are apart: a shard has the
-    # same channels of both. Together, they are in memory once.
+    # Where a mesh cuts the channels, values and gates are apart: a shard has
+    # the same channels of both. Together, they are in memory once.
     parts = 1 if sharding.shards("mlp") == 1 else 2
     kernel = self.depth_kernel[...].astype(self.dtype).reshape(3, 3, 2, -1)
     kernel = sharding.constrain(kernel, (None, None, None, "mlp"))
