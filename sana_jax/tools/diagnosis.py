@@ -42,7 +42,7 @@ MEANINGS = {
 _MOST_BITS = 4  # Of 128 that differ between pictures that are called alike.
 _MOST_COLOR = 3.0  # Of 255.
 # A picture that loses more of its area to its bucket is probably misplaced;
-# who asks for squares only knows that ordinary ones lose a third.
+# where there is one shape for all, ordinary ones lose a third.
 _MOST_CROPPED, _MOST_CROPPED_TO_ONE = 0.2, 0.5
 _ASPECT_EDGES = (0.25, 0.5, 0.67, 0.8, 0.95, 1.05, 1.25, 1.5, 2.0, 4.0)
 _SIDE_EDGES = (256, 512, 768, 1024, 1536, 2048, 4096)
@@ -151,14 +151,6 @@ def sort(
   sizes = np.array([record.size or (0, 0) for record in examined], np.int32)
   problems = {i: "not decoded" for i, e in enumerate(examined) if not e.size}
   sources = [buckets.Sizes(name, sizes[:, 0], sizes[:, 1], problems)]
-  # That few others are of its shape is no fault of a picture.
-  own = buckets.sort(sources, [1.0], settings.shapes, len(settings.shapes))
-  most = _MOST_CROPPED if len(settings.shapes) > 1 else _MOST_CROPPED_TO_ONE
-  for shape, members in zip(
-    own.shapes, own.populations[0].members, strict=True
-  ):
-    for index in members:
-      examined[index].findings += _fit(examined[index].size, shape, most)
   bucketing = buckets.sort(
     sources,
     [1.0],
@@ -166,20 +158,42 @@ def sort(
     settings.max_buckets,
     least=settings.batch_size,
   )
+  best = buckets.sort(sources, [1.0], settings.shapes, len(settings.shapes))
+  best_shapes = dict(_members(best))
+  most = _MOST_CROPPED if len(bucketing.shapes) > 1 else _MOST_CROPPED_TO_ONE
+  for index, shape in _members(bucketing):
+    record = examined[index]
+    record.findings += _fit(record.size, shape, best_shapes[index], most)
   (population,) = bucketing.populations
   plans = sampler.BatchSampler([population], settings.batch_size, seed=0)
   return Sorted(bucketing, plans)
 
 
+def _members(
+  bucketing: buckets.Bucketing,
+) -> Iterator[tuple[int, buckets.Shape]]:
+  """Yields the number of every record that is used, and its shape."""
+  (population,) = bucketing.populations
+  for shape, members in zip(bucketing.shapes, population.members, strict=True):
+    for index in members:
+      yield int(index), shape
+
+
 def _fit(
-  size: tuple[int, int], shape: buckets.Shape, most_cropped: float
+  size: tuple[int, int],
+  shape: buckets.Shape,
+  best: buckets.Shape,
+  most_cropped: float,
 ) -> Iterator[examination.Finding]:
+  """Args: shape that is trained at; best of all, also of those not kept."""
   (height, width), where = size, "{} x {}".format(*shape)
   if height * width < shape[0] * shape[1]:
     detail = f"{height} x {width}, its bucket is {where}"
     yield examination.Finding("tiny", detail)
   if (loss := crop_loss(size, shape)) > most_cropped:
     detail = f"{height} x {width} loses {loss:.0%} in {where}"
+    if best != shape:
+      detail += ", as {} x {} is not kept".format(*best)
     yield examination.Finding("extreme_aspect", detail)
 
 

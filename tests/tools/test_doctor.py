@@ -287,3 +287,38 @@ def test_reports_go_to_any_store_but_not_into_the_source(tmp_path, rng, capsys):
   assert (code, out) == (2, "")
   assert err.startswith("doctor: ")
   assert "file" in err
+
+
+def test_the_loss_that_is_named_is_that_of_the_shape_trained_at(
+  tmp_path, rng, capsys
+):
+  # In shapes of their own, the wide ones would lose 60 % and 10 %.
+  shapes = [(60, 90)] * 8 + [(128, 1280)] + [(60, 200)] * 3
+  folder = healthy_folder(tmp_path / "f", rng, shapes)
+  flags = ("--image_size=64", "--batch_size=8", "--json")
+  _, out, _ = run(capsys, folder, *flags)
+  report = json.loads(out)
+  named = report["findings"]["extreme_aspect"]["items"]
+  (bucket,) = report["buckets"]
+  assert (bucket["height"], bucket["width"]) == (64, 96)
+  assert sorted(named, key=lambda item: int(item["key"])) == [
+    {
+      "key": "8",
+      "detail": "128 x 1280 loses 85% in 64 x 96, as 32 x 128 is not kept",
+    },
+    *(
+      {
+        "key": f"{i}",
+        "detail": "60 x 200 loses 55% in 64 x 96, as 32 x 96 is not kept",
+      }
+      for i in (9, 10, 11)
+    ),
+  ]
+  # What is named is what the buckets lose.
+  lost = (0.85 + 3 * 0.55) / len(shapes)
+  np.testing.assert_allclose(bucket["cropped"], lost, atol=1e-6)
+  # With as many others, a wider shape is kept.
+  _, out, _ = run(capsys, folder, *flags, "--batch_size=4")
+  (item,) = json.loads(out)["findings"]["extreme_aspect"]["items"]
+  why = "in 32 x 96, as 32 x 128 is not kept"
+  assert item == {"key": "8", "detail": f"128 x 1280 loses 70% {why}"}
