@@ -163,6 +163,12 @@ def scan(
   )
 
 
+def problem(source: records.Source, index: int) -> str | None:
+  """Says why a record cannot be used; None: its header can be read."""
+  ((_, found),) = _measure(source, range(index, index + 1), False, 0.0)
+  return found
+
+
 def join(parts: Sequence[Scan]) -> Scan:
   """Puts the scans of all parts of a source together.
 

@@ -277,7 +277,20 @@ def summarize(
     "buckets": shapes,
     "batches_per_epoch": sum(bucket["batches"] for bucket in shapes),
     "moved": found.bucketing.reports[0].moved if found.bucketing else 0,
+    **_unverified(examined),
   }
+
+
+def _unverified(examined: Iterable[examination.Examined]) -> dict[str, Any]:
+  """Returns what training counts though it cannot be decoded, and a remedy."""
+  keys = [e.key for e in examined if e.size is None and e.counted]
+  advice = (
+    f"{len(keys):,} broken records have a header that can be read: training "
+    "counts them, unlike the buckets here, and stops at the first that it "
+    "meets. Remove them, or train with --config.data.verify=True, which leaves "
+    "them out as is done here."
+  )
+  return {"unverified": keys, "advice": [advice] if keys else []}
 
 
 def _files(source: access.FileSource) -> dict[str, list[tuple[str, str]]]:

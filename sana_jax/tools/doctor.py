@@ -57,6 +57,7 @@ def lines(report: Mapping[str, Any]) -> Iterator[str]:
   )
   if report["moved"]:
     yield f"  {report['moved']:,} pictures moved to a kept shape"
+  yield from report["advice"]
   yield "healthy" if report["healthy"] else "problems found"
 
 

@@ -189,6 +189,49 @@ def test_the_doctor_expects_the_batches_that_training_reports(
   assert (code, out.splitlines()[-1]) == (0, "healthy")
 
 
+def plan(folder, **options):
+  """What training reports of pictures, and plans with, in batches of 4."""
+  return opening.open_pictures(
+    config_lib.DataConfig(path=str(folder), image_size=64, **options),
+    multiple=16,
+    tokenize=lambda texts: {"length": np.array([len(t) for t in texts])},
+    batch_size=4,
+    seed=0,
+  )
+
+
+def batches(opened):
+  return float(sum(opened.plans.batches_per_epoch()))
+
+
+def test_what_training_counts_unless_it_verifies_is_named(
+  tmp_path, rng, capsys
+):
+  folder = healthy_folder(tmp_path / "f", rng, [(80, 80)] * 6)
+  flags = ("--image_size=64", "--buckets=square", "--multiple=16")
+  flags += ("--batch_size=4", f"--report={tmp_path / 'report'}")
+  _, out, _ = run(capsys, folder, *flags)
+  assert "verify" not in out
+  whole = (folder / "4.jpg").read_bytes()
+  (folder / "4.jpg").write_bytes(whole[: len(whole) * 2 // 3])
+  (folder / "5.txt").write_bytes(b"\xff\xfe")
+  # What has no header is counted by neither.
+  (folder / "6.jpg").write_bytes(rng.bytes(100))
+  code, out, _ = run(capsys, folder, *flags)
+  assert code == 1
+  text = "2 broken records have a header that can be read: training counts"
+  assert f"\n{text}" in out
+  assert "with --config.data.verify=True" in out
+  report = json.loads((tmp_path / "report" / "report.json").read_text())
+  assert report["unverified"] == ["4", "5"]
+  assert report["advice"][0].startswith(text)
+  page = (tmp_path / "report" / "contact_sheet.html").read_text()
+  assert f"<p>{text}" in page
+  verified = plan(folder, verify=True)
+  assert report["batches_per_epoch"] == batches(verified) == 1
+  assert batches(plan(folder)) == 1.5
+
+
 def test_sizes_that_no_model_has_are_refused(tmp_path, capsys):
   for flag, message in (
     ("--image_size=1000", "must be a multiple of --multiple=32, got 1000"),
