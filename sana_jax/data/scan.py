@@ -163,9 +163,12 @@ def scan(
   )
 
 
-def problem(source: records.Source, index: int) -> str | None:
-  """Says why a record cannot be used; None: its header can be read."""
-  ((_, found),) = _measure(source, range(index, index + 1), False, 0.0)
+def problem(
+  source: records.Source, index: int, min_clip_score: float
+) -> str | None:
+  """Says why `scan` leaves a record out that it only sees the header of."""
+  part = range(index, index + 1)
+  ((_, found),) = _measure(source, part, False, min_clip_score)
   return found
 
 

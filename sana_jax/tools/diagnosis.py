@@ -35,6 +35,7 @@ MEANINGS = {
   "cmyk": ("warning", "pictures are CMYK"),
   "sixteen_bit": ("warning", "pictures have more than 8 bits"),
   "animated": ("warning", "pictures are animated"),
+  "low_score": ("info", "pictures are left out for their CLIP score"),
   "palette": ("info", "pictures have a palette"),
   "other_file": ("info", "files are neither pictures nor about any"),
   "rotated": ("info", "pictures are turned by EXIF data"),
@@ -56,6 +57,7 @@ class Settings:
     shapes: see `buckets.table`.
     max_buckets: see `buckets.sort`.
     max_tokens: that a caption may have.
+    min_clip_score: see `filtering.require_score`.
   """
 
   image_size: int
@@ -65,6 +67,7 @@ class Settings:
   max_tokens: int
   tokenizer: text.Tokenizer
   tokenizer_name: str
+  min_clip_score: float = 0.0
 
   @classmethod
   def load(
@@ -77,6 +80,7 @@ class Settings:
     batch_size: int,
     tokenizer: str | None,
     max_tokens: int,
+    min_clip_score: float = 0.0,
   ) -> "Settings":
     """Reads the tokenizer, the bundled one for None.
 
@@ -100,7 +104,7 @@ class Settings:
     shapes = buckets.table(kind, image_size, multiple)
     return cls(
       *(image_size, shapes, max_buckets, batch_size),
-      *(max_tokens, loaded, name),
+      *(max_tokens, loaded, name, min_clip_score),
     )
 
   def count_tokens(self, caption: str) -> int:
@@ -117,7 +121,8 @@ def examine_all(
 
   def examine(index: int) -> examination.Examined:
     return examination.examine(
-      source, index, settings.count_tokens, settings.max_tokens
+      *(source, index, settings.count_tokens),
+      *(settings.max_tokens, settings.min_clip_score),
     )
 
   with futures.ThreadPoolExecutor(num_threads) as pool:
@@ -131,10 +136,10 @@ def examine_all(
 
 
 class Sorted(NamedTuple):
-  """What training makes of the pictures that can be decoded.
+  """What training makes of the pictures that are used.
 
   Attributes:
-    bucketing: None: there are none.
+    bucketing: None: none is used.
     plans: likewise.
   """
 
@@ -146,10 +151,10 @@ def sort(
   name: str, examined: Sequence[examination.Examined], settings: Settings
 ) -> Sorted:
   """Sorts pictures into buckets as training does, and adds what that finds."""
-  if not any(record.size for record in examined):
+  if not any(record.used for record in examined):
     return Sorted(None, None)
   sizes = np.array([record.size or (0, 0) for record in examined], np.int32)
-  problems = {i: "not decoded" for i, e in enumerate(examined) if not e.size}
+  problems = {i: "not used" for i, e in enumerate(examined) if not e.used}
   sources = [buckets.Sizes(name, sizes[:, 0], sizes[:, 1], problems)]
   bucketing = buckets.sort(
     sources,
@@ -261,7 +266,7 @@ def summarize(
     for code, those in items.items()
     if those
   }
-  sizes = [record.size for record in examined if record.size]
+  sizes = [record.size for record in examined if record.used]
   shapes = _buckets(examined, found)
   return {
     "source": source.name,
@@ -270,6 +275,7 @@ def summarize(
     "healthy": all(f["level"] == "info" for f in findings.values()),
     "image_size": settings.image_size,
     "batch_size": settings.batch_size,
+    "min_clip_score": settings.min_clip_score,
     "tokenizer": settings.tokenizer_name,
     "findings": findings,
     "resolutions": _histogram([min(size) for size in sizes], _SIDE_EDGES),

@@ -9,6 +9,7 @@ and 2 when it could not be examined, or nothing of it can be used.
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -105,6 +106,13 @@ def make_parser() -> argparse.ArgumentParser:
     default=300,
     help="tokens that a caption may have",
   )
+  parser.add_argument(
+    "--min_clip_score",
+    type=float,
+    default=0.0,
+    help="pictures whose prompt has a lower score are left out, as by "
+    "data.min_clip_score of training and --min_clip_score of precompute",
+  )
   parser.add_argument("--threads", type=int, default=8)
   parser.add_argument(
     "--report",
@@ -121,6 +129,10 @@ def main(argv: Sequence[str]) -> int:
   for name in _POSITIVE:
     if vars(args)[name] < 1:
       parser.error(f"--{name} must be at least 1, got {vars(args)[name]}")
+  if not 0 <= args.min_clip_score < math.inf:
+    parser.error(
+      f"--min_clip_score must be at least 0, got {args.min_clip_score}"
+    )
   if args.image_size % args.multiple:
     parser.error(
       f"--image_size must be a multiple of --multiple={args.multiple}, got "
@@ -143,6 +155,7 @@ def _examine(args: argparse.Namespace) -> int:
     batch_size=args.batch_size,
     tokenizer=args.tokenizer,
     max_tokens=args.max_sequence_length,
+    min_clip_score=args.min_clip_score,
   )
   directory = _report_directory(args, source) if args.report else None
   examined = diagnosis.examine_all(source, settings, args.threads)
@@ -158,7 +171,7 @@ def _examine(args: argparse.Namespace) -> int:
   else:
     sys.stdout.write("\n".join(lines(report)) + "\n")
   if not report["usable"]:
-    sys.stderr.write(f"doctor: no picture of {source.name} can be decoded.\n")
+    sys.stderr.write(f"doctor: no picture of {source.name} can be used.\n")
     return 2
   return 0 if report["healthy"] else 1
 

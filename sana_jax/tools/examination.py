@@ -43,7 +43,7 @@ class Examined:
 
   Attributes:
     size: (height, width) after EXIF; None: it cannot be decoded.
-    counted: whether training plans with it, having read its header only.
+    counted: whether training plans with it, having read its header and score.
     outline: signs of differences between neighbouring pixels of a tiny copy.
     colors: a tinier copy.
   """
@@ -56,17 +56,26 @@ class Examined:
   outline: bytes = b""
   colors: Float[np.ndarray, "4 4 3"] | None = None
 
+  @property
+  def used(self) -> bool:
+    """Whether training sees it, once what is broken is left out."""
+    return self.size is not None and self.counted
+
 
 def examine(
   source: access.FileSource,
   index: int,
   count_tokens: Callable[[str], int],
   max_tokens: int,
+  min_clip_score: float,
 ) -> Examined:
   """Reads a record, decodes its picture and counts its captions' tokens."""
   result = _examine(source, index, count_tokens, max_tokens)
-  if result.size is None:
-    result.counted = scan.problem(source, index) is None
+  if result.size is None or min_clip_score:
+    problem = scan.problem(source, index, min_clip_score)
+    result.counted = problem is None
+    if result.size is not None and problem is not None:
+      result.findings.append(Finding("low_score", problem))
   return result
 
 

@@ -232,10 +232,56 @@ def test_what_training_counts_unless_it_verifies_is_named(
   assert batches(plan(folder)) == 1.5
 
 
+def test_pictures_of_a_low_score_are_left_out_as_training_does(
+  tmp_path, rng, capsys
+):
+  folder = healthy_folder(tmp_path / "f", rng, [(80, 80)] * 6 + [(80, 120)])
+  for key, score in ((0, 21.9), (1, 22), (6, 3)):
+    value = {"prompt": f"Picture {key}", "clip_score": score}
+    (folder / f"{key}.txt").unlink()
+    (folder / f"{key}.json").write_text(json.dumps(value))
+  whole = (folder / "0.jpg").read_bytes()
+  flags = ("--image_size=64", "--multiple=16", "--batch_size=4", "--json")
+  options = {"buckets": "aspect", "min_clip_score": 22.0}
+  code, out, _ = run(capsys, folder, *flags, "--min_clip_score=22")
+  report = json.loads(out)
+  opened = plan(folder, **options)
+  assert code == 0  # What was asked for is no fault.
+  why = "the CLIP score of its prompt is below 22"
+  assert report["findings"].keys() == {"low_score"}
+  assert report["findings"]["low_score"]["items"] == [
+    {"key": "0", "detail": why},
+    {"key": "6", "detail": why},
+  ]
+  assert dict(opened.reports[0].skipped) == {why: 2}
+  ours = [(b["height"], b["width"]) for b in report["buckets"]]
+  assert ours == list(opened.shapes)
+  assert report["batches_per_epoch"] == batches(opened) == 5 / 4
+  # A broken picture with a low score is not counted in any case.
+  (folder / "0.jpg").write_bytes(whole[: len(whole) * 2 // 3])
+  _, out, _ = run(capsys, folder, *flags, "--min_clip_score=22")
+  assert json.loads(out)["unverified"] == []
+  _, out, _ = run(capsys, folder, *flags)
+  assert json.loads(out)["unverified"] == ["0"]
+  assert json.loads(out)["batches_per_epoch"] == 6 / 4
+
+
+def test_a_score_that_none_reaches_leaves_nothing(tmp_path, rng, capsys):
+  folder = healthy_folder(tmp_path / "f", rng)
+  (folder / "0.txt").unlink()
+  (folder / "0.json").write_text('{"prompt": "a", "clip_score": 20}')
+  code, _, err = run(capsys, folder, "--min_clip_score=30")
+  assert code == 2
+  assert "no picture of" in err
+  assert "can be used" in err
+
+
 def test_sizes_that_no_model_has_are_refused(tmp_path, capsys):
   for flag, message in (
     ("--image_size=1000", "must be a multiple of --multiple=32, got 1000"),
     ("--max_sequence_length=0", "--max_sequence_length must be at least 1"),
+    ("--min_clip_score=-1", "--min_clip_score must be at least 0, got -1.0"),
+    ("--min_clip_score=nan", "--min_clip_score must be at least 0, got nan"),
   ):
     with pytest.raises(SystemExit, match="2"):
       doctor.main([str(tmp_path), flag])
