@@ -54,13 +54,15 @@ class Settings:
   """What a data set is to be used for.
 
   Attributes:
-    shapes: see `buckets.table`.
+    multiple: see `buckets.table`.
+    shapes: likewise.
     max_buckets: see `buckets.sort`.
     max_tokens: that a caption may have.
     min_clip_score: see `filtering.require_score`.
   """
 
   image_size: int
+  multiple: int
   shapes: Mapping[float, buckets.Shape]
   max_buckets: int
   batch_size: int
@@ -103,7 +105,7 @@ class Settings:
     loaded = text.Tokenizer.from_pretrained(directory)
     shapes = buckets.table(kind, image_size, multiple)
     return cls(
-      *(image_size, shapes, max_buckets, batch_size),
+      *(image_size, multiple, shapes, max_buckets, batch_size),
       *(max_tokens, loaded, name, min_clip_score),
     )
 
@@ -274,6 +276,8 @@ def summarize(
     "usable": bool(sizes),
     "healthy": all(f["level"] == "info" for f in findings.values()),
     "image_size": settings.image_size,
+    "multiple": settings.multiple,
+    "max_buckets": settings.max_buckets,
     "batch_size": settings.batch_size,
     "min_clip_score": settings.min_clip_score,
     "tokenizer": settings.tokenizer_name,
@@ -293,8 +297,8 @@ def _unverified(examined: Iterable[examination.Examined]) -> dict[str, Any]:
   advice = (
     f"{len(keys):,} broken records have a header that can be read: training "
     "counts them, unlike the buckets here, and stops at the first that it "
-    "meets. Remove them, or train with --config.data.verify=True, which leaves "
-    "them out as is done here."
+    "meets, unless it is told --config.data.verify=True, which leaves them out "
+    "as is done here. Do that, or remove them."
   )
   return {"unverified": keys, "advice": [advice] if keys else []}
 

@@ -3,8 +3,9 @@
 PATH is whatever sana_jax.data.sources.open_source opens. Every picture is
 decoded and every caption counted; nothing is changed. Pass the sizes, buckets
 and lengths of the run that it is for: what fits one may be too small for
-another. The exit code is 0 for a healthy data set, 1 when problems were found,
-and 2 when it could not be examined, or nothing of it can be used.
+another. --config=configs/x.py takes them from a config of train.py, and flags
+win over it. The exit code is 0 for a healthy data set, 1 when problems were
+found, and 2 when it could not be examined, or nothing of it can be used.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from typing import Any
 from sana_jax import resolution
 from sana_jax.data import sources, storage
 from sana_jax.data.sources import access
-from sana_jax.tools import contact_sheet, diagnosis
+from sana_jax.tools import contact_sheet, diagnosis, run_settings
 
 _SHOWN = 10
 _REPORT, _SHEET = "report.json", "contact_sheet.html"
@@ -44,9 +45,15 @@ def lines(report: Mapping[str, Any]) -> Iterator[str]:
   for name, count in report["aspects"].items():
     yield f"  {name:>12} {count:>8,}"
   yield (
-    f"buckets of image_size {report['image_size']}: pictures, batches of "
+    f"buckets of image_size {report['image_size']}, of sides that are "
+    f"multiples of {report['multiple']}: pictures, batches of "
     f"{report['batch_size']} per epoch, lost to cropping"
   )
+  if report["config"] is None:
+    yield (
+      "  (multiples: of the model's pixels per token, 32 for published ones; "
+      "--config=FILE takes what a run has)"
+    )
   for bucket in report["buckets"]:
     yield (
       f"  {bucket['height']:>5} x {bucket['width']:<5} {bucket['count']:>8,} "
@@ -74,6 +81,12 @@ def make_parser() -> argparse.ArgumentParser:
     "--kind", default="auto", choices=("auto", *sources.KINDS)
   )
   parser.add_argument("--split", help="of the data set")
+  parser.add_argument(
+    "--config",
+    help="file of train.py, which gives the defaults of --image_size, "
+    "--buckets, --max_buckets, --multiple, --batch_size, "
+    "--max_sequence_length, --min_clip_score and --tokenizer",
+  )
   parser.add_argument(
     "--image_size",
     type=int,
@@ -124,8 +137,20 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str]) -> int:
+  try:
+    return _examine(_parse(argv))
+  except (OSError, ValueError) as error:
+    sys.stderr.write(f"doctor: {error}\n")
+    return 2
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+  """Parses the flags, with a config's values where they are not given."""
   parser = make_parser()
   args = parser.parse_args(argv)
+  if args.config is not None:
+    parser.set_defaults(**run_settings.of_config(args.config))
+    args = parser.parse_args(argv)
   for name in _POSITIVE:
     if vars(args)[name] < 1:
       parser.error(f"--{name} must be at least 1, got {vars(args)[name]}")
@@ -138,11 +163,7 @@ def main(argv: Sequence[str]) -> int:
       f"--image_size must be a multiple of --multiple={args.multiple}, got "
       f"{args.image_size}"
     )
-  try:
-    return _examine(args)
-  except (OSError, ValueError) as error:
-    sys.stderr.write(f"doctor: {error}\n")
-    return 2
+  return args
 
 
 def _examine(args: argparse.Namespace) -> int:
@@ -161,6 +182,7 @@ def _examine(args: argparse.Namespace) -> int:
   examined = diagnosis.examine_all(source, settings, args.threads)
   found = diagnosis.sort(source.name, examined, settings)
   report = diagnosis.summarize(source, examined, found, settings)
+  report["config"] = args.config
   if directory is not None:
     content = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
     (directory / _REPORT).write(content.encode())

@@ -221,7 +221,7 @@ def test_what_training_counts_unless_it_verifies_is_named(
   assert code == 1
   text = "2 broken records have a header that can be read: training counts"
   assert f"\n{text}" in out
-  assert "with --config.data.verify=True" in out
+  assert "unless it is told --config.data.verify=True" in out
   report = json.loads((tmp_path / "report" / "report.json").read_text())
   assert report["unverified"] == ["4", "5"]
   assert report["advice"][0].startswith(text)
