@@ -163,6 +163,15 @@ def scan(
   )
 
 
+def problem(
+  source: records.Source, index: int, min_clip_score: float
+) -> str | None:
+  """Says why `scan` leaves a record out that it only sees the header of."""
+  part = range(index, index + 1)
+  ((_, found),) = _measure(source, part, False, min_clip_score)
+  return found
+
+
 def join(parts: Sequence[Scan]) -> Scan:
   """Puts the scans of all parts of a source together.
 

@@ -43,10 +43,11 @@ def page(
     f"{html.escape(f['meaning'])}</li>"
     for f in report["findings"].values()
   )
+  advice = "".join(f"<p>{html.escape(text)}</p>\n" for text in report["advice"])
   return (
     f'<!doctype html>\n<html lang="en"><meta charset="utf-8">'
     f"<title>{title}</title><style>{_STYLE}</style>\n<h1>{title}</h1>\n"
-    f"<ul>{counts}</ul>\n<p>{len(shown):,} are shown.</p>\n"
+    f"<ul>{counts}</ul>\n{advice}<p>{len(shown):,} are shown.</p>\n"
     f"<main>\n{figures}\n</main></html>\n"
   )
 

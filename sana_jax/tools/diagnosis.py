@@ -35,6 +35,7 @@ MEANINGS = {
   "cmyk": ("warning", "pictures are CMYK"),
   "sixteen_bit": ("warning", "pictures have more than 8 bits"),
   "animated": ("warning", "pictures are animated"),
+  "low_score": ("info", "pictures are left out for their CLIP score"),
   "palette": ("info", "pictures have a palette"),
   "other_file": ("info", "files are neither pictures nor about any"),
   "rotated": ("info", "pictures are turned by EXIF data"),
@@ -42,7 +43,7 @@ MEANINGS = {
 _MOST_BITS = 4  # Of 128 that differ between pictures that are called alike.
 _MOST_COLOR = 3.0  # Of 255.
 # A picture that loses more of its area to its bucket is probably misplaced;
-# who asks for squares only knows that ordinary ones lose a third.
+# where there is one shape for all, ordinary ones lose a third.
 _MOST_CROPPED, _MOST_CROPPED_TO_ONE = 0.2, 0.5
 _ASPECT_EDGES = (0.25, 0.5, 0.67, 0.8, 0.95, 1.05, 1.25, 1.5, 2.0, 4.0)
 _SIDE_EDGES = (256, 512, 768, 1024, 1536, 2048, 4096)
@@ -53,18 +54,22 @@ class Settings:
   """What a data set is to be used for.
 
   Attributes:
-    shapes: see `buckets.table`.
+    multiple: see `buckets.table`.
+    shapes: likewise.
     max_buckets: see `buckets.sort`.
     max_tokens: that a caption may have.
+    min_clip_score: see `filtering.require_score`.
   """
 
   image_size: int
+  multiple: int
   shapes: Mapping[float, buckets.Shape]
   max_buckets: int
   batch_size: int
   max_tokens: int
   tokenizer: text.Tokenizer
   tokenizer_name: str
+  min_clip_score: float = 0.0
 
   @classmethod
   def load(
@@ -77,6 +82,7 @@ class Settings:
     batch_size: int,
     tokenizer: str | None,
     max_tokens: int,
+    min_clip_score: float = 0.0,
   ) -> "Settings":
     """Reads the tokenizer, the bundled one for None.
 
@@ -99,8 +105,8 @@ class Settings:
     loaded = text.Tokenizer.from_pretrained(directory)
     shapes = buckets.table(kind, image_size, multiple)
     return cls(
-      *(image_size, shapes, max_buckets, batch_size),
-      *(max_tokens, loaded, name),
+      *(image_size, multiple, shapes, max_buckets, batch_size),
+      *(max_tokens, loaded, name, min_clip_score),
     )
 
   def count_tokens(self, caption: str) -> int:
@@ -117,7 +123,8 @@ def examine_all(
 
   def examine(index: int) -> examination.Examined:
     return examination.examine(
-      source, index, settings.count_tokens, settings.max_tokens
+      *(source, index, settings.count_tokens),
+      *(settings.max_tokens, settings.min_clip_score),
     )
 
   with futures.ThreadPoolExecutor(num_threads) as pool:
@@ -131,10 +138,10 @@ def examine_all(
 
 
 class Sorted(NamedTuple):
-  """What training makes of the pictures that can be decoded.
+  """What training makes of the pictures that are used.
 
   Attributes:
-    bucketing: None: there are none.
+    bucketing: None: none is used.
     plans: likewise.
   """
 
@@ -146,19 +153,11 @@ def sort(
   name: str, examined: Sequence[examination.Examined], settings: Settings
 ) -> Sorted:
   """Sorts pictures into buckets as training does, and adds what that finds."""
-  if not any(record.size for record in examined):
+  if not any(record.used for record in examined):
     return Sorted(None, None)
   sizes = np.array([record.size or (0, 0) for record in examined], np.int32)
-  problems = {i: "not decoded" for i, e in enumerate(examined) if not e.size}
+  problems = {i: "not used" for i, e in enumerate(examined) if not e.used}
   sources = [buckets.Sizes(name, sizes[:, 0], sizes[:, 1], problems)]
-  # That few others are of its shape is no fault of a picture.
-  own = buckets.sort(sources, [1.0], settings.shapes, len(settings.shapes))
-  most = _MOST_CROPPED if len(settings.shapes) > 1 else _MOST_CROPPED_TO_ONE
-  for shape, members in zip(
-    own.shapes, own.populations[0].members, strict=True
-  ):
-    for index in members:
-      examined[index].findings += _fit(examined[index].size, shape, most)
   bucketing = buckets.sort(
     sources,
     [1.0],
@@ -166,20 +165,42 @@ def sort(
     settings.max_buckets,
     least=settings.batch_size,
   )
+  best = buckets.sort(sources, [1.0], settings.shapes, len(settings.shapes))
+  best_shapes = dict(_members(best))
+  most = _MOST_CROPPED if len(bucketing.shapes) > 1 else _MOST_CROPPED_TO_ONE
+  for index, shape in _members(bucketing):
+    record = examined[index]
+    record.findings += _fit(record.size, shape, best_shapes[index], most)
   (population,) = bucketing.populations
   plans = sampler.BatchSampler([population], settings.batch_size, seed=0)
   return Sorted(bucketing, plans)
 
 
+def _members(
+  bucketing: buckets.Bucketing,
+) -> Iterator[tuple[int, buckets.Shape]]:
+  """Yields the number of every record that is used, and its shape."""
+  (population,) = bucketing.populations
+  for shape, members in zip(bucketing.shapes, population.members, strict=True):
+    for index in members:
+      yield int(index), shape
+
+
 def _fit(
-  size: tuple[int, int], shape: buckets.Shape, most_cropped: float
+  size: tuple[int, int],
+  shape: buckets.Shape,
+  best: buckets.Shape,
+  most_cropped: float,
 ) -> Iterator[examination.Finding]:
+  """Args: shape that is trained at; best of all, also of those not kept."""
   (height, width), where = size, "{} x {}".format(*shape)
   if height * width < shape[0] * shape[1]:
     detail = f"{height} x {width}, its bucket is {where}"
     yield examination.Finding("tiny", detail)
   if (loss := crop_loss(size, shape)) > most_cropped:
     detail = f"{height} x {width} loses {loss:.0%} in {where}"
+    if best != shape:
+      detail += ", as {} x {} is not kept".format(*best)
     yield examination.Finding("extreme_aspect", detail)
 
 
@@ -247,7 +268,7 @@ def summarize(
     for code, those in items.items()
     if those
   }
-  sizes = [record.size for record in examined if record.size]
+  sizes = [record.size for record in examined if record.used]
   shapes = _buckets(examined, found)
   return {
     "source": source.name,
@@ -255,7 +276,10 @@ def summarize(
     "usable": bool(sizes),
     "healthy": all(f["level"] == "info" for f in findings.values()),
     "image_size": settings.image_size,
+    "multiple": settings.multiple,
+    "max_buckets": settings.max_buckets,
     "batch_size": settings.batch_size,
+    "min_clip_score": settings.min_clip_score,
     "tokenizer": settings.tokenizer_name,
     "findings": findings,
     "resolutions": _histogram([min(size) for size in sizes], _SIDE_EDGES),
@@ -263,7 +287,20 @@ def summarize(
     "buckets": shapes,
     "batches_per_epoch": sum(bucket["batches"] for bucket in shapes),
     "moved": found.bucketing.reports[0].moved if found.bucketing else 0,
+    **_unverified(examined),
   }
+
+
+def _unverified(examined: Iterable[examination.Examined]) -> dict[str, Any]:
+  """Returns what training counts though it cannot be decoded, and a remedy."""
+  keys = [e.key for e in examined if e.size is None and e.counted]
+  advice = (
+    f"{len(keys):,} broken records have a header that can be read: training "
+    "counts them, unlike the buckets here, and stops at the first that it "
+    "meets, unless it is told --config.data.verify=True, which leaves them out "
+    "as is done here. Do that, or remove them."
+  )
+  return {"unverified": keys, "advice": [advice] if keys else []}
 
 
 def _files(source: access.FileSource) -> dict[str, list[tuple[str, str]]]:

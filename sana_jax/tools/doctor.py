@@ -3,12 +3,14 @@
 PATH is whatever sana_jax.data.sources.open_source opens. Every picture is
 decoded and every caption counted; nothing is changed. Pass the sizes, buckets
 and lengths of the run that it is for: what fits one may be too small for
-another. The exit code is 0 for a healthy data set, 1 when problems were found,
-and 2 when it could not be examined, or nothing of it can be used.
+another. --config=configs/x.py takes them from a config of train.py, and flags
+win over it. The exit code is 0 for a healthy data set, 1 when problems were
+found, and 2 when it could not be examined, or nothing of it can be used.
 """
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -16,7 +18,7 @@ from typing import Any
 from sana_jax import resolution
 from sana_jax.data import sources, storage
 from sana_jax.data.sources import access
-from sana_jax.tools import contact_sheet, diagnosis
+from sana_jax.tools import contact_sheet, diagnosis, run_settings
 
 _SHOWN = 10
 _REPORT, _SHEET = "report.json", "contact_sheet.html"
@@ -43,9 +45,15 @@ def lines(report: Mapping[str, Any]) -> Iterator[str]:
   for name, count in report["aspects"].items():
     yield f"  {name:>12} {count:>8,}"
   yield (
-    f"buckets of image_size {report['image_size']}: pictures, batches of "
+    f"buckets of image_size {report['image_size']}, of sides that are "
+    f"multiples of {report['multiple']}: pictures, batches of "
     f"{report['batch_size']} per epoch, lost to cropping"
   )
+  if report["config"] is None:
+    yield (
+      "  (multiples: of the model's pixels per token, 32 for published ones; "
+      "--config=FILE takes what a run has)"
+    )
   for bucket in report["buckets"]:
     yield (
       f"  {bucket['height']:>5} x {bucket['width']:<5} {bucket['count']:>8,} "
@@ -57,6 +65,7 @@ def lines(report: Mapping[str, Any]) -> Iterator[str]:
   )
   if report["moved"]:
     yield f"  {report['moved']:,} pictures moved to a kept shape"
+  yield from report["advice"]
   yield "healthy" if report["healthy"] else "problems found"
 
 
@@ -72,6 +81,12 @@ def make_parser() -> argparse.ArgumentParser:
     "--kind", default="auto", choices=("auto", *sources.KINDS)
   )
   parser.add_argument("--split", help="of the data set")
+  parser.add_argument(
+    "--config",
+    help="file of train.py, which gives the defaults of --image_size, "
+    "--buckets, --max_buckets, --multiple, --batch_size, "
+    "--max_sequence_length, --min_clip_score and --tokenizer",
+  )
   parser.add_argument(
     "--image_size",
     type=int,
@@ -104,6 +119,13 @@ def make_parser() -> argparse.ArgumentParser:
     default=300,
     help="tokens that a caption may have",
   )
+  parser.add_argument(
+    "--min_clip_score",
+    type=float,
+    default=0.0,
+    help="pictures whose prompt has a lower score are left out, as by "
+    "data.min_clip_score of training and --min_clip_score of precompute",
+  )
   parser.add_argument("--threads", type=int, default=8)
   parser.add_argument(
     "--report",
@@ -115,21 +137,33 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str]) -> int:
+  try:
+    return _examine(_parse(argv))
+  except (OSError, ValueError) as error:
+    sys.stderr.write(f"doctor: {error}\n")
+    return 2
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+  """Parses the flags, with a config's values where they are not given."""
   parser = make_parser()
   args = parser.parse_args(argv)
+  if args.config is not None:
+    parser.set_defaults(**run_settings.of_config(args.config))
+    args = parser.parse_args(argv)
   for name in _POSITIVE:
     if vars(args)[name] < 1:
       parser.error(f"--{name} must be at least 1, got {vars(args)[name]}")
+  if not 0 <= args.min_clip_score < math.inf:
+    parser.error(
+      f"--min_clip_score must be at least 0, got {args.min_clip_score}"
+    )
   if args.image_size % args.multiple:
     parser.error(
       f"--image_size must be a multiple of --multiple={args.multiple}, got "
       f"{args.image_size}"
     )
-  try:
-    return _examine(args)
-  except (OSError, ValueError) as error:
-    sys.stderr.write(f"doctor: {error}\n")
-    return 2
+  return args
 
 
 def _examine(args: argparse.Namespace) -> int:
@@ -142,11 +176,13 @@ def _examine(args: argparse.Namespace) -> int:
     batch_size=args.batch_size,
     tokenizer=args.tokenizer,
     max_tokens=args.max_sequence_length,
+    min_clip_score=args.min_clip_score,
   )
   directory = _report_directory(args, source) if args.report else None
   examined = diagnosis.examine_all(source, settings, args.threads)
   found = diagnosis.sort(source.name, examined, settings)
   report = diagnosis.summarize(source, examined, found, settings)
+  report["config"] = args.config
   if directory is not None:
     content = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
     (directory / _REPORT).write(content.encode())
@@ -157,7 +193,7 @@ def _examine(args: argparse.Namespace) -> int:
   else:
     sys.stdout.write("\n".join(lines(report)) + "\n")
   if not report["usable"]:
-    sys.stderr.write(f"doctor: no picture of {source.name} can be decoded.\n")
+    sys.stderr.write(f"doctor: no picture of {source.name} can be used.\n")
     return 2
   return 0 if report["healthy"] else 1
 

@@ -8,7 +8,7 @@ import numpy as np
 import PIL.Image
 from jaxtyping import Float, UInt8
 
-from sana_jax.data import records, transforms
+from sana_jax.data import records, scan, transforms
 from sana_jax.data.sources import access
 
 _HASH_SIDE = 8
@@ -43,6 +43,7 @@ class Examined:
 
   Attributes:
     size: (height, width) after EXIF; None: it cannot be decoded.
+    counted: whether training plans with it, having read its header and score.
     outline: signs of differences between neighbouring pixels of a tiny copy.
     colors: a tinier copy.
   """
@@ -51,8 +52,14 @@ class Examined:
   key: str
   findings: list[Finding]
   size: tuple[int, int] | None = None
+  counted: bool = True
   outline: bytes = b""
   colors: Float[np.ndarray, "4 4 3"] | None = None
+
+  @property
+  def used(self) -> bool:
+    """Whether training sees it, once what is broken is left out."""
+    return self.size is not None and self.counted
 
 
 def examine(
@@ -60,8 +67,24 @@ def examine(
   index: int,
   count_tokens: Callable[[str], int],
   max_tokens: int,
+  min_clip_score: float,
 ) -> Examined:
   """Reads a record, decodes its picture and counts its captions' tokens."""
+  result = _examine(source, index, count_tokens, max_tokens)
+  if result.size is None or min_clip_score:
+    problem = scan.problem(source, index, min_clip_score)
+    result.counted = problem is None
+    if result.size is not None and problem is not None:
+      result.findings.append(Finding("low_score", problem))
+  return result
+
+
+def _examine(
+  source: access.FileSource,
+  index: int,
+  count_tokens: Callable[[str], int],
+  max_tokens: int,
+) -> Examined:
   try:
     record = source[index]
     name = source.file_name(index)

@@ -189,10 +189,99 @@ def test_the_doctor_expects_the_batches_that_training_reports(
   assert (code, out.splitlines()[-1]) == (0, "healthy")
 
 
+def plan(folder, **options):
+  """What training reports of pictures, and plans with, in batches of 4."""
+  return opening.open_pictures(
+    config_lib.DataConfig(path=str(folder), image_size=64, **options),
+    multiple=16,
+    tokenize=lambda texts: {"length": np.array([len(t) for t in texts])},
+    batch_size=4,
+    seed=0,
+  )
+
+
+def batches(opened):
+  return float(sum(opened.plans.batches_per_epoch()))
+
+
+def test_what_training_counts_unless_it_verifies_is_named(
+  tmp_path, rng, capsys
+):
+  folder = healthy_folder(tmp_path / "f", rng, [(80, 80)] * 6)
+  flags = ("--image_size=64", "--buckets=square", "--multiple=16")
+  flags += ("--batch_size=4", f"--report={tmp_path / 'report'}")
+  _, out, _ = run(capsys, folder, *flags)
+  assert "verify" not in out
+  whole = (folder / "4.jpg").read_bytes()
+  (folder / "4.jpg").write_bytes(whole[: len(whole) * 2 // 3])
+  (folder / "5.txt").write_bytes(b"\xff\xfe")
+  # What has no header is counted by neither.
+  (folder / "6.jpg").write_bytes(rng.bytes(100))
+  code, out, _ = run(capsys, folder, *flags)
+  assert code == 1
+  text = "2 broken records have a header that can be read: training counts"
+  assert f"\n{text}" in out
+  assert "unless it is told --config.data.verify=True" in out
+  report = json.loads((tmp_path / "report" / "report.json").read_text())
+  assert report["unverified"] == ["4", "5"]
+  assert report["advice"][0].startswith(text)
+  page = (tmp_path / "report" / "contact_sheet.html").read_text()
+  assert f"<p>{text}" in page
+  verified = plan(folder, verify=True)
+  assert report["batches_per_epoch"] == batches(verified) == 1
+  assert batches(plan(folder)) == 1.5
+
+
+def test_pictures_of_a_low_score_are_left_out_as_training_does(
+  tmp_path, rng, capsys
+):
+  folder = healthy_folder(tmp_path / "f", rng, [(80, 80)] * 6 + [(80, 120)])
+  for key, score in ((0, 21.9), (1, 22), (6, 3)):
+    value = {"prompt": f"Picture {key}", "clip_score": score}
+    (folder / f"{key}.txt").unlink()
+    (folder / f"{key}.json").write_text(json.dumps(value))
+  whole = (folder / "0.jpg").read_bytes()
+  flags = ("--image_size=64", "--multiple=16", "--batch_size=4", "--json")
+  options = {"buckets": "aspect", "min_clip_score": 22.0}
+  code, out, _ = run(capsys, folder, *flags, "--min_clip_score=22")
+  report = json.loads(out)
+  opened = plan(folder, **options)
+  assert code == 0  # What was asked for is no fault.
+  why = "the CLIP score of its prompt is below 22"
+  assert report["findings"].keys() == {"low_score"}
+  assert report["findings"]["low_score"]["items"] == [
+    {"key": "0", "detail": why},
+    {"key": "6", "detail": why},
+  ]
+  assert dict(opened.reports[0].skipped) == {why: 2}
+  ours = [(b["height"], b["width"]) for b in report["buckets"]]
+  assert ours == list(opened.shapes)
+  assert report["batches_per_epoch"] == batches(opened) == 5 / 4
+  # A broken picture with a low score is not counted in any case.
+  (folder / "0.jpg").write_bytes(whole[: len(whole) * 2 // 3])
+  _, out, _ = run(capsys, folder, *flags, "--min_clip_score=22")
+  assert json.loads(out)["unverified"] == []
+  _, out, _ = run(capsys, folder, *flags)
+  assert json.loads(out)["unverified"] == ["0"]
+  assert json.loads(out)["batches_per_epoch"] == 6 / 4
+
+
+def test_a_score_that_none_reaches_leaves_nothing(tmp_path, rng, capsys):
+  folder = healthy_folder(tmp_path / "f", rng)
+  (folder / "0.txt").unlink()
+  (folder / "0.json").write_text('{"prompt": "a", "clip_score": 20}')
+  code, _, err = run(capsys, folder, "--min_clip_score=30")
+  assert code == 2
+  assert "no picture of" in err
+  assert "can be used" in err
+
+
 def test_sizes_that_no_model_has_are_refused(tmp_path, capsys):
   for flag, message in (
     ("--image_size=1000", "must be a multiple of --multiple=32, got 1000"),
     ("--max_sequence_length=0", "--max_sequence_length must be at least 1"),
+    ("--min_clip_score=-1", "--min_clip_score must be at least 0, got -1.0"),
+    ("--min_clip_score=nan", "--min_clip_score must be at least 0, got nan"),
   ):
     with pytest.raises(SystemExit, match="2"):
       doctor.main([str(tmp_path), flag])
@@ -287,3 +376,38 @@ def test_reports_go_to_any_store_but_not_into_the_source(tmp_path, rng, capsys):
   assert (code, out) == (2, "")
   assert err.startswith("doctor: ")
   assert "file" in err
+
+
+def test_the_loss_that_is_named_is_that_of_the_shape_trained_at(
+  tmp_path, rng, capsys
+):
+  # In shapes of their own, the wide ones would lose 60 % and 10 %.
+  shapes = [(60, 90)] * 8 + [(128, 1280)] + [(60, 200)] * 3
+  folder = healthy_folder(tmp_path / "f", rng, shapes)
+  flags = ("--image_size=64", "--batch_size=8", "--json")
+  _, out, _ = run(capsys, folder, *flags)
+  report = json.loads(out)
+  named = report["findings"]["extreme_aspect"]["items"]
+  (bucket,) = report["buckets"]
+  assert (bucket["height"], bucket["width"]) == (64, 96)
+  assert sorted(named, key=lambda item: int(item["key"])) == [
+    {
+      "key": "8",
+      "detail": "128 x 1280 loses 85% in 64 x 96, as 32 x 128 is not kept",
+    },
+    *(
+      {
+        "key": f"{i}",
+        "detail": "60 x 200 loses 55% in 64 x 96, as 32 x 96 is not kept",
+      }
+      for i in (9, 10, 11)
+    ),
+  ]
+  # What is named is what the buckets lose.
+  lost = (0.85 + 3 * 0.55) / len(shapes)
+  np.testing.assert_allclose(bucket["cropped"], lost, atol=1e-6)
+  # With as many others, a wider shape is kept.
+  _, out, _ = run(capsys, folder, *flags, "--batch_size=4")
+  (item,) = json.loads(out)["findings"]["extreme_aspect"]["items"]
+  why = "in 32 x 96, as 32 x 128 is not kept"
+  assert item == {"key": "8", "detail": f"128 x 1280 loses 70% {why}"}
