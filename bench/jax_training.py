@@ -3,6 +3,7 @@
 import functools
 import itertools
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -86,7 +87,7 @@ def make_program(load: training_loads.Load, init) -> program.Program:
 
 def memory_by_category(load: training_loads.Load) -> dict[str, int]:
   """Returns the bytes of a step: its state, its batch, what XLA adds."""
-  made = make_program(load, lambda key: _init(load))
+  made = make_program(load, fresh(load))
   batch = next(training_loads.batches(load))
   shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
   stats = (
@@ -101,21 +102,25 @@ def memory_by_category(load: training_loads.Load) -> dict[str, int]:
   }
 
 
-def _init(load: training_loads.Load) -> dict[str, Any]:
+def fresh(load: training_loads.Load) -> Callable[..., dict[str, Any]]:
+  """Returns what draws fresh parameters from a key."""
   config = run_config(load)
-  return {
-    "transformer": sana.SanaTransformer.from_config(
+
+  def init(key: jax.Array) -> dict[str, Any]:
+    model = sana.SanaTransformer.from_config(
       config.model,
       dtype=jnp.dtype(config.dtype),
       scan=config.scan_layers,
       remat=config.remat,
-      rngs=nnx.Rngs(0),
+      rngs=nnx.Rngs(key),
     )
-  }
+    return {"transformer": model}
+
+  return init
 
 
 def _case(load: training_loads.Load, path: pathlib.Path) -> sides.Case:
-  made = make_program(load, lambda key: _init(load))
+  made = make_program(load, fresh(load))
   config = run_config(load)
   model, _ = components.load_transformer(
     path,

@@ -124,7 +124,7 @@ def line(name: str, found: dict[str, Any]) -> str:
 def _cells(name: str, found: dict[str, Any]) -> tuple[Any, ...]:
   row = found["rows"][name]
   workload, ceiling = row["workload"], found["ceilings"]
-  best = row["flops"] / ceiling["flops"]
+  best = row["flops"] / ceiling["flops"] if row["flops"] else None
   compared = ("-",) * 3 + ("-", "-")
   if "ratio" in row:
     basis = "" if row["basis"] == "wall" else " by CPU time"

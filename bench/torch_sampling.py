@@ -240,7 +240,9 @@ class _Torch:
     options = self._options(workload, given) | embeds
 
     def run():
-      return pipe(prompt=None, output_type="latent", **options).images
+      return pipe(
+        prompt=None, negative_prompt=None, output_type="latent", **options
+      ).images
 
     return self._case(run, lambda y: {"latents": y.movedim(1, -1)})
 

@@ -65,9 +65,12 @@ class Size(NamedTuple):
   workloads: Mapping[str, Workload]
 
 
-def work(checkpoint: Checkpoint, workload: Workload) -> float:
-  """Counts the operations of one call, by the analytic model."""
+def work(checkpoint: Checkpoint, workload: Workload) -> float | None:
+  """Counts the operations of one call; None: of an autoencoder not counted."""
   kind, batch = workload.kind, workload.batch
+  published = checkpoint.autoencoder == config_lib.DCAEConfig()
+  if not published and kind in ("encode", "decode", "pipeline"):
+    return None
   pixels = workload.pixels**2
   if kind in _AUTOENCODER_FLOPS:
     return batch * pixels * _AUTOENCODER_FLOPS[kind]
