@@ -21,7 +21,7 @@ GUIDANCE = 4.5
 INSTRUCTION = (
   "Describe the picture in detail: colours, shapes, sizes and their places. ",
   "Keep to what is asked for, and add what makes it vivid. Prompt: ",
-)
+) * 3
 
 
 class Checkpoint(NamedTuple):
@@ -156,7 +156,7 @@ def _with(config, **changes):
 
 
 # Of the bundled tokenizer, with which all of them are written.
-_VOCABULARY = 1024
+_VOCABULARY = 2048
 
 
 def _small_text_encoder() -> config_lib.Gemma2Config:
