@@ -1,0 +1,1 @@
+"""Fair measurement: two sides in turn, disturbances noticed, records kept."""
