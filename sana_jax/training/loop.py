@@ -71,7 +71,7 @@ def train(
   which cannot go on without it, end soon.
 
   Raises:
-    ValueError: `workdir` belongs to a run with another config, or other data.
+    ValueError: `workdir` has checkpoints of another config, or other data.
     OSError: a checkpoint could not be written.
     MemoryError: the state, a step or the samples do not fit the devices.
     FloatingPointError: too many steps were bad; see `anomalies.py`.
@@ -81,9 +81,9 @@ def train(
   # What cannot be is said before the directory is this run's.
   plan = _prepare(config, workdir, recipe, options)
   workdir.mkdir(parents=True, exist_ok=True)
-  workdir_lib.claim(config, workdir)
+  workdir_lib.claim(config, workdir, has_learned=plan.has_learned)
   if recipe.ledger is not None:
-    recipe.ledger.begin(workdir)
+    recipe.ledger.begin(workdir, has_learned=plan.has_learned)
   with contextlib.ExitStack() as stack:
     if jax.process_index() == 0:
       stack.enter_context(run_record.logging_to(workdir / "run.log"))
@@ -106,11 +106,13 @@ class _Plan(NamedTuple):
 
   Attributes:
     read_initial: reads what the run begins with; None: nothing is to be read.
+    has_learned: whether there is a checkpoint to go on from.
   """
 
   mesh: jax.sharding.Mesh
   program: program_lib.Program
   read_initial: Callable[[], dict[str, Any]] | None
+  has_learned: bool
 
 
 def _prepare(
@@ -138,7 +140,7 @@ def _prepare(
   read = None
   if recipe.initial is not None and not steps:
     read = recipe.initial(program.state.params)
-  return _Plan(mesh, program, read)
+  return _Plan(mesh, program, read, bool(steps))
 
 
 class _Pending(NamedTuple):

@@ -133,6 +133,30 @@ def test_another_config_is_refused_by_name(tmp_path):
     loop.train(other, tmp_path, make_recipe())
 
 
+def test_a_run_without_a_checkpoint_may_be_begun_with_another_config(
+  tmp_path, caplog
+):
+  """The first one fails in its first steps; nothing was learned."""
+
+  def batches(host, first_step):
+    raise OSError("no data today")
+    yield
+
+  with pytest.raises(OSError, match="no data today"):
+    loop.train(
+      make_config(batch_size=16),
+      tmp_path,
+      make_recipe()._replace(batches=batches),
+    )
+  with caplog.at_level(logging.INFO, logger="absl"):
+    loop.train(make_config(num_steps=2), tmp_path, make_recipe())
+  assert "has no checkpoint: whatever run began there" in caplog.text
+  config = json.loads((tmp_path / "config.json").read_text())
+  assert config["batch_size"] == 8
+  with pytest.raises(ValueError, match="differing: batch_size"):
+    loop.train(make_config(batch_size=16), tmp_path, make_recipe())
+
+
 def test_a_run_without_an_average_has_none_anywhere(tmp_path):
   """Not in the state, on disk, or as a second picture; parameters stand in."""
   exported = []
@@ -180,27 +204,27 @@ def test_the_weights_of_sources_may_change_and_nothing_else_of_them(tmp_path):
     )
     return make_config(data=config_lib.DataConfig(sources=sources))
 
-  workdir_lib.claim(config(1.0, 2.0), tmp_path)
-  workdir_lib.claim(config(1.5, 0.1), tmp_path)
+  workdir_lib.claim(config(1.0, 2.0), tmp_path, has_learned=True)
+  workdir_lib.claim(config(1.5, 0.1), tmp_path, has_learned=True)
   with pytest.raises(
     ValueError, match=r"data.sources.0.path \(a there, b here"
   ):
-    workdir_lib.claim(config(1.0, 2.0, path="b"), tmp_path)
+    workdir_lib.claim(config(1.0, 2.0, path="b"), tmp_path, has_learned=True)
   with pytest.raises(ValueError, match=r"data.sources.2.path \(None there"):
-    workdir_lib.claim(config(1.0, 2.0, 3.0), tmp_path)
+    workdir_lib.claim(config(1.0, 2.0, 3.0), tmp_path, has_learned=True)
 
 
 def test_a_run_of_a_version_without_some_fields_goes_on(tmp_path):
   path = tmp_path / "config.json"
-  workdir_lib.claim(make_config(), tmp_path)
+  workdir_lib.claim(make_config(), tmp_path, has_learned=True)
   values = json.loads(path.read_text())
   del values["data"]["max_buckets"]
   path.write_text(json.dumps(values))
-  workdir_lib.claim(make_config(), tmp_path)
+  workdir_lib.claim(make_config(), tmp_path, has_learned=True)
   path.write_text(json.dumps(values))
   other = make_config(data=config_lib.DataConfig(max_buckets=3))
   with pytest.raises(ValueError, match=r"max_buckets \(10 there, 3 here\)"):
-    workdir_lib.claim(other, tmp_path)
+    workdir_lib.claim(other, tmp_path, has_learned=True)
 
 
 def test_each_shape_of_batches_is_compiled_once(tmp_path, caplog):
