@@ -149,20 +149,41 @@ def test_a_rollback_prefers_what_every_run_has_saved(steps, target):
   assert found == target
 
 
-def test_a_loss_far_above_the_last_ones_is_a_spike(tmp_path):
+def test_a_loss_far_above_the_last_ones_is_a_spike_and_no_more(tmp_path):
   watch = make_watch(tmp_path)
   for step in range(1, 11):
     assert watch.judge(step, 1.0 + 0.1 * step, skipped=False) is None
   # The median is 1.55.
   assert watch.judge(11, 15.4, skipped=False) is None
   assert watch.judge(12, 16.6, skipped=False) == "spike"
-  for step in (12, 13, 14):
-    assert not watch.wants_rollback()
+  for step in (13, 14, 15):
     assert watch.judge(step, 1000.0, skipped=False) == "spike"
     watch.note(step, "spike")
-  assert watch.wants_rollback()
-  assert watch.first_bad == 12
-  assert watch.skipped == 0
+  assert not watch.wants_rollback()
+  assert (watch.first_bad, watch.skipped) == (None, 0)
+  assert not make_watch(tmp_path, first_step=15).wants_rollback()
+
+
+def test_a_level_that_lasts_is_no_spike_for_long(tmp_path):
+  """Of ten losses, the sixth high one makes a high median."""
+  watch = make_watch(tmp_path)
+  levels = [1.0] * 30 + [20.0] * 100
+  found = [watch.judge(i, loss, skipped=False) for i, loss in enumerate(levels)]
+  spikes = [step for step, kind in enumerate(found) if kind == "spike"]
+  assert spikes == [30, 31, 32, 33, 34]
+
+
+def test_a_spike_between_skipped_steps_ends_their_row(tmp_path):
+  watch = make_watch(tmp_path)
+  for _ in range(10):
+    watch.judge(1, 1.0, skipped=False)
+  for step, loss in ((2, np.nan), (3, np.nan), (4, 99.0), (5, np.nan)):
+    kind = watch.judge(step, loss, skipped=not np.isfinite(loss))
+    assert kind == ("skipped" if np.isnan(loss) else "spike")
+    watch.note(step, kind)
+  for same in (watch, make_watch(tmp_path, first_step=5)):
+    assert (same.first_bad, same.skipped) == (5, 3)
+    assert not same.wants_rollback()
 
 
 def test_without_a_factor_there_are_no_spikes(tmp_path):
