@@ -67,11 +67,16 @@ class Checkpointer:
     return sorted(self._manager.all_steps())
 
   def save(
-    self, step: int, state: Any, metrics: Mapping[str, float] | None = None
+    self,
+    step: int,
+    state: Any,
+    metrics: Mapping[str, float] | None = None,
+    notes: Mapping[str, Any] | None = None,
   ) -> None:
     """Writes in the background; a second save waits for the first.
 
     Args:
+      notes: what JSON can hold, for `notes`.
       metrics: of the steps since the checkpoint before; needed where the best
         checkpoints are kept.
 
@@ -90,6 +95,7 @@ class Checkpointer:
         step,
         args=ocp.args.Composite(state=ocp.args.StandardSave(nested)),
         metrics=ranked,
+        custom_metadata=dict(notes or {}),
       )
     self._saving = _Save(step, started, time.monotonic() - started)
 
@@ -119,6 +125,10 @@ class Checkpointer:
       *(step, time.monotonic() - started, waited),
     )
     self._saving = None
+
+  def notes(self, step: int) -> dict[str, Any]:
+    """Returns what was noted beside a state; of an older one, nothing."""
+    return self._manager.metadata(step).custom_metadata or {}
 
   def check(self, step: int, abstract: Any) -> None:
     """Compares what is saved with `abstract`, without reading it.

@@ -3,8 +3,8 @@
 A step whose loss or gradient is not finite changes nothing but its count (see
 `step.py`); after several in a row, the run goes back. A spike is a finite loss
 far above the recent ones: it is written down, and never a reason to go back.
-What happened is kept in `anomalies.jsonl`, so that a resumed run goes on
-counting where the uninterrupted one would.
+What happened is kept in `anomalies.jsonl`, and the recent losses in every
+checkpoint, so that a resumed run goes on as the uninterrupted one would.
 """
 
 import collections
@@ -28,6 +28,7 @@ class Watch:
 
   Args:
     first_step: where the run goes on; what was noted later is forgotten.
+    losses: `losses` as it was at that step.
     writes: whether this process keeps the file.
 
   Attributes:
@@ -43,11 +44,12 @@ class Watch:
     *,
     first_step: int,
     writes: bool,
+    losses: Sequence[float] = (),
   ):
     self._config = config
     self._path = workdir / "anomalies.jsonl"
     self._writes = writes
-    self._losses = collections.deque(maxlen=config.spike_window)
+    self._losses = collections.deque(losses, config.spike_window)
     self.skipped, self.rollbacks, self._streak = 0, 0, 0
     self.first_bad: int | None = None
     self.rows = [row for row in _read(self._path) if row["step"] <= first_step]
@@ -68,6 +70,11 @@ class Watch:
       return "skipped"
     self._end_streak()
     return "spike" if limit is not None and loss > limit else None
+
+  @property
+  def losses(self) -> list[float]:
+    """The finite ones of the last steps, which tell what is a spike."""
+    return list(self._losses)
 
   def note(self, step: int, kind: str, **details: Any) -> None:
     """Writes down what is known of a step, and counts it if it was skipped."""

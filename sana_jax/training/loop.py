@@ -229,10 +229,12 @@ class _Run:
       self._workdir, enabled=is_first, first_step=self._step, sink=sink
     )
     stack.callback(self._writer.close)
+    notes = self._checkpointer.notes(self._step) if self._step else {}
     self._watch = anomalies.Watch(
       *(config.anomalies, self._workdir),
       first_step=self._step,
       writes=is_first,
+      losses=notes.get("losses", ()),
     )
     self._best = metrics.Mean(config.checkpoint.best_metric)
     self._profiler = profiling.Profiler(self._workdir, options.profile_steps)
@@ -433,7 +435,9 @@ class _Run:
     if settings.keep_best:
       values = {settings.best_metric: self._best.take(settings.best_mode)}
     with self._chrono.paused():
-      self._checkpointer.save(self._step, self.state, values)
+      self._checkpointer.save(
+        self._step, self.state, values, {"losses": self._watch.losses}
+      )
 
   def _sample(self) -> None:
     """Writes pictures of the average and of the parameters themselves.

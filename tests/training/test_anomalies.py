@@ -114,6 +114,26 @@ def test_a_run_with_a_rollback_is_resumed_exactly(tmp_path, first):
   assert rows_of(tmp_path / "whole") == rows_of(tmp_path / "parts")
 
 
+def test_a_resumed_run_finds_the_same_spikes(tmp_path):
+  """The median is of steps before the checkpoint; step 23 is far above."""
+
+  def batches(host, first_step):
+    for step in itertools.count(first_step):
+      scale = 1e3 if step == 22 else 1.0
+      x = scale * np.random.default_rng(step).normal(size=(8, 8))
+      yield {"x": x.astype(np.float32)}
+
+  recipe = make_recipe()._replace(batches=batches)
+  changes = {"checkpoint": config_lib.CheckpointConfig(every=50)}
+  loop.train(make_config(num_steps=24, **changes), tmp_path / "whole", recipe)
+  for step in (21, 24):
+    config = make_config(num_steps=step, **changes)
+    loop.train(config, tmp_path / "parts", recipe)
+  (row,) = rows_of(tmp_path / "whole")
+  assert (row["step"], row["kind"]) == (23, "spike")
+  assert rows_of(tmp_path / "parts") == [row]
+
+
 def test_a_failure_that_persists_ends_the_run_with_a_report(tmp_path):
   recipe = make_recipe(bad=range(5, 100))
   config = make_config(num_steps=40)
