@@ -77,8 +77,7 @@ class Checkpointer:
 
     Args:
       notes: what JSON can hold, for `notes`.
-      metrics: of the steps since the checkpoint before; needed where the best
-        checkpoints are kept.
+      metrics: of the steps before; needed where the best checkpoints are kept.
 
     Raises:
       OSError: this checkpoint cannot be written, or the one before could not.

@@ -236,7 +236,11 @@ class _Run:
       writes=is_first,
       losses=notes.get("losses", ()),
     )
-    self._best = metrics.Mean(config.checkpoint.best_metric)
+    self._best = metrics.WindowMean(
+      config.checkpoint,
+      first_step=self._step,
+      notes=notes.get("best", {}),
+    )
     self._profiler = profiling.Profiler(self._workdir, options.profile_steps)
     stack.enter_context(self._profiler.listening())
     self._chrono = speed.Chrono(
@@ -349,7 +353,7 @@ class _Run:
     kind = self._watch.judge(step, values["loss"], skipped=skipped)
     if kind is not None:
       self._note(step, kind, values["loss"])
-    self._best.add(values)
+    self._best.add(step, values)
     if logged:
       values["skipped"] = self._watch.skipped
       values |= self._chrono.tick(step, self._feed.waited)
@@ -431,13 +435,12 @@ class _Run:
     if self._step == 0 or (self._watch.first_bad is not None and not always):
       return
     settings = self._config.checkpoint
-    values = None
+    values, notes = None, {"losses": self._watch.losses}
     if settings.keep_best:
-      values = {settings.best_metric: self._best.take(settings.best_mode)}
+      values = {settings.best_metric: self._best.of(self._step)}
+      notes["best"] = self._best.notes
     with self._chrono.paused():
-      self._checkpointer.save(
-        self._step, self.state, values, {"losses": self._watch.losses}
-      )
+      self._checkpointer.save(self._step, self.state, values, notes)
 
   def _sample(self) -> None:
     """Writes pictures of the average and of the parameters themselves.

@@ -247,6 +247,28 @@ def test_each_shape_of_batches_is_compiled_once(tmp_path, caplog):
   assert not [line for line in lines if "programs" in line]
 
 
+def test_interruptions_do_not_change_which_checkpoints_are_the_best(tmp_path):
+  def train(path, num_steps):
+    config = make_config(num_steps=num_steps)
+    config.checkpoint.keep, config.checkpoint.keep_best = 1, 2
+    # The loss falls, so that the first windows are the "best".
+    config.checkpoint.best_mode = "max"
+    loop.train(config, path, make_recipe())
+
+  train(tmp_path / "whole", 16)
+  for num_steps in (3, 6, 7, 13, 16):
+    train(tmp_path / "parts", num_steps)
+  found = [
+    {
+      step: json.loads((path / str(step) / "metrics" / "metrics").read_text())
+      for step in checkpoint.saved_steps(path.parent)
+    }
+    for path in (tmp_path / n / "checkpoints" for n in ("whole", "parts"))
+  ]
+  assert set(found[0]) == {4, 8, 16}
+  assert found[0] == found[1]
+
+
 def test_a_best_metric_that_is_not_measured_is_an_error(tmp_path):
   config = make_config()
   config.checkpoint.keep_best = 1
