@@ -225,6 +225,26 @@ def saved_steps(workdir: epath.PathLike) -> list[int]:
   return sorted(ocp.utils.checkpoint_steps(directory))
 
 
+def find_step(workdir: epath.PathLike, step: int | None = None) -> int:
+  """Returns a step that is saved: this one, or the newest for None.
+
+  Raises:
+    FileNotFoundError: nothing is saved there, or not that step.
+  """
+  directory = epath.Path(workdir).absolute() / "checkpoints"
+  steps = saved_steps(workdir)
+  if not steps:
+    raise FileNotFoundError(
+      f"{directory} holds no checkpoint yet; wait for the run's first."
+    )
+  step = steps[-1] if step is None else step
+  if step not in steps:
+    raise FileNotFoundError(
+      f"{directory} holds no checkpoint of step {step}, only of {steps}."
+    )
+  return step
+
+
 def restore_average(
   workdir: epath.PathLike, abstract: Any, *, step: int | None = None
 ) -> Any:
@@ -254,17 +274,8 @@ def restore_part(
     FileNotFoundError: nothing is saved there, or not that step.
     ValueError: names or shapes on disk differ; all differences are listed.
   """
+  step = find_step(workdir, step)
   directory = epath.Path(workdir).absolute() / "checkpoints"
-  steps = saved_steps(workdir)
-  if not steps:
-    raise FileNotFoundError(
-      f"{directory} holds no checkpoint yet; wait for the run's first."
-    )
-  step = steps[-1] if step is None else step
-  if step not in steps:
-    raise FileNotFoundError(
-      f"{directory} holds no checkpoint of step {step}, only of {steps}."
-    )
   path = directory / str(step) / "state"
   with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
     saved = reader.metadata(path).item_metadata.tree
