@@ -67,13 +67,17 @@ class Checkpointer:
     return sorted(self._manager.all_steps())
 
   def save(
-    self, step: int, state: Any, metrics: Mapping[str, float] | None = None
+    self,
+    step: int,
+    state: Any,
+    metrics: Mapping[str, float] | None = None,
+    notes: Mapping[str, Any] | None = None,
   ) -> None:
     """Writes in the background; a second save waits for the first.
 
     Args:
-      metrics: of the steps since the checkpoint before; needed where the best
-        checkpoints are kept.
+      notes: what JSON can hold, for `notes`.
+      metrics: of the steps before; needed where the best checkpoints are kept.
 
     Raises:
       OSError: this checkpoint cannot be written, or the one before could not.
@@ -90,6 +94,7 @@ class Checkpointer:
         step,
         args=ocp.args.Composite(state=ocp.args.StandardSave(nested)),
         metrics=ranked,
+        custom_metadata=dict(notes or {}),
       )
     self._saving = _Save(step, started, time.monotonic() - started)
 
@@ -119,6 +124,10 @@ class Checkpointer:
       *(step, time.monotonic() - started, waited),
     )
     self._saving = None
+
+  def notes(self, step: int) -> dict[str, Any]:
+    """Returns what was noted beside a state; of an older one, nothing."""
+    return self._manager.metadata(step).custom_metadata or {}
 
   def check(self, step: int, abstract: Any) -> None:
     """Compares what is saved with `abstract`, without reading it.
@@ -216,6 +225,26 @@ def saved_steps(workdir: epath.PathLike) -> list[int]:
   return sorted(ocp.utils.checkpoint_steps(directory))
 
 
+def find_step(workdir: epath.PathLike, step: int | None = None) -> int:
+  """Returns a step that is saved: this one, or the newest for None.
+
+  Raises:
+    FileNotFoundError: nothing is saved there, or not that step.
+  """
+  directory = epath.Path(workdir).absolute() / "checkpoints"
+  steps = saved_steps(workdir)
+  if not steps:
+    raise FileNotFoundError(
+      f"{directory} holds no checkpoint yet; wait for the run's first."
+    )
+  step = steps[-1] if step is None else step
+  if step not in steps:
+    raise FileNotFoundError(
+      f"{directory} holds no checkpoint of step {step}, only of {steps}."
+    )
+  return step
+
+
 def restore_average(
   workdir: epath.PathLike, abstract: Any, *, step: int | None = None
 ) -> Any:
@@ -245,17 +274,8 @@ def restore_part(
     FileNotFoundError: nothing is saved there, or not that step.
     ValueError: names or shapes on disk differ; all differences are listed.
   """
+  step = find_step(workdir, step)
   directory = epath.Path(workdir).absolute() / "checkpoints"
-  steps = saved_steps(workdir)
-  if not steps:
-    raise FileNotFoundError(
-      f"{directory} holds no checkpoint yet; wait for the run's first."
-    )
-  step = steps[-1] if step is None else step
-  if step not in steps:
-    raise FileNotFoundError(
-      f"{directory} holds no checkpoint of step {step}, only of {steps}."
-    )
   path = directory / str(step) / "state"
   with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
     saved = reader.metadata(path).item_metadata.tree

@@ -68,6 +68,15 @@ def test_a_state_returns_onto_the_mesh_that_is_asked_for(checkpointer):
   assert isinstance(again.params["line"], layers.Linear)
 
 
+def test_notes_return_as_they_were(checkpointer):
+  notes = {"losses": [0.1, 1 / 3, 1e-300], "mean": {"first": 5}}
+  checkpointer.save(5, make_state(5), notes=notes)
+  checkpointer.save(6, make_state(6))
+  checkpointer.wait()
+  assert checkpointer.notes(5) == notes
+  assert checkpointer.notes(6) == {}
+
+
 def test_only_the_newest_checkpoints_are_kept(checkpointer, tmp_path):
   for step in (1, 2, 3):
     checkpointer.save(step, make_state(step))

@@ -7,17 +7,17 @@ from sana_jax.config.base import Config, require
 
 @dataclasses.dataclass(kw_only=True)
 class AnomalyConfig(Config):
-  """How many bad steps are borne, and what follows.
+  """How many bad steps are borne, and what is worth a line.
 
-  A step is bad whose loss or gradient is not finite (it changes nothing), or
-  whose loss is a spike.
+  A step is bad whose loss or gradient is not finite: it changes nothing. A
+  spike is written down with its batch, and that is all.
 
   Args:
     rollback_after: bad steps in a row after which the parameters return to the
       last checkpoint before them; the data go on.
     max_rollbacks: of a run; one more, and it stops with a report.
     spike_factor: a loss is a spike beyond so many times the median of the last
-      losses; 0: none is.
+      losses, earlier spikes included; 0: none is.
     spike_window: how many losses that median is of.
   """
 

@@ -17,7 +17,8 @@ class CheckpointConfig(Config):
     keep_every: checkpoints of multiples of this step stay for good; 0: none.
     keep_best: how many of the best stay; 0: none.
     best_metric: name of a metric of `metrics.jsonl`; what counts is its mean
-      over the steps since the checkpoint before.
+      over the last `every` steps. Only checkpoints of multiples of `every` are
+      compared: others, of a run that was stopped, lose to all of them.
     best_mode: "min" or "max": which of its values are good.
   """
 

@@ -47,7 +47,8 @@ class TextToImageConfig(TrainConfig):
   Args:
     init_from: what training begins with: the name of a published checkpoint, a
       directory in the layout of diffusers, an original .pth file, or a work
-      directory, whose average is taken; None: random numbers.
+      directory, whose newest average is taken (WORKDIR/checkpoints/STEP: that
+      of this step); None: random numbers.
     fp16_clamp: True limits self-attention outputs as float16 would, which
       weights that were trained in it rely on.
     components: a published checkpoint, or a directory in the layout of

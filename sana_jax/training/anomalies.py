@@ -1,8 +1,10 @@
 """Steps that go wrong: counted, named, and answered by going back.
 
 A step whose loss or gradient is not finite changes nothing but its count (see
-`step.py`). What happened is kept in `anomalies.jsonl`, so that a resumed run
-goes on counting where the uninterrupted one would.
+`step.py`); after several in a row, the run goes back. A spike is a finite loss
+far above the recent ones: it is written down, and never a reason to go back.
+What happened is kept in `anomalies.jsonl`, and the recent losses in every
+checkpoint, so that a resumed run goes on as the uninterrupted one would.
 """
 
 import collections
@@ -26,12 +28,13 @@ class Watch:
 
   Args:
     first_step: where the run goes on; what was noted later is forgotten.
+    losses: `losses` as it was at that step.
     writes: whether this process keeps the file.
 
   Attributes:
     skipped: steps so far that changed nothing.
     rollbacks: so far.
-    first_bad: the first of the bad steps in a row; None: the last was good.
+    first_bad: the first of the skipped steps in a row; None: the last was not.
   """
 
   def __init__(
@@ -41,11 +44,12 @@ class Watch:
     *,
     first_step: int,
     writes: bool,
+    losses: Sequence[float] = (),
   ):
     self._config = config
     self._path = workdir / "anomalies.jsonl"
     self._writes = writes
-    self._losses = collections.deque(maxlen=config.spike_window)
+    self._losses = collections.deque(losses, config.spike_window)
     self.skipped, self.rollbacks, self._streak = 0, 0, 0
     self.first_bad: int | None = None
     self.rows = [row for row in _read(self._path) if row["step"] <= first_step]
@@ -59,17 +63,21 @@ class Watch:
   def judge(self, step: int, loss: float, *, skipped: bool) -> str | None:
     """Returns what is wrong with a step: "skipped", "spike" or None."""
     limit = self._spike_limit()
+    if math.isfinite(loss):
+      # Spikes, too: a level that lasts becomes the median.
+      self._losses.append(loss)
     if skipped:
       return "skipped"
-    if limit is not None and loss > limit:
-      return "spike"
-    if math.isfinite(loss):
-      self._losses.append(loss)
     self._end_streak()
-    return None
+    return "spike" if limit is not None and loss > limit else None
+
+  @property
+  def losses(self) -> list[float]:
+    """The finite ones of the last steps, which tell what is a spike."""
+    return list(self._losses)
 
   def note(self, step: int, kind: str, **details: Any) -> None:
-    """Counts a bad step and writes down what is known of it."""
+    """Writes down what is known of a step, and counts it if it was skipped."""
     self._add({"step": step, "kind": kind, **details})
 
   def note_rollback(self, step: int, to: int) -> None:
@@ -97,11 +105,11 @@ class Watch:
         file.write(json.dumps(row) + "\n")
 
   def _count(self, row: dict[str, Any]) -> None:
-    if row["kind"] == "rollback":
-      self.rollbacks += 1
+    self.rollbacks += row["kind"] == "rollback"
+    if row["kind"] != "skipped":
       self._end_streak()
       return
-    self.skipped += row["kind"] == "skipped"
+    self.skipped += 1
     # A gap: good steps are not written down.
     if self.first_bad is None or row["step"] != self.first_bad + self._streak:
       self.first_bad, self._streak = row["step"], 0

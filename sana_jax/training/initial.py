@@ -35,11 +35,11 @@ def prepare(
   wanted = [
     name for name in ("transformer", "text_encoder") if name in abstract
   ]
-  source = sources.resolve(config.init_from, components=wanted)
-  logging.info("beginning with the parameters in %s", source.path)
+  path, step = _split(config.init_from)
+  source = sources.resolve(path, components=wanted)
   if isinstance(source, sources.TrainingRun):
-    _check_run(source.path, config)
-    return functools.partial(checkpoint.restore_average, source.path, abstract)
+    return _prepare_run(source.path, step, config, abstract)
+  logging.info("beginning with the parameters in %s", source.path)
   whole = isinstance(source, sources.Directory)
   if "text_encoder" in abstract and not whole:
     raise FileNotFoundError(
@@ -86,10 +86,43 @@ def _fill(abstract: Any, found: opening.Component) -> Any:
   )
 
 
-def _check_run(
-  workdir: epath.Path, config: config_lib.TextToImageConfig
-) -> None:
+def _split(init_from: str) -> tuple[epath.PathLike, int | None]:
+  """Splits WORKDIR/checkpoints/STEP; of all else, the step is None."""
+  path = epath.Path(init_from)
+  if path.parent.name == "checkpoints" and path.name.isdigit():
+    return path.parent.parent, int(path.name)
+  return init_from, None
+
+
+def _prepare_run(
+  workdir: epath.Path,
+  named: int | None,
+  config: config_lib.TextToImageConfig,
+  abstract: dict[str, Any],
+) -> Callable[[], dict[str, Any]]:
   before = training_run.read_config(workdir)
+  _check_run(workdir, before, config)
+  step = checkpoint.find_step(workdir, named)
+  logging.info(
+    "beginning with the %s of step %d of %d of the run in %s",
+    "average" if before.ema_decay else "parameters",
+    *(step, before.num_steps, workdir),
+  )
+  if named is None and step < before.num_steps:
+    logging.warning(
+      "the run in %s is not finished: what follows is taken from step %d of %d",
+      *(workdir, step, before.num_steps),
+    )
+  return functools.partial(
+    checkpoint.restore_average, workdir, abstract, step=step
+  )
+
+
+def _check_run(
+  workdir: epath.Path,
+  before: config_lib.TextToImageConfig,
+  config: config_lib.TextToImageConfig,
+) -> None:
   _check(config.model, before.model, "model", workdir, but=_MAY_DIFFER)
   if before.train_text_encoder != config.train_text_encoder:
     raise ValueError(

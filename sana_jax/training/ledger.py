@@ -41,8 +41,11 @@ class Ledger:
     self._workdir: epath.Path | None = None
     self._epoch: int | None = None
 
-  def begin(self, workdir: epath.Path) -> None:
+  def begin(self, workdir: epath.Path, *, has_learned: bool) -> None:
     """Compares the data with those that the run began with.
+
+    Args:
+      has_learned: whether there is a checkpoint; if not, any data will do.
 
     Raises:
       ValueError: they are others; says in what.
@@ -60,7 +63,8 @@ class Ledger:
       )
     )
     path = workdir / IDENTITY
-    theirs = json.loads(path.read_text()) if path.exists() else ours
+    known = has_learned and path.exists()
+    theirs = json.loads(path.read_text()) if known else ours
     changes = _changes(theirs, ours)
     for their, our in zip(theirs, ours, strict=False):
       stamps = [side.get(opening.STAMP) for side in (their, our)]

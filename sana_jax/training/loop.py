@@ -71,7 +71,7 @@ def train(
   which cannot go on without it, end soon.
 
   Raises:
-    ValueError: `workdir` belongs to a run with another config, or other data.
+    ValueError: `workdir` has checkpoints of another config, or other data.
     OSError: a checkpoint could not be written.
     MemoryError: the state, a step or the samples do not fit the devices.
     FloatingPointError: too many steps were bad; see `anomalies.py`.
@@ -81,9 +81,9 @@ def train(
   # What cannot be is said before the directory is this run's.
   plan = _prepare(config, workdir, recipe, options)
   workdir.mkdir(parents=True, exist_ok=True)
-  workdir_lib.claim(config, workdir)
+  workdir_lib.claim(config, workdir, has_learned=plan.has_learned)
   if recipe.ledger is not None:
-    recipe.ledger.begin(workdir)
+    recipe.ledger.begin(workdir, has_learned=plan.has_learned)
   with contextlib.ExitStack() as stack:
     if jax.process_index() == 0:
       stack.enter_context(run_record.logging_to(workdir / "run.log"))
@@ -106,11 +106,13 @@ class _Plan(NamedTuple):
 
   Attributes:
     read_initial: reads what the run begins with; None: nothing is to be read.
+    has_learned: whether there is a checkpoint to go on from.
   """
 
   mesh: jax.sharding.Mesh
   program: program_lib.Program
   read_initial: Callable[[], dict[str, Any]] | None
+  has_learned: bool
 
 
 def _prepare(
@@ -138,7 +140,7 @@ def _prepare(
   read = None
   if recipe.initial is not None and not steps:
     read = recipe.initial(program.state.params)
-  return _Plan(mesh, program, read)
+  return _Plan(mesh, program, read, bool(steps))
 
 
 class _Pending(NamedTuple):
@@ -227,12 +229,18 @@ class _Run:
       self._workdir, enabled=is_first, first_step=self._step, sink=sink
     )
     stack.callback(self._writer.close)
+    notes = self._checkpointer.notes(self._step) if self._step else {}
     self._watch = anomalies.Watch(
       *(config.anomalies, self._workdir),
       first_step=self._step,
       writes=is_first,
+      losses=notes.get("losses", ()),
     )
-    self._best = metrics.Mean(config.checkpoint.best_metric)
+    self._best = metrics.WindowMean(
+      config.checkpoint,
+      first_step=self._step,
+      notes=notes.get("best", {}),
+    )
     self._profiler = profiling.Profiler(self._workdir, options.profile_steps)
     stack.enter_context(self._profiler.listening())
     self._chrono = speed.Chrono(
@@ -345,7 +353,7 @@ class _Run:
     kind = self._watch.judge(step, values["loss"], skipped=skipped)
     if kind is not None:
       self._note(step, kind, values["loss"])
-    self._best.add(values)
+    self._best.add(step, values)
     if logged:
       values["skipped"] = self._watch.skipped
       values |= self._chrono.tick(step, self._feed.waited)
@@ -427,11 +435,12 @@ class _Run:
     if self._step == 0 or (self._watch.first_bad is not None and not always):
       return
     settings = self._config.checkpoint
-    values = None
+    values, notes = None, {"losses": self._watch.losses}
     if settings.keep_best:
-      values = {settings.best_metric: self._best.take(settings.best_mode)}
+      values = {settings.best_metric: self._best.of(self._step)}
+      notes["best"] = self._best.notes
     with self._chrono.paused():
-      self._checkpointer.save(self._step, self.state, values)
+      self._checkpointer.save(self._step, self.state, values, notes)
 
   def _sample(self) -> None:
     """Writes pictures of the average and of the parameters themselves.

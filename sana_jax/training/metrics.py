@@ -4,7 +4,7 @@ import json
 import math
 import time
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import tensorboardX
@@ -12,6 +12,8 @@ from absl import logging
 from etils import epath
 from jaxtyping import UInt8
 from PIL import Image
+
+from sana_jax import config as config_lib
 
 # Names in the log; those of the files are longer.
 _SHORT = {"learning_rate": "lr"}
@@ -104,29 +106,67 @@ class MetricWriter:
         self._sink.close()
 
 
-class Mean:
-  """The mean of a metric over steps, those that are not finite left out."""
+class WindowMean:
+  """The mean of a metric over the last window of steps, which ranks saves.
 
-  def __init__(self, name: str):
-    self._name = name
-    self._sum, self._count = 0.0, 0
+  Windows end at multiples of `checkpoint.every`, whatever is saved when, so a
+  run that was stopped amid one ranks as the run that was not: what it knows of
+  its window goes with the checkpoint, see `notes`.
 
-  def add(self, values: Mapping[str, float]) -> None:
-    value = values.get(self._name, math.nan)
+  Args:
+    first_step: where the run goes on.
+    notes: `notes` as they were at that step; {}: there are none.
+  """
+
+  def __init__(
+    self,
+    config: config_lib.CheckpointConfig,
+    *,
+    first_step: int,
+    notes: Mapping[str, Any],
+  ):
+    self._config, self._last = config, first_step
+    # The sum is of the steps `first` to `last`.
+    self._first, self._sum, self._count = first_step + 1, 0.0, 0
+    if notes.get("metric") == config.best_metric:
+      self._first = notes["first"]
+      self._sum, self._count = notes["sum"], notes["count"]
+
+  @property
+  def notes(self) -> dict[str, Any]:
+    return {
+      "metric": self._config.best_metric,
+      "first": self._first,
+      "sum": self._sum,
+      "count": self._count,
+    }
+
+  def add(self, step: int, values: Mapping[str, float]) -> None:
+    """Adds the value of a step, unless it is not finite."""
+    if self._start(step) != self._start(self._last):
+      self._first, self._sum, self._count = step, 0.0, 0
+    self._last = step
+    value = values.get(self._config.best_metric, math.nan)
     if math.isfinite(value):
       self._sum += value
       self._count += 1
 
-  def take(self, mode: str) -> float:
-    """Returns the mean and starts anew; the worst value where there is none.
+  def of(self, step: int) -> float:
+    """Returns the mean of the window that ends with a step.
 
-    Args:
-      mode: "min" or "max": which values are good.
+    It is the worst value where no window ends, where its first step is not
+    known (that of a run with another `every`), or no value was finite: such a
+    checkpoint loses to any other.
     """
-    worst = math.inf if mode == "min" else -math.inf
-    mean = self._sum / self._count if self._count else worst
-    self._sum, self._count = 0.0, 0
-    return mean
+    start = self._start(self._last)
+    is_whole = step == start + self._config.every and self._first == start + 1
+    if is_whole and self._count:
+      return self._sum / self._count
+    return math.inf if self._config.best_mode == "min" else -math.inf
+
+  def _start(self, step: int) -> int:
+    """Returns the step after which the window of this one begins."""
+    return (step - 1) // self._config.every * self._config.every
 
 
 def log_line(step: int, num_steps: int, values: dict[str, float]) -> None:

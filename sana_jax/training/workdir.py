@@ -36,15 +36,26 @@ _MAY_CHANGE = frozenset(
 )
 
 
-def claim(config: config_lib.TrainConfig, workdir: epath.Path) -> None:
+def claim(
+  config: config_lib.TrainConfig, workdir: epath.Path, *, has_learned: bool
+) -> None:
   """Writes config.json, or checks that the run there is this run.
+
+  Args:
+    has_learned: whether there is a checkpoint. A run that ended before its
+      first leaves nothing to protect: its directory is taken over.
 
   Raises:
     ValueError: it is another; all differences are listed.
   """
   path = workdir / "config.json"
   ours = _flatten(json.loads(config.to_json()))
-  if path.exists():
+  if path.exists() and not has_learned:
+    logging.info(
+      "%s has no checkpoint: whatever run began there, this one begins anew",
+      workdir,
+    )
+  elif path.exists():
     # A run of an earlier version had what are the defaults of newer fields.
     theirs = _flatten(json.loads(type(config)().to_json()))
     theirs |= _flatten(json.loads(path.read_text()))

@@ -114,6 +114,26 @@ def test_a_run_with_a_rollback_is_resumed_exactly(tmp_path, first):
   assert rows_of(tmp_path / "whole") == rows_of(tmp_path / "parts")
 
 
+def test_a_resumed_run_finds_the_same_spikes(tmp_path):
+  """The median is of steps before the checkpoint; step 23 is far above."""
+
+  def batches(host, first_step):
+    for step in itertools.count(first_step):
+      scale = 1e3 if step == 22 else 1.0
+      x = scale * np.random.default_rng(step).normal(size=(8, 8))
+      yield {"x": x.astype(np.float32)}
+
+  recipe = make_recipe()._replace(batches=batches)
+  changes = {"checkpoint": config_lib.CheckpointConfig(every=50)}
+  loop.train(make_config(num_steps=24, **changes), tmp_path / "whole", recipe)
+  for step in (21, 24):
+    config = make_config(num_steps=step, **changes)
+    loop.train(config, tmp_path / "parts", recipe)
+  (row,) = rows_of(tmp_path / "whole")
+  assert (row["step"], row["kind"]) == (23, "spike")
+  assert rows_of(tmp_path / "parts") == [row]
+
+
 def test_a_failure_that_persists_ends_the_run_with_a_report(tmp_path):
   recipe = make_recipe(bad=range(5, 100))
   config = make_config(num_steps=40)
@@ -149,20 +169,41 @@ def test_a_rollback_prefers_what_every_run_has_saved(steps, target):
   assert found == target
 
 
-def test_a_loss_far_above_the_last_ones_is_a_spike(tmp_path):
+def test_a_loss_far_above_the_last_ones_is_a_spike_and_no_more(tmp_path):
   watch = make_watch(tmp_path)
   for step in range(1, 11):
     assert watch.judge(step, 1.0 + 0.1 * step, skipped=False) is None
   # The median is 1.55.
   assert watch.judge(11, 15.4, skipped=False) is None
   assert watch.judge(12, 16.6, skipped=False) == "spike"
-  for step in (12, 13, 14):
-    assert not watch.wants_rollback()
+  for step in (13, 14, 15):
     assert watch.judge(step, 1000.0, skipped=False) == "spike"
     watch.note(step, "spike")
-  assert watch.wants_rollback()
-  assert watch.first_bad == 12
-  assert watch.skipped == 0
+  assert not watch.wants_rollback()
+  assert (watch.first_bad, watch.skipped) == (None, 0)
+  assert not make_watch(tmp_path, first_step=15).wants_rollback()
+
+
+def test_a_level_that_lasts_is_no_spike_for_long(tmp_path):
+  """Of ten losses, the sixth high one makes a high median."""
+  watch = make_watch(tmp_path)
+  levels = [1.0] * 30 + [20.0] * 100
+  found = [watch.judge(i, loss, skipped=False) for i, loss in enumerate(levels)]
+  spikes = [step for step, kind in enumerate(found) if kind == "spike"]
+  assert spikes == [30, 31, 32, 33, 34]
+
+
+def test_a_spike_between_skipped_steps_ends_their_row(tmp_path):
+  watch = make_watch(tmp_path)
+  for _ in range(10):
+    watch.judge(1, 1.0, skipped=False)
+  for step, loss in ((2, np.nan), (3, np.nan), (4, 99.0), (5, np.nan)):
+    kind = watch.judge(step, loss, skipped=not np.isfinite(loss))
+    assert kind == ("skipped" if np.isnan(loss) else "spike")
+    watch.note(step, kind)
+  for same in (watch, make_watch(tmp_path, first_step=5)):
+    assert (same.first_bad, same.skipped) == (5, 3)
+    assert not same.wants_rollback()
 
 
 def test_without_a_factor_there_are_no_spikes(tmp_path):

@@ -1,6 +1,7 @@
 """A run begins with exactly what a checkpoint of any kind holds."""
 
 import dataclasses
+import logging
 
 import jax
 import numpy as np
@@ -135,7 +136,10 @@ def test_the_model_that_ships_is_fine_tuned(tmp_path):
     assert 0 < max(moved) < 2.5e-5
 
 
-def test_a_run_goes_on_from_the_average_of_another(checkpoint, tmp_path):
+def test_a_run_goes_on_from_the_average_of_another(
+  checkpoint, tmp_path, caplog
+):
+  caplog.set_level(logging.INFO, logger="absl")
   first = make_config(checkpoint, ema_decay=0.9)
   first.optim.warmup_steps = 0
   state = loop.train(first, tmp_path, text_to_image.make_recipe(first))
@@ -145,6 +149,21 @@ def test_a_run_goes_on_from_the_average_of_another(checkpoint, tmp_path):
   assert_equal(params["transformer"], state.ema["transformer"])
   average, last = jax.tree.leaves(params), jax.tree.leaves(state.params)
   assert not np.array_equal(average[0], last[0])
+  assert "with the average of step 2 of 2 of the run in" in caplog.text
+  assert "not finished" not in caplog.text
+  assert_equal(load(make_config(tmp_path / "checkpoints" / "2")), params)
+  longer = dataclasses.replace(first, num_steps=5)
+  (tmp_path / "config.json").write_text(longer.to_json())
+  abstract = abstract_params(second)
+  initial.prepare(second, abstract)
+  assert "not finished: what follows is taken from step 2 of 5" in caplog.text
+  caplog.clear()
+  named = dataclasses.replace(second, init_from=f"{tmp_path}/checkpoints/2")
+  initial.prepare(named, abstract)
+  assert "average of step 2 of 5" in caplog.text
+  assert "not finished" not in caplog.text
+  with pytest.raises(FileNotFoundError, match=r"of step 7, only of \[2\]"):
+    load(make_config(tmp_path / "checkpoints" / "7"))
   model = tiny.transformer_config(num_layers=1, mlp_ratio=2.0)
   with pytest.raises(
     ValueError, match=r"layers \(2 there, 1 in .*mlp_ratio \(2.5 there, 2.0 in"

@@ -426,12 +426,12 @@ def test_a_cache_that_was_made_again_otherwise_is_another(
   config = make_config(checkpoint, cache=str(copy))
   run = tmp_path / "run"
   run.mkdir()
-  text_to_image.make_recipe(config).ledger.begin(run)
+  text_to_image.make_recipe(config).ledger.begin(run, has_learned=True)
   manifest = json.loads((copy / "manifest.json").read_text())
   manifest["settings"][field] = "other"
   (copy / "manifest.json").write_text(json.dumps(manifest))
   with pytest.raises(ValueError, match=f"cache: {field} is other, was"):
-    text_to_image.make_recipe(config).ledger.begin(run)
+    text_to_image.make_recipe(config).ledger.begin(run, has_learned=True)
 
 
 def make_cache(checkpoint, path, **what):

@@ -42,37 +42,37 @@ def test_the_same_data_are_scanned_once_and_taken_again(
 ):
   caplog.set_level(logging.INFO, logger="absl")
   for again in (False, True):
-    make(folder, tmp_path / "run").begin(tmp_path / "run")
+    make(folder, tmp_path / "run").begin(tmp_path / "run", has_learned=True)
     assert ("sizes are known from" in caplog.text) == again
   # What is broken is found again, with other data.
   (path,) = (tmp_path / "run" / "scans").iterdir()
   path.write_bytes(b"PK no")
   caplog.clear()
-  make(folder, tmp_path / "run").begin(tmp_path / "run")
+  make(folder, tmp_path / "run").begin(tmp_path / "run", has_learned=True)
   assert "is not a scan" in caplog.text
 
 
 def test_files_that_were_replaced_are_scanned_again(folder, tmp_path, caplog):
   run = tmp_path / "run"
   (folder / "3.txt").write_text("a cat")
-  make(folder, run).begin(run)
+  make(folder, run).begin(run, has_learned=True)
   # Another caption, as long as before: the same batches, and it is said.
   os.utime(folder / "3.txt", ns=(0, 0))
-  make(folder, run).begin(run)
+  make(folder, run).begin(run, has_learned=True)
   assert "its files have changed" in caplog.text
   assert "files have changed since the run was started last" in caplog.text
   caplog.clear()
-  make(folder, run).begin(run)
+  make(folder, run).begin(run, has_learned=True)
   assert "changed" not in caplog.text
   # A picture that was mended is used, and one more is a change.
   (folder / "x.png").write_bytes((folder / "4.png").read_bytes())
   with pytest.raises(ValueError, match="used is 11, was 10; .*order is"):
-    make(folder, run).begin(run)
+    make(folder, run).begin(run, has_learned=True)
 
 
 def test_changed_data_are_refused_until_allowed(folder, tmp_path, caplog):
   run = tmp_path / "run"
-  make(folder, run).begin(run)
+  make(folder, run).begin(run, has_learned=True)
   (folder / "3.png").unlink()
   for name in "abcde":
     (folder / f"{name}.png").write_bytes((folder / "4.png").read_bytes())
@@ -81,20 +81,29 @@ def test_changed_data_are_refused_until_allowed(folder, tmp_path, caplog):
     match="(?s)have changed: .*records is 16, was 12; .*used is 14, was 10; "
     ".*keys is .*--workdir.*data.allow_changed=True",
   ):
-    make(folder, run).begin(run)
-  make(folder, run, allow_changed=True).begin(run)
+    make(folder, run).begin(run, has_learned=True)
+  make(folder, run, allow_changed=True).begin(run, has_learned=True)
   assert "the data have changed" in caplog.text
   # From then on, these are its data.
-  make(folder, run).begin(run)
+  make(folder, run).begin(run, has_learned=True)
+
+
+def test_before_anything_is_learned_the_data_may_change(folder, tmp_path):
+  run = tmp_path / "run"
+  make(folder, run).begin(run, has_learned=False)
+  (folder / "3.png").unlink()
+  make(folder, run).begin(run, has_learned=False)
+  # These are its data now.
+  make(folder, run).begin(run, has_learned=True)
 
 
 def test_pictures_found_broken_by_decoding_are_a_change(folder, tmp_path):
   run = tmp_path / "run"
   whole = (folder / "2.png").read_bytes()
   (folder / "2.png").write_bytes(whole[:-200])
-  make(folder, run).begin(run)
+  make(folder, run).begin(run, has_learned=True)
   with pytest.raises(ValueError, match="used is 9, was 10; .*order is"):
-    make(folder, run, verify=True).begin(run)
+    make(folder, run, verify=True).begin(run, has_learned=True)
 
 
 def test_every_epoch_is_reported_with_all_that_was_skipped(
@@ -103,7 +112,7 @@ def test_every_epoch_is_reported_with_all_that_was_skipped(
   caplog.set_level(logging.INFO, logger="absl")
   run = tmp_path / "run"
   books = make(folder, run)
-  books.begin(run)
+  books.begin(run, has_learned=True)
   # 10 pictures, 4 a batch: epochs end with steps 2, 5 and 7.
   for step in range(6):
     books.note(step)

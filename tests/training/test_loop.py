@@ -133,6 +133,30 @@ def test_another_config_is_refused_by_name(tmp_path):
     loop.train(other, tmp_path, make_recipe())
 
 
+def test_a_run_without_a_checkpoint_may_be_begun_with_another_config(
+  tmp_path, caplog
+):
+  """The first one fails in its first steps; nothing was learned."""
+
+  def batches(host, first_step):
+    raise OSError("no data today")
+    yield
+
+  with pytest.raises(OSError, match="no data today"):
+    loop.train(
+      make_config(batch_size=16),
+      tmp_path,
+      make_recipe()._replace(batches=batches),
+    )
+  with caplog.at_level(logging.INFO, logger="absl"):
+    loop.train(make_config(num_steps=2), tmp_path, make_recipe())
+  assert "has no checkpoint: whatever run began there" in caplog.text
+  config = json.loads((tmp_path / "config.json").read_text())
+  assert config["batch_size"] == 8
+  with pytest.raises(ValueError, match="differing: batch_size"):
+    loop.train(make_config(batch_size=16), tmp_path, make_recipe())
+
+
 def test_a_run_without_an_average_has_none_anywhere(tmp_path):
   """Not in the state, on disk, or as a second picture; parameters stand in."""
   exported = []
@@ -180,27 +204,27 @@ def test_the_weights_of_sources_may_change_and_nothing_else_of_them(tmp_path):
     )
     return make_config(data=config_lib.DataConfig(sources=sources))
 
-  workdir_lib.claim(config(1.0, 2.0), tmp_path)
-  workdir_lib.claim(config(1.5, 0.1), tmp_path)
+  workdir_lib.claim(config(1.0, 2.0), tmp_path, has_learned=True)
+  workdir_lib.claim(config(1.5, 0.1), tmp_path, has_learned=True)
   with pytest.raises(
     ValueError, match=r"data.sources.0.path \(a there, b here"
   ):
-    workdir_lib.claim(config(1.0, 2.0, path="b"), tmp_path)
+    workdir_lib.claim(config(1.0, 2.0, path="b"), tmp_path, has_learned=True)
   with pytest.raises(ValueError, match=r"data.sources.2.path \(None there"):
-    workdir_lib.claim(config(1.0, 2.0, 3.0), tmp_path)
+    workdir_lib.claim(config(1.0, 2.0, 3.0), tmp_path, has_learned=True)
 
 
 def test_a_run_of_a_version_without_some_fields_goes_on(tmp_path):
   path = tmp_path / "config.json"
-  workdir_lib.claim(make_config(), tmp_path)
+  workdir_lib.claim(make_config(), tmp_path, has_learned=True)
   values = json.loads(path.read_text())
   del values["data"]["max_buckets"]
   path.write_text(json.dumps(values))
-  workdir_lib.claim(make_config(), tmp_path)
+  workdir_lib.claim(make_config(), tmp_path, has_learned=True)
   path.write_text(json.dumps(values))
   other = make_config(data=config_lib.DataConfig(max_buckets=3))
   with pytest.raises(ValueError, match=r"max_buckets \(10 there, 3 here\)"):
-    workdir_lib.claim(other, tmp_path)
+    workdir_lib.claim(other, tmp_path, has_learned=True)
 
 
 def test_each_shape_of_batches_is_compiled_once(tmp_path, caplog):
@@ -221,6 +245,28 @@ def test_each_shape_of_batches_is_compiled_once(tmp_path, caplog):
     "compiling for 8x2x8 (2 of 2 shapes)",
   ]
   assert not [line for line in lines if "programs" in line]
+
+
+def test_interruptions_do_not_change_which_checkpoints_are_the_best(tmp_path):
+  def train(path, num_steps):
+    config = make_config(num_steps=num_steps)
+    config.checkpoint.keep, config.checkpoint.keep_best = 1, 2
+    # The loss falls, so that the first windows are the "best".
+    config.checkpoint.best_mode = "max"
+    loop.train(config, path, make_recipe())
+
+  train(tmp_path / "whole", 16)
+  for num_steps in (3, 6, 7, 13, 16):
+    train(tmp_path / "parts", num_steps)
+  found = [
+    {
+      step: json.loads((path / str(step) / "metrics" / "metrics").read_text())
+      for step in checkpoint.saved_steps(path.parent)
+    }
+    for path in (tmp_path / n / "checkpoints" for n in ("whole", "parts"))
+  ]
+  assert set(found[0]) == {4, 8, 16}
+  assert found[0] == found[1]
 
 
 def test_a_best_metric_that_is_not_measured_is_an_error(tmp_path):

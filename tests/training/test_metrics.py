@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sana_jax import config as config_lib
 from sana_jax import hardware
 from sana_jax.training import metrics, speed
 
@@ -103,14 +104,60 @@ def test_another_sink_gets_all_of_it(tmp_path, rng):
     np.testing.assert_array_equal(found, picture)
 
 
+def make_mean(first_step=0, notes=None, **changes):
+  config = config_lib.CheckpointConfig(every=4, **changes)
+  return metrics.WindowMean(config, first_step=first_step, notes=notes or {})
+
+
 @pytest.mark.parametrize(("mode", "worst"), [("min", np.inf), ("max", -np.inf)])
 def test_a_mean_leaves_out_what_is_not_finite(mode, worst):
-  mean = metrics.Mean("loss")
-  for value in (1.0, np.nan, 3.0, np.inf):
-    mean.add({"loss": value})
-  mean.add({"other": 7.0})
-  assert mean.take(mode) == 2.0
-  assert mean.take(mode) == worst
+  mean = make_mean(best_mode=mode)
+  for step, value in enumerate((1.0, np.nan, 3.0, np.inf), 1):
+    mean.add(step, {"loss": value})
+  assert mean.of(4) == 2.0
+  for step in range(5, 9):
+    mean.add(step, {"loss": np.nan})
+  assert mean.of(8) == worst
+
+
+def test_a_mean_is_of_the_steps_of_a_whole_window(rng):
+  values = rng.normal(size=13)
+  mean = make_mean()
+  for step in range(1, 13):
+    mean.add(step, {"loss": values[step]})
+    expected = values[step - 3 : step + 1].mean() if step % 4 == 0 else np.inf
+    assert mean.of(step) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("stopped", range(1, 8))
+def test_a_mean_that_was_noted_goes_on_exactly(rng, stopped):
+  values = rng.normal(size=9)
+  whole, mean = make_mean(), make_mean()
+  for step in range(1, 9):
+    for one in (whole, mean):
+      one.add(step, {"loss": values[step]})
+    if step == stopped:
+      notes = json.loads(json.dumps(mean.notes))
+      mean = make_mean(step, notes)
+    assert mean.of(step) == whole.of(step)
+
+
+def test_what_is_not_known_of_a_window_makes_its_checkpoint_lose():
+  mean = make_mean()
+  for step in (1, 2, 3):
+    mean.add(step, {"loss": 1.0, "psnr": 2.0})
+  # Without notes, of another metric, and with other windows.
+  for other in (
+    make_mean(3),
+    make_mean(3, mean.notes, best_metric="psnr"),
+    metrics.WindowMean(
+      config_lib.CheckpointConfig(every=2), first_step=3, notes=mean.notes
+    ),
+  ):
+    other.add(4, {"loss": 1.0, "psnr": 2.0})
+    assert other.of(4) == np.inf
+  mean.add(4, {"loss": 5.0})
+  assert mean.of(4) == 2.0
 
 
 def test_speed_leaves_out_pauses_and_the_first_interval():
