@@ -117,7 +117,7 @@ def _compile(row: Row) -> dict[str, Any]:
   )
   config.data.synthetic = True
   config.hardware.compiler_options = presets.compiler_options(
-    topology.platform_of(devices.chip)
+    topology.platform_of(devices.chip), row.mesh
   )
   config.freeze()
   plan = training.plan(config, devices)

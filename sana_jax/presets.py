@@ -6,24 +6,27 @@ how it is spread changes. Any value may still be set after a preset.
 
 import math
 import re
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from sana_jax import config as config_lib
 from sana_jax import hardware
 
-# Source of the first five: the flags that MaxText runs with
+# Source of all of these: the flags that MaxText runs with
 # (github.com/AI-Hypercomputer/maxtext), here those that let the gathering of
-# sharded parameters run beside the computation. The last two keep gradients a
-# reduce-scatter of each kernel where fsdp is the only axis (bench/plan.py).
-# Else XLA sums them in one all-reduce with those of biases, or passes parts
-# around inside the products, and either sends twice the bytes.
+# sharded parameters run beside the computation.
 _TPU_OPTIONS = {
   "xla_enable_async_all_gather": True,
   "xla_tpu_enable_async_collective_fusion": True,
   "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
   "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
   "xla_tpu_overlap_compute_collective_tc": True,
-  "xla_jf_crs_combiner_threshold_in_bytes": 2**20,
+}
+# Where fsdp is the only axis, XLA sums gradients of kernels in one all-reduce
+# with those of biases, or passes parts around inside the products: 1.4 times
+# the least bytes (docs/plan.md). Told not to, it scatters them.
+_TPU_OPTIONS_OF_FSDP = {
+  "xla_jf_crs_combiner_threshold_count": 1,
   "xla_jf_spmd_threshold_for_windowed_einsum_mib": 10**6,
 }
 # Source: docs.jax.dev/en/latest/gpu_performance_tips.html.
@@ -126,13 +129,18 @@ def apply(
   config.optim.accumulation = layout.accumulation
   config.remat = "full"
   config.hardware.preset = name
-  config.hardware.compiler_options = compiler_options(target.kind)
+  config.hardware.compiler_options = compiler_options(target.kind, config.mesh)
   return config
 
 
-def compiler_options(kind: str) -> dict[str, bool | int | str]:
+def compiler_options(
+  kind: str, mesh: Mapping[str, int]
+) -> dict[str, bool | int | str]:
   """Returns what XLA is told when it compiles a step for "tpu" or "gpu"."""
-  return dict(_TPU_OPTIONS if kind == "tpu" else _GPU_OPTIONS)
+  if kind == "gpu":
+    return dict(_GPU_OPTIONS)
+  alone = [axis for axis, size in mesh.items() if size > 1] == ["fsdp"]
+  return _TPU_OPTIONS | (_TPU_OPTIONS_OF_FSDP if alone else {})
 
 
 def lay_out(config: config_lib.TextToImageConfig, target: Hardware) -> Layout:
