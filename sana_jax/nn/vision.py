@@ -33,6 +33,87 @@ def nearest_upsample(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
   return x.reshape(b, 2 * h, 2 * w, c)
 
 
+def upsampled_conv(
+  x: Float[Array, "b h w i"],
+  kernel: Float[Array, "3 3 i o"],
+  *,
+  implementation: str | None = None,
+) -> Float[Array, "b h2 w2 o"]:
+  """Convolves `nearest_upsample(x)` with zero padding 1, without making it.
+
+  Along a side, an output pixel sees two input pixels through three taps, two of
+  which see the same: four sums of taps for the two phases of an output pixel.
+  With 16 sums of the 9 taps, 4/9 of the multiplications are left.
+
+  Args:
+    implementation: "corners", one convolution for all phases; or "dilated", a
+      transposed convolution, which XLA compiles well for TPUs alone. None: the
+      better one for the device that it is lowered for.
+
+  Raises:
+    ValueError: an unknown implementation.
+  """
+  if implementation is None:
+    return jax.lax.platform_dependent(
+      x, kernel, tpu=_dilated_conv, default=_corner_conv
+    )
+  if implementation == "corners":
+    return _corner_conv(x, kernel)
+  if implementation == "dilated":
+    return _dilated_conv(x, kernel)
+  raise ValueError(
+    "implementation must be 'corners', 'dilated' or None, got "
+    f"{implementation!r}."
+  )
+
+
+# How the taps of a 3x3 kernel add up, along a side: the sums that two
+# neighbouring pixels meet in the second phase of a cell, then those in the
+# first phase of the next cell.
+_CORNER_SUMS = (((1, 1, 0), (0, 0, 1)), ((1, 0, 0), (0, 1, 1)))
+# The same sums as taps on pixels with zeros between them.
+_DILATED_SUMS = ((1, 0, 0), (1, 1, 0), (0, 1, 1), (0, 0, 1))
+
+
+def _corner_conv(x: Array, kernel: Array) -> Array:
+  """Makes the 2x2 cell of outputs around each corner of the input pixels."""
+  b, h, w, _ = x.shape
+  sums = jnp.asarray(_CORNER_SUMS, jnp.float32)
+  kernel = _sum_taps("pak,qbl,klio->abipqo", sums, kernel, x.dtype)
+  cells = _conv(x, kernel.reshape(*kernel.shape[:3], -1), padding=1)
+  cells = cells.reshape(b, h + 1, w + 1, 2, 2, -1).transpose(0, 1, 3, 2, 4, 5)
+  y = cells.reshape(b, 2 * h + 2, 2 * w + 2, -1)
+  # The outermost corners have but half a cell, or a quarter, in the picture.
+  return y[:, 1:-1, 1:-1]
+
+
+def _dilated_conv(x: Array, kernel: Array) -> Array:
+  sums = jnp.asarray(_DILATED_SUMS, jnp.float32)
+  kernel = _sum_taps("ak,bl,klio->abio", sums, kernel, x.dtype)
+  return _conv(x, kernel, padding=2, dilation=2)
+
+
+def _sum_taps(
+  equation: str, sums: Array, kernel: Array, dtype: DTypeLike
+) -> Array:
+  # Sums of few taps, rounded once: in float32, whatever their own precision.
+  wide = kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
+  sums = sums.astype(wide.dtype)
+  y = jnp.einsum(equation, sums, sums, wide, precision="highest")
+  return y.astype(dtype)
+
+
+def _conv(x: Array, kernel: Array, *, padding: int, dilation: int = 1) -> Array:
+  return jax.lax.conv_general_dilated(
+    x,
+    kernel,
+    (1, 1),
+    ((padding, padding),) * 2,
+    lhs_dilation=(dilation, dilation),
+    dimension_numbers=("NHWC", "HWIO", "NHWC"),
+  )
+
+
 def average_channels(
   x: Float[Array, "b h w c"], features: int
 ) -> Float[Array, "b h w d"]:
@@ -189,7 +270,9 @@ class Upsample(nnx.Module):
     if self.shuffle:
       y = pixel_shuffle(self.conv(x))
     else:
-      y = self.conv(nearest_upsample(x))
+      y = upsampled_conv(x.astype(self.conv.dtype), self.conv.kernel[...])
+      bias = self.conv.bias[...].astype(y.dtype)
+      y = y + bias.reshape(1, 1, 1, -1)
     if self.shortcut:
       y = y + pixel_shuffle(repeat_channels(x, 4 * self.features))
     return y

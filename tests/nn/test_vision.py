@@ -37,6 +37,84 @@ def test_nearest_upsample_repeats_pixels(rng):
   np.testing.assert_array_equal(vision.nearest_upsample(x), expected)
 
 
+def _plain_upsampled_conv(x, kernel):
+  return jax.lax.conv_general_dilated(
+    vision.nearest_upsample(x),
+    kernel,
+    (1, 1),
+    ((1, 1), (1, 1)),
+    dimension_numbers=("NHWC", "HWIO", "NHWC"),
+  )
+
+
+# One row or column is all border.
+@pytest.mark.parametrize("size", [(1, 1), (1, 4), (5, 3)])
+@pytest.mark.parametrize("implementation", [None, "corners", "dilated"])
+def test_upsampled_conv_is_the_convolution_of_the_upsampled(
+  rng, implementation, size
+):
+  x, kernel, weights = (
+    rng.normal(size=shape)
+    for shape in ((2, *size, 3), (3, 3, 3, 5), (2, 2 * size[0], 2 * size[1], 5))
+  )
+
+  def run(conv, x, kernel):
+    y, pullback = jax.vjp(conv, x, kernel)
+    _, tangent = jax.jvp(conv, (x, kernel), (x[::-1], kernel[::-1]))
+    return y, tangent, *pullback(jnp.asarray(weights, y.dtype))
+
+  def ours(x, kernel):
+    return vision.upsampled_conv(x, kernel, implementation=implementation)
+
+  with jax.enable_x64(True):
+    expected = run(_plain_upsampled_conv, jnp.asarray(x), jnp.asarray(kernel))
+    exact = run(ours, jnp.asarray(x), jnp.asarray(kernel))
+  single = run(ours, *(jnp.asarray(a, jnp.float32) for a in (x, kernel)))
+  for want, double, value in zip(expected, exact, single, strict=True):
+    np.testing.assert_allclose(double, want, rtol=1e-12, atol=1e-12)
+    # float32 sums of up to 54 terms of magnitude 1.
+    np.testing.assert_allclose(value, want, rtol=1e-5, atol=2e-5)
+
+
+def test_upsampled_conv_sums_coarse_taps_before_it_rounds_them(rng):
+  x = _random(rng, 1, 6, 5, 8).astype(jnp.bfloat16)
+  kernel = _random(rng, 3, 3, 8, 4)
+  expected = _plain_upsampled_conv(x.astype(jnp.float32), kernel)
+  y = vision.upsampled_conv(x, kernel)
+  assert y.dtype == jnp.bfloat16
+  # Two roundings of 2^-9 each, of the kernel and of the result.
+  error = jnp.abs(y.astype(jnp.float32) - expected).max()
+  assert error < 2**-7 * jnp.abs(expected).max()
+
+
+def test_upsampling_multiplies_less_than_half_as_often():
+  x = jax.ShapeDtypeStruct((1, 32, 32, 8), jnp.float32)
+  kernel = jax.ShapeDtypeStruct((3, 3, 8, 8), jnp.float32)
+
+  def flops(function):
+    return jax.jit(function).lower(x, kernel).compile().cost_analysis()["flops"]
+
+  ratio = flops(vision.upsampled_conv) / flops(_plain_upsampled_conv)
+  # 4/9, the outermost corners, and the sums of taps.
+  assert ratio < 0.5
+
+
+def test_upsampled_conv_refuses_an_unknown_implementation(rng):
+  x, kernel = _random(rng, 1, 2, 2, 3), _random(rng, 3, 3, 3, 4)
+  with pytest.raises(ValueError, match="'corners', 'dilated' or None.*'four'"):
+    vision.upsampled_conv(x, kernel, implementation="four")
+
+
+def test_interpolation_applies_its_convolution_to_the_upsampled(rng):
+  x = _random(rng, 1, 3, 4, 6)
+  up = vision.Upsample(
+    6, 4, method="interpolate", shortcut=False, rngs=nnx.Rngs(0)
+  )
+  expected = up.conv(vision.nearest_upsample(x))
+  # float32 sums of 54 terms, in another order.
+  np.testing.assert_allclose(up(x), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_shortcut_down_to_equal_width_is_the_average_of_each_cell(rng):
   x = _random(rng, 1, 4, 6, 3)
   down = _silenced(vision.Downsample(3, 3, method="conv", rngs=nnx.Rngs(0)))
