@@ -4,7 +4,6 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import numpy as np
 from absl import logging
 from etils import epath
@@ -48,7 +47,7 @@ def export(
     )
     return
   whole = sharding.gather(arrays)
-  if jax.process_index() == 0:
+  if whole is not None:
     record = workdir / _RECORD
     # Until all is written, what is there is of no step.
     record.unlink(missing_ok=True)

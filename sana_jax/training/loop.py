@@ -461,10 +461,12 @@ class _Run:
         if self._stop.is_set():
           return
         whole = sharding.gather((params, self._frozen))
-        if jax.process_index() == 0:
+        if whole is not None:
           with self._stop.breaking_off():
             picture = self._recipe.sample(*whole)
             self._writer.images(self._step, picture, suffix)
+        # One copy at a time.
+        del whole
         launch.meet("sampled")
 
   def _load(self, step: int | None) -> step_lib.TrainState:

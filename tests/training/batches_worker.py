@@ -1,4 +1,4 @@
-"""One of two processes that hold four devices each, and read batches.
+"""One of two processes that hold four devices each, read batches and gather.
 
 python -m tests.training.batches_worker PROCESS PORT
 """
@@ -40,6 +40,11 @@ def main() -> None:
     )
     whole = multihost_utils.process_allgather(batch, tiled=True)
     jax.tree.map(np.testing.assert_array_equal, whole, expected)
+    gathered = sharding.gather(batch)
+    if process == 0:
+      jax.tree.map(np.testing.assert_array_equal, gathered, expected)
+    else:
+      assert gathered is None
     sys.stdout.write(f"{name} agrees\n")
 
 

@@ -197,6 +197,7 @@ def test_a_global_batch_is_the_same_on_every_mesh(mesh):
 
 @pytest.mark.slow
 def test_a_global_batch_is_the_same_in_two_processes():
+  """And gathered, it is whole in the first, and in no other."""
   with socket.socket() as free:
     free.bind(("localhost", 0))
     port = free.getsockname()[1]
