@@ -97,9 +97,9 @@ def _make_recipe(config: config_lib.Config, workdir: str) -> recipe_lib.Recipe:
       f"{type(config).__name__}."
     )
   config.freeze()
-  logging.info("%s", presets.describe(config))
   # Before any work: a mesh that does not fit the devices is an error.
-  sharding.make_mesh(config.mesh)
+  mesh = sharding.make_mesh(config.mesh)
+  logging.info("%s", presets.describe(config, mesh.shape))
   return _RECIPES[type(config)](config, workdir)
 
 

@@ -218,11 +218,15 @@ def picture_bytes(config: config_lib.TextToImageConfig) -> float:
   return tokens * config.model.width * per_feature
 
 
-def describe(config: config_lib.TrainConfig) -> str:
-  """Says in one line how a run is spread, and what its compiler is told."""
+def describe(config: config_lib.TrainConfig, mesh: Mapping[str, int]) -> str:
+  """Says in one line how a run is spread, and what its compiler is told.
+
+  Args:
+    mesh: sizes of the axes as they are, where the config has -1.
+  """
   told = config.hardware.compiler_options
   options = " ".join(f"{name}={value}" for name, value in told.items())
-  mesh = " ".join(f"{k}={v}" for k, v in config.mesh.items() if v != 1)
+  mesh = " ".join(f"{k}={v}" for k, v in mesh.items() if v != 1)
   return (
     f"preset {config.hardware.preset or 'none'}: "
     f"mesh {mesh or 'of one device'}, batch {config.batch_size} in "

@@ -10,7 +10,7 @@ import pytest
 from jax.experimental import topologies
 
 from sana_jax import config as config_lib
-from sana_jax import hardware, presets
+from sana_jax import hardware, presets, sharding
 from sana_jax.config import optim
 from sana_jax.training import text_to_image
 from tests import test_stage_configs
@@ -109,8 +109,18 @@ def test_a_preset_is_a_beginning_that_flags_change():
   config.optim.accumulation = 8
   config.data.synthetic = True
   config.freeze()
-  assert "mesh data=4 fsdp=2, batch 2048 in 8 part" in presets.describe(config)
-  assert presets.describe(get("sana_1600m_1024")).endswith("options: none")
+  line = presets.describe(config, sharding.make_mesh(config.mesh).shape)
+  assert "mesh data=4 fsdp=2, batch 2048 in 8 part" in line
+
+
+def test_the_mesh_is_described_with_the_sizes_that_it_has():
+  config = get("sana_1600m_1024")
+  assert config.mesh["data"] == -1
+  line = presets.describe(config, sharding.make_mesh(config.mesh).shape)
+  assert f"mesh data={jax.device_count()}, batch" in line
+  assert line.endswith("options: none")
+  one = sharding.make_mesh(config.mesh, jax.devices()[:1])
+  assert "mesh of one device, batch" in presets.describe(config, one.shape)
 
 
 def test_gradients_are_kept_scattered_where_fsdp_is_the_only_axis():

@@ -21,15 +21,19 @@ def place(arrays: Any, shardings: Any) -> Any:
 
 
 def gather(arrays: Any) -> Any:
-  """Returns arrays of which this process holds the whole.
+  """Returns the whole arrays to process 0, and None to all others.
 
-  All processes must call it: what other processes hold is sent to each.
+  All processes must call it: what other processes hold is sent to each, one
+  array after the other, but only the first keeps more than one of them.
   """
-  return jax.tree.map(
-    lambda array: (
-      array
-      if array.is_fully_addressable
-      else multihost_utils.process_allgather(array, tiled=True)
-    ),
-    arrays,
-  )
+  is_first = jax.process_index() == 0
+  leaves, structure = jax.tree.flatten(arrays)
+  kept = []
+  for leaf in leaves:
+    whole = leaf
+    if not leaf.is_fully_addressable:
+      whole = multihost_utils.process_allgather(leaf, tiled=True)
+    if is_first:
+      kept.append(whole)
+    del whole
+  return jax.tree.unflatten(structure, kept) if is_first else None

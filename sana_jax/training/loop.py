@@ -21,6 +21,7 @@ from sana_jax.training import (
   budget,
   checks,
   compilations,
+  exporting,
   feeding,
   launch,
   metrics,
@@ -176,7 +177,7 @@ class _Run:
     latest = self._checkpointer.latest_step()
     if latest is not None:
       self._checkpointer.check(latest, self._program.state)
-    self._step = latest or 0
+    self._step = self._first_step = latest or 0
     self._pending: _Pending | None = None
     self._open_input(stack)
     self._trace()
@@ -277,13 +278,11 @@ class _Run:
     export = self._recipe.export
     if export is None or self._step < self._config.num_steps:
       return
-    whole = sharding.gather((self.state.averaged, self._frozen))
-    if jax.process_index() == 0:
-      export(*whole, self._workdir / "export")
-      logging.info(
-        "exported the averaged model to %s", self._workdir / "export"
-      )
-    launch.meet("exported")
+    exporting.export(
+      *(export, (self.state.averaged, self._frozen), self._workdir),
+      step=self._step,
+      is_new=self._step > self._first_step,
+    )
 
   def _advance(self, batch: Any) -> None:
     """Makes a step, and looks at the results of the one before."""
@@ -462,10 +461,12 @@ class _Run:
         if self._stop.is_set():
           return
         whole = sharding.gather((params, self._frozen))
-        if jax.process_index() == 0:
+        if whole is not None:
           with self._stop.breaking_off():
             picture = self._recipe.sample(*whole)
             self._writer.images(self._step, picture, suffix)
+        # One copy at a time.
+        del whole
         launch.meet("sampled")
 
   def _load(self, step: int | None) -> step_lib.TrainState:

@@ -1,18 +1,19 @@
-"""One of two processes that hold four devices each, and read batches.
+"""One of two processes that hold four devices, read batches, gather, export.
 
-python -m tests.training.batches_worker PROCESS PORT
+python -m tests.training.batches_worker PROCESS PORT DIRECTORY
 """
 
 import sys
 
 import jax
 import numpy as np
+from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh
 
 from sana_jax import sharding
 from sana_jax.data import loader
-from sana_jax.training import placement
+from sana_jax.training import exporting, placement
 from tests.training import parallel
 
 # Devices 0 to 3 are the first process's. In the last, as with chips of 2 x 2 in
@@ -26,7 +27,8 @@ MESHES = {
 
 
 def main() -> None:
-  process, port = map(int, sys.argv[1:])
+  process, port = map(int, sys.argv[1:3])
+  workdir = epath.Path(sys.argv[3])
   jax.distributed.initialize(f"localhost:{port}", 2, process)
   expected = next(parallel.read_batches(loader.Host(), 3))
   for name, order in MESHES.items():
@@ -40,7 +42,25 @@ def main() -> None:
     )
     whole = multihost_utils.process_allgather(batch, tiled=True)
     jax.tree.map(np.testing.assert_array_equal, whole, expected)
+    gathered = sharding.gather(batch)
+    if process == 0:
+      jax.tree.map(np.testing.assert_array_equal, gathered, expected)
+    else:
+      assert gathered is None
+    for step in (1, 1, 2):
+      export(name, batch, workdir / name, step)
     sys.stdout.write(f"{name} agrees\n")
+
+
+def export(name, batch, workdir, step) -> None:
+  """Exports a batch as if it were a model, and says so where it is written."""
+
+  def write(arrays, frozen, path):
+    assert (sorted(arrays), frozen) == (sorted(batch), {})
+    path.mkdir(parents=True, exist_ok=True)
+    sys.stdout.write(f"{name} writes step {step}\n")
+
+  exporting.export(write, (batch, {}), workdir, step=step, is_new=False)
 
 
 if __name__ == "__main__":

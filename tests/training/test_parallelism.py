@@ -196,14 +196,18 @@ def test_a_global_batch_is_the_same_on_every_mesh(mesh):
 
 
 @pytest.mark.slow
-def test_a_global_batch_is_the_same_in_two_processes():
+def test_a_global_batch_is_the_same_in_two_processes(tmp_path):
+  """Gathered, it is whole in the first alone, which exports a step once."""
   with socket.socket() as free:
     free.bind(("localhost", 0))
     port = free.getsockname()[1]
   flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
   pair = [
     subprocess.Popen(
-      [sys.executable, "-m", batches_worker.__name__, str(number), str(port)],
+      [
+        *(sys.executable, "-m", batches_worker.__name__),
+        *(str(number), str(port), str(tmp_path)),
+      ],
       env=os.environ | flags,
       cwd=pathlib.Path(__file__).parents[2],
       stdout=subprocess.PIPE,
@@ -212,10 +216,13 @@ def test_a_global_batch_is_the_same_in_two_processes():
     )
     for number in range(2)
   ]
-  for process in pair:
+  for number, process in enumerate(pair):
     output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output
     assert output.count(" agrees\n") == len(batches_worker.MESHES)
+    for step in (1, 2):
+      written = output.count(f" writes step {step}\n")
+      assert written == (0 if number else len(batches_worker.MESHES))
 
 
 @pytest.mark.parametrize(
