@@ -76,7 +76,7 @@ class SanaBlock(nnx.Module):
     self,
     x: Float[Array, "b h w d"],
     modulation: Float[Array, "b 6 d"],
-    text: Float[Array, "b l d"],
+    text: Float[Array, "b l d"] | attention.KeysValues,
     text_mask: Bool[Array, "b l"] | None,
     identity_attention: Bool[Array, " b"] | None = None,
   ) -> Float[Array, "b h w d"]:
@@ -101,7 +101,7 @@ class SanaBlock(nnx.Module):
   def attend_text(
     self,
     x: Float[Array, "b h w d"],
-    text: Float[Array, "b l d"],
+    text: Float[Array, "b l d"] | attention.KeysValues,
     text_mask: Bool[Array, "b l"] | None,
   ) -> Float[Array, "b h w d"]:
     return self.cross_attention(_tokens(x), text, text_mask).reshape(x.shape)
@@ -134,6 +134,25 @@ def block_builder(
     )
 
   return make_block
+
+
+def encode_for_blocks(
+  blocks: SanaBlock, text: Float[Array, "b l d"], *, scan: bool
+) -> attention.KeysValues:
+  """Returns keys and values for the cross-attention of every block.
+
+  Args:
+    blocks: stacked.
+    text: in the width of the blocks.
+    scan: as in `stack.run_blocks`.
+  """
+  return stack.collect_blocks(
+    lambda block, carry: (carry, block.cross_attention.encode(text)),
+    None,
+    blocks,
+    scan=scan,
+    remat="none",
+  )[1]
 
 
 class OutputHead(nnx.Module):
@@ -290,7 +309,7 @@ class SanaTransformer(nnx.Module):
     self,
     latents: Float[Array, "b h w c"],
     timestep: Num[Array, " b"],
-    text: Float[Array, "b l caption"],
+    text: Float[Array, "b l caption"] | attention.KeysValues,
     text_mask: Bool[Array, "b l"] | None = None,
     *,
     guidance: Float[Array, " b"] | None = None,
@@ -303,7 +322,8 @@ class SanaTransformer(nnx.Module):
     Args:
       timestep: in the units the checkpoint was trained with: 1000 sigma for
         SANA and SANA-1.5, the flow time in [0, 1] for SANA-Sprint.
-      text: the text encoder's last hidden states.
+      text: the text encoder's last hidden states, or what `encode_text` makes
+        of them.
       text_mask: True where a token is to be attended; None attends to all.
       guidance: guidance scale times `guidance_embeds_scale`; for models with
         `guidance_embeds`, and only for them.
@@ -322,15 +342,17 @@ class SanaTransformer(nnx.Module):
       self._check_residuals(residuals, residuals_after, latents)
     latents = sharding.constrain(latents, STREAM_AXES)
     embedded, modulation = self.embed_time(timestep, guidance)
-    text = sharding.constrain(self.caption_embed(text), ("batch", None, None))
+    encoded = text if isinstance(text, attention.KeysValues) else None
+    caption = self._embed_text(text) if encoded is None else None
     control = (
       None
       if residuals is None
       else jnp.arange(self.num_layers) - residuals_after
     )
 
-    def run_block(block, x, identity, control):
+    def run_block(block, x, encoded, identity, control):
       x = sharding.constrain(x, STREAM_AXES)
+      text = caption if encoded is None else encoded
       x = block(x, modulation, text, text_mask, identity)
       return x if control is None else _add_residual(x, residuals, control)
 
@@ -338,6 +360,7 @@ class SanaTransformer(nnx.Module):
       run_block,
       self.patch_embed(latents),
       self.blocks,
+      encoded,
       identity_attention,
       control,
       scan=self.scan,
@@ -345,6 +368,22 @@ class SanaTransformer(nnx.Module):
     )
     x = sharding.constrain(x, STREAM_AXES)
     return embeddings.unpatchify(self.head(x, embedded), self.patch_size)
+
+  def encode_text(
+    self, text: Float[Array, "b l caption"]
+  ) -> attention.KeysValues:
+    """Computes what does not depend on the time: `text` for many calls.
+
+    Its bytes are 2 num_layers b l width, times those of a number in `dtype`.
+    """
+    return encode_for_blocks(
+      self.blocks, self._embed_text(text), scan=self.scan
+    )
+
+  def _embed_text(
+    self, text: Float[Array, "b l caption"]
+  ) -> Float[Array, "b l d"]:
+    return sharding.constrain(self.caption_embed(text), ("batch", None, None))
 
   def embed_time(
     self,
@@ -361,6 +400,10 @@ class SanaTransformer(nnx.Module):
   @property
   def num_layers(self) -> int:
     return self.blocks.scale_shift_table.shape[0]
+
+  @property
+  def cross_head_dim(self) -> int:
+    return self.blocks.cross_attention.head_dim
 
   @property
   def width(self) -> int:
@@ -387,9 +430,17 @@ class SanaTransformer(nnx.Module):
         f"{self.patch_size}x{self.patch_size}."
       )
     _check_shape("timestep", timestep, (batch,))
-    _check_shape("text", text, (batch, "tokens", captions))
+    if isinstance(text, attention.KeysValues):
+      heads = self.width // self.cross_head_dim
+      shape = (self.num_layers, batch, "tokens", heads, self.cross_head_dim)
+      for name, array in text._asdict().items():
+        _check_shape(f"{name} of the text", array, shape)
+      length = text.keys.shape[2]
+    else:
+      _check_shape("text", text, (batch, "tokens", captions))
+      length = text.shape[1]
     if text_mask is not None:
-      _check_shape("text_mask", text_mask, text.shape[:2])
+      _check_shape("text_mask", text_mask, (batch, length))
       if text_mask.dtype != jnp.bool_:
         raise ValueError(
           f"text_mask must be bool, True where a token is kept; got "

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Real
 from sana_jax.diffusion import flow, guidance, samplers, trigflow
 from sana_jax.diffusion.schedules import Schedule
 from sana_jax.models import controlnet as controlnet_lib
-from sana_jax.typing import VelocityFn
+from sana_jax.typing import ConditionalVelocityFn, VelocityFn
 
 
 class Condition(NamedTuple):
@@ -104,34 +104,46 @@ def denoise(
   Source: blended latents are Avrahami et al., arXiv:2206.02779.
   """
 
-  def velocity(x, sigma, timestep, inputs: _Inputs):
-    del sigma
-    timestep = timestep * timestep_scale
-    steering = {}
-    if controlnet is not None:
-      steering = {
-        "residuals": controlnet_lib.control_residuals(
-          controlnet,
-          transformer,
-          x,
-          inputs.control,
-          timestep,
-          *inputs.condition,
-          conditioning_scale=scales.controlnet,
-          wiring=controlnet_wiring,
-        ),
-        "residuals_after": controlnet_lib.first_block(controlnet_wiring),
-      }
-    return transformer(
-      x,
-      timestep,
-      *inputs.condition,
-      identity_attention=_identity(transformer, inputs.perturbed, pag_layers),
-      **steering,
+  def velocity_under(inputs: _Inputs) -> VelocityFn:
+    states, mask = inputs.condition
+    # Here, not in `velocity`: once, not at every step.
+    text = transformer.encode_text(states)
+    identity = _identity(transformer, inputs.perturbed, pag_layers)
+    control_text = (
+      None
+      if controlnet is None
+      else controlnet_lib.encode_text(
+        controlnet, transformer, states, wiring=controlnet_wiring
+      )
     )
 
+    def velocity(x, sigma, timestep):
+      del sigma
+      timestep = timestep * timestep_scale
+      steering = {}
+      if controlnet is not None:
+        steering = {
+          "residuals": controlnet_lib.control_residuals(
+            controlnet,
+            transformer,
+            x,
+            inputs.control,
+            timestep,
+            control_text,
+            mask,
+            conditioning_scale=scales.controlnet,
+            wiring=controlnet_wiring,
+          ),
+          "residuals_after": controlnet_lib.first_block(controlnet_wiring),
+        }
+      return transformer(
+        x, timestep, text, mask, identity_attention=identity, **steering
+      )
+
+    return velocity
+
   velocity_fn = _guided(
-    velocity,
+    velocity_under,
     _Inputs(condition, control, None),
     null_condition,
     scales,
@@ -168,9 +180,11 @@ def denoise_sprint(
     latents.shape[:1], scales.guidance * guidance_embeds_scale, jnp.float32
   )
 
+  text = transformer.encode_text(condition.states)
+
   def velocity(x, sigma, timestep):
     del sigma
-    return transformer(x, timestep, *condition, guidance=embedded)
+    return transformer(x, timestep, text, condition.mask, guidance=embedded)
 
   def mix(clean, fresh, sigma):
     angle = trigflow.trig_time(sigma)
@@ -189,7 +203,7 @@ def denoise_sprint(
 
 
 def _guided(
-  velocity: Callable[..., Array],
+  velocity_under: ConditionalVelocityFn,
   inputs: _Inputs,
   null_condition: Condition | None,
   scales: Scales,
@@ -198,7 +212,7 @@ def _guided(
   interval: tuple[float, float] | None,
 ) -> VelocityFn:
   """Adds the guidance that is asked for to a conditional velocity."""
-  unguided = guidance.condition_on(velocity, inputs)
+  conditional = inputs
   batch = inputs.condition.mask.shape[0]
   if perturb:
     inputs = inputs._replace(perturbed=jnp.zeros((batch,), bool))
@@ -207,7 +221,7 @@ def _guided(
     null = inputs._replace(condition=null_condition)
   if perturb:
     guided = guidance.perturbed_attention(
-      velocity,
+      velocity_under,
       inputs,
       inputs._replace(perturbed=jnp.ones((batch,), bool)),
       null,
@@ -217,13 +231,13 @@ def _guided(
     )
   elif null is not None:
     guided = guidance.classifier_free(
-      velocity, inputs, null, scale=scales.guidance
+      velocity_under, inputs, null, scale=scales.guidance
     )
   else:
-    return unguided
-  return (
-    guided if interval is None else guidance.within(interval, guided, unguided)
-  )
+    return velocity_under(conditional)
+  if interval is None:
+    return guided
+  return guidance.within(interval, guided, velocity_under(conditional))
 
 
 def _identity(
