@@ -58,7 +58,9 @@ def test_a_step_on_an_encoded_text_is_spared_its_part(make, side, share):
   )
   shape = jax.ShapeDtypeStruct
   text = jax.eval_shape(
-    model.encode_text, shape((1, 300, config.caption_channels), jnp.float32)
+    lambda model, text: model.encode_text(text),
+    model,
+    shape((1, 300, config.caption_channels), jnp.float32),
   )
   latents = (1, side // 32, side // 32, config.in_channels)
   step = jax.jit(lambda model, *args: model(*args)).lower(
