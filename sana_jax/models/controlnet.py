@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Bool, Float, Num, Real
 
 from sana_jax import config as config_lib
-from sana_jax.models import sana
+from sana_jax.models import sana, sana_block
 from sana_jax.nn import attention, embeddings, layers, stack
 
 WIRINGS = ("diffusers", "original")
@@ -53,7 +53,7 @@ class SanaControlNet(nnx.Module):
     patch_size: int,
     base_size: int,
     interpolation_scale: float | None,
-    make_block: Callable[[jax.Array], sana.SanaBlock],
+    make_block: Callable[[jax.Array], sana_block.SanaBlock],
     num_layers: int,
     dtype: DTypeLike = jnp.float32,
     param_dtype: DTypeLike = jnp.float32,
@@ -128,7 +128,7 @@ class SanaControlNet(nnx.Module):
       patch_size=config.patch_size,
       base_size=config.sample_size // config.patch_size,
       interpolation_scale=config.interpolation_scale,
-      make_block=sana.block_builder(
+      make_block=sana_block.block_builder(
         config,
         qk_norm=False,
         fp16_clamp=fp16_clamp,
@@ -260,13 +260,13 @@ def encode_text(
   else:
     caption = transformer.caption_embed(text)
     first = _first(transformer).cross_attention.encode(caption)
-  branch = sana.encode_for_blocks(
+  branch = sana_block.encode_for_blocks(
     controlnet.blocks, caption, scan=controlnet.scan
   )
   return ControlText(branch, first)
 
 
-def _first(transformer: sana.SanaTransformer) -> sana.SanaBlock:
+def _first(transformer: sana.SanaTransformer) -> sana_block.SanaBlock:
   return jax.tree.map(lambda leaf: leaf[0], transformer.blocks)
 
 
