@@ -105,42 +105,18 @@ def denoise(
   """
 
   def velocity_under(inputs: _Inputs) -> VelocityFn:
-    states, mask = inputs.condition
-    # Here, not in `velocity`: once, not at every step.
-    text = transformer.encode_text(states)
-    identity = _identity(transformer, inputs.perturbed, pag_layers)
-    control_text = (
-      None
+    return _velocity(
+      transformer,
+      inputs,
+      timestep_scale=timestep_scale,
+      identity=_identity(transformer, inputs.perturbed, pag_layers),
+      residuals_fn=None
       if controlnet is None
-      else controlnet_lib.encode_text(
-        controlnet, transformer, states, wiring=controlnet_wiring
-      )
+      else _residuals(
+        controlnet, transformer, inputs, scales.controlnet, controlnet_wiring
+      ),
+      residuals_after=controlnet_lib.first_block(controlnet_wiring),
     )
-
-    def velocity(x, sigma, timestep):
-      del sigma
-      timestep = timestep * timestep_scale
-      steering = {}
-      if controlnet is not None:
-        steering = {
-          "residuals": controlnet_lib.control_residuals(
-            controlnet,
-            transformer,
-            x,
-            inputs.control,
-            timestep,
-            control_text,
-            mask,
-            conditioning_scale=scales.controlnet,
-            wiring=controlnet_wiring,
-          ),
-          "residuals_after": controlnet_lib.first_block(controlnet_wiring),
-        }
-      return transformer(
-        x, timestep, text, mask, identity_attention=identity, **steering
-      )
-
-    return velocity
 
   velocity_fn = _guided(
     velocity_under,
@@ -200,6 +176,67 @@ def denoise_sprint(
     trajectory=trajectory,
   )
   return result if trajectory else result / sigma_data
+
+
+def _velocity(
+  transformer: Any,
+  inputs: _Inputs,
+  *,
+  timestep_scale: float,
+  identity: Bool[Array, "layers b"] | None,
+  residuals_fn: Callable[[Array, Array], Array] | None,
+  residuals_after: int,
+) -> VelocityFn:
+  """Returns the velocity under a condition, whose text is encoded once."""
+  text = transformer.encode_text(inputs.condition.states)
+
+  def velocity(x, sigma, timestep):
+    del sigma
+    timestep = timestep * timestep_scale
+    steering = {}
+    if residuals_fn is not None:
+      steering = {
+        "residuals": residuals_fn(x, timestep),
+        "residuals_after": residuals_after,
+      }
+    return transformer(
+      x,
+      timestep,
+      text,
+      inputs.condition.mask,
+      identity_attention=identity,
+      **steering,
+    )
+
+  return velocity
+
+
+def _residuals(
+  controlnet: Any,
+  transformer: Any,
+  inputs: _Inputs,
+  scale: Real[Array, ""],
+  wiring: str,
+) -> Callable[[Array, Array], Array]:
+  """Returns what a branch adds, of latents and time; its text encoded once."""
+  text = controlnet_lib.encode_text(
+    controlnet, transformer, inputs.condition.states, wiring=wiring
+  )
+
+  def residuals(x, timestep):
+    return controlnet_lib.control_residuals(
+      controlnet,
+      transformer,
+      x,
+      inputs.control,
+      timestep,
+      text,
+      inputs.condition.mask,
+      conditioning_scale=scale,
+      wiring=wiring,
+    )
+
+  return residuals
 
 
 def _guided(
