@@ -15,7 +15,7 @@ Batch: TypeAlias = Mapping[str, Array]
 # checkpoint's own units: `lambda x, _, t: model(x, t, text, mask)`.
 VelocityFn: TypeAlias = Callable[[Array, Array, Array], Array]
 
-# As above, with a last argument: a pytree of arrays "b ..." such as the text.
-ConditionalVelocityFn: TypeAlias = Callable[
-  [Array, Array, Array, PyTree], Array
-]
+# Gives the velocity under a condition, a pytree of arrays "b ..." such as the
+# text. What it computes itself, not the function it returns, is computed once
+# for all steps of a sampler.
+ConditionalVelocityFn: TypeAlias = Callable[[PyTree], VelocityFn]

@@ -46,6 +46,34 @@ def test_operations_are_those_xla_counts(make, size, text_length):
   assert ours < theirs
 
 
+@pytest.mark.parametrize(("side", "share"), [(1024, 0.97), (512, 0.87)])
+@pytest.mark.parametrize("make", [config_lib.sana_600m, config_lib.sana_1600m])
+def test_a_step_on_an_encoded_text_is_spared_its_part(make, side, share):
+  # At full depth: the caption's projection is more of a shallow model.
+  config = make()
+  model = jax.eval_shape(
+    lambda: sana.SanaTransformer.from_config(
+      config, scan=False, rngs=nnx.Rngs(0)
+    )
+  )
+  shape = jax.ShapeDtypeStruct
+  text = jax.eval_shape(
+    lambda model, text: model.encode_text(text),
+    model,
+    shape((1, 300, config.caption_channels), jnp.float32),
+  )
+  latents = (1, side // 32, side // 32, config.in_channels)
+  step = jax.jit(lambda model, *args: model(*args)).lower(
+    model,
+    shape(latents, jnp.float32),
+    shape((1,), jnp.float32),
+    text,
+    shape((1, 300), bool),
+  )
+  count = step.cost_analysis()["flops"]
+  assert count <= share * flops.forward(config, side, side)
+
+
 def test_the_published_model_needs_three_teraflops():
   """2.967 by hand, and counted in diffusers with torch."""
   count = flops.forward(config_lib.sana_1600m(), 1024, 1024)

@@ -275,6 +275,25 @@ def test_progress_tells_compiling_from_running(tokenizer):
   ]
 
 
+def test_prompts_seeds_scales_and_shifts_do_not_compile_again(
+  tokenizer, caplog
+):
+  pipe = tiny.make_pipeline(tokenizer)
+
+  def compiled(*args, **kwargs) -> list[str]:
+    caplog.clear()
+    with jax.log_compiles():
+      pipe(*args, **kwargs)
+    messages = [record.getMessage() for record in caplog.records]
+    return [message for message in messages if "Compiling" in message]
+
+  assert compiled("a cat")
+  assert not compiled("a red apple", seed=5, guidance_scale=2.25)
+  pipe.solver = schedules.FlowDPMSolver(flow_shift=1.5)
+  assert not compiled("a green cat", negative_prompt="blurry", seed=2)
+  assert compiled("a cat", num_inference_steps=2)
+
+
 @pytest.mark.parametrize(
   ("arguments", "message"),
   [

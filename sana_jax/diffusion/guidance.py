@@ -1,18 +1,13 @@
 """Guidance: combinators that turn velocity functions into better ones."""
 
+from collections.abc import Callable, Sequence
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, PyTree, Real
 
 from sana_jax.diffusion import flow
 from sana_jax.typing import ConditionalVelocityFn, VelocityFn
-
-
-def condition_on(
-  velocity_fn: ConditionalVelocityFn, condition: PyTree
-) -> VelocityFn:
-  """Fixes the condition: no guidance, one pass a step."""
-  return lambda x, sigma, timestep: velocity_fn(x, sigma, timestep, condition)
 
 
 def classifier_free(
@@ -28,7 +23,7 @@ def classifier_free(
   the size, [null, cond].
 
   Args:
-    velocity_fn: network; its last argument is the condition.
+    velocity_fn: the network; called once, with both conditions as one batch.
     condition: pytree of arrays with leading axis b, such as (text, mask).
     null_condition: the same structure and shapes, for the empty prompt.
     scale: 1 is the conditional velocity; a number of 1 or less saves the second
@@ -37,12 +32,11 @@ def classifier_free(
   Source: Ho and Salimans, arXiv:2207.12598.
   """
   if isinstance(scale, int | float) and scale <= 1:
-    return condition_on(velocity_fn, condition)
+    return velocity_fn(condition)
+  together = _together(velocity_fn, (null_condition, condition))
 
   def guided(x, sigma, timestep):
-    null, cond = _together(
-      velocity_fn, (x, sigma, timestep), (null_condition, condition)
-    )
+    null, cond = together(x, sigma, timestep)
     return null + jnp.asarray(scale, cond.dtype) * (cond - null)
 
   return guided
@@ -78,11 +72,10 @@ def perturbed_attention(
   conditions = (condition, perturbed_condition)
   if null_condition is not None:
     conditions = (null_condition, *conditions)
+  together = _together(velocity_fn, conditions)
 
   def guided(x, sigma, timestep):
-    *null, cond, perturbed = _together(
-      velocity_fn, (x, sigma, timestep), conditions
-    )
+    *null, cond, perturbed = together(x, sigma, timestep)
     decay = pag_adaptive_scale * (flow.NUM_TRAIN_TIMESTEPS - timestep)
     weight = flow.expand(jnp.maximum(pag_scale - decay, 0), x)
     velocity = cond + weight * (cond - perturbed)
@@ -125,13 +118,19 @@ def within(
   return limited
 
 
-def _together(velocity_fn, args, conditions) -> list[Float[Array, "b *shape"]]:
-  """Evaluates one batch under several conditions, in one call."""
+def _together(
+  velocity_fn: ConditionalVelocityFn, conditions: Sequence[PyTree]
+) -> Callable[..., list[Float[Array, "b *shape"]]]:
+  """Returns what evaluates a batch under several conditions, in one call."""
   count = len(conditions)
   stacked = jax.tree.map(lambda *a: jnp.concatenate(a), *conditions)
-  repeated = (jnp.concatenate([a] * count) for a in args)
-  velocities = _full_precision(velocity_fn(*repeated, stacked))
-  return jnp.split(velocities, count)
+  conditioned = velocity_fn(stacked)
+
+  def evaluate(*args):
+    repeated = (jnp.concatenate([a] * count) for a in args)
+    return jnp.split(_full_precision(conditioned(*repeated)), count)
+
+  return evaluate
 
 
 def _full_precision(velocity: Float[Array, "b *shape"]):

@@ -1,6 +1,7 @@
 """SanaControlNet: a branch that steers a SanaTransformer by a second image."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +11,22 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Bool, Float, Num, Real
 
 from sana_jax import config as config_lib
-from sana_jax.models import sana
-from sana_jax.nn import embeddings, layers, stack
+from sana_jax.models import sana, sana_block
+from sana_jax.nn import attention, embeddings, layers, stack
 
 WIRINGS = ("diffusers", "original")
+
+
+class ControlText(NamedTuple):
+  """What a branch reads of a text; see `encode_text`.
+
+  Attributes:
+    branch: for its own blocks.
+    first: for the transformer's block 0, in the original wiring.
+  """
+
+  branch: attention.KeysValues
+  first: attention.KeysValues | None
 
 
 class SanaControlNet(nnx.Module):
@@ -40,7 +53,7 @@ class SanaControlNet(nnx.Module):
     patch_size: int,
     base_size: int,
     interpolation_scale: float | None,
-    make_block: Callable[[jax.Array], sana.SanaBlock],
+    make_block: Callable[[jax.Array], sana_block.SanaBlock],
     num_layers: int,
     dtype: DTypeLike = jnp.float32,
     param_dtype: DTypeLike = jnp.float32,
@@ -115,7 +128,7 @@ class SanaControlNet(nnx.Module):
       patch_size=config.patch_size,
       base_size=config.sample_size // config.patch_size,
       interpolation_scale=config.interpolation_scale,
-      make_block=sana.block_builder(
+      make_block=sana_block.block_builder(
         config,
         qk_norm=False,
         fp16_clamp=fp16_clamp,
@@ -135,7 +148,7 @@ class SanaControlNet(nnx.Module):
     latents: Float[Array, "b h w c"],
     control_latents: Float[Array, "b h w c"],
     timestep: Num[Array, " b"],
-    text: Float[Array, "b l caption"],
+    text: Float[Array, "b l caption"] | attention.KeysValues,
     text_mask: Bool[Array, "b l"] | None = None,
   ) -> Float[Array, "n b h2 w2 d"]:
     """Returns the residuals of diffusers' wiring, one per block, unscaled.
@@ -151,7 +164,9 @@ class SanaControlNet(nnx.Module):
       self.patch_embed(latents),
       control,
       modulation.reshape(latents.shape[0], 6, -1),
-      self.caption_embed(text),
+      text
+      if isinstance(text, attention.KeysValues)
+      else self.caption_embed(text),
       text_mask,
     )
 
@@ -160,14 +175,15 @@ class SanaControlNet(nnx.Module):
     x: Float[Array, "b h w d"],
     control: Float[Array, "b h w d"],
     modulation: Float[Array, "b 6 d"],
-    text: Float[Array, "b l d"],
+    text: Float[Array, "b l d"] | attention.KeysValues,
     text_mask: Bool[Array, "b l"] | None,
   ) -> Float[Array, "n b h w d"]:
     """Computes the residuals from embedded inputs."""
+    encoded = text if isinstance(text, attention.KeysValues) else None
 
-    def run_block(block_and_projection, x):
+    def run_block(block_and_projection, x, encoded):
       block, projection = block_and_projection
-      x = block(x, modulation, text, text_mask)
+      x = block(x, modulation, text if encoded is None else encoded, text_mask)
       return x, projection(x).astype(jnp.float32)
 
     return stack.collect_blocks(
@@ -175,6 +191,7 @@ class SanaControlNet(nnx.Module):
       # The residual stream is float32.
       x + self.input_projection(control).astype(jnp.float32),
       (self.blocks, self.output_projections),
+      encoded,
       scan=self.scan,
       remat=self.remat,
     )[1]
@@ -186,7 +203,7 @@ def control_residuals(
   latents: Float[Array, "b h w c"],
   control_latents: Float[Array, "b h w c"],
   timestep: Num[Array, " b"],
-  text: Float[Array, "b l caption"],
+  text: Float[Array, "b l caption"] | ControlText,
   text_mask: Bool[Array, "b l"] | None = None,
   *,
   conditioning_scale: Real[ArrayLike, ""] = 1.0,
@@ -195,6 +212,7 @@ def control_residuals(
   """Computes `residuals` of a transformer; `first_block` says where they begin.
 
   Args:
+    text: the states, or what `encode_text` makes of them in this wiring.
     conditioning_scale: factor of all residuals.
     wiring: "diffusers": the branch starts from the embedded latents, embeds
       time, text and patches by its own modules, and its residual i enters
@@ -210,21 +228,46 @@ def control_residuals(
   """
   _check(controlnet, transformer, latents, control_latents, wiring)
   _check_scale(conditioning_scale)
+  if not isinstance(text, ControlText):
+    text = encode_text(controlnet, transformer, text, wiring=wiring)
   if wiring == "diffusers":
-    residuals = controlnet(latents, control_latents, timestep, text, text_mask)
+    residuals = controlnet(
+      latents, control_latents, timestep, text.branch, text_mask
+    )
   else:
     _, modulation = transformer.embed_time(timestep)
-    text = transformer.caption_embed(text)
-    block = jax.tree.map(lambda leaf: leaf[0], transformer.blocks)
     embedded = transformer.patch_embed(latents)
     residuals = controlnet.run_blocks(
-      block(embedded, modulation, text, text_mask),
+      _first(transformer)(embedded, modulation, text.first, text_mask),
       transformer.patch_embed(control_latents),
       modulation,
-      text,
+      text.branch,
       text_mask,
     )
   return residuals * jnp.asarray(conditioning_scale, residuals.dtype)
+
+
+def encode_text(
+  controlnet: SanaControlNet,
+  transformer: sana.SanaTransformer,
+  text: Float[Array, "b l caption"],
+  *,
+  wiring: str = "diffusers",
+) -> ControlText:
+  """Computes what does not depend on the time: `text` for many calls."""
+  if wiring == "diffusers":
+    caption, first = controlnet.caption_embed(text), None
+  else:
+    caption = transformer.caption_embed(text)
+    first = _first(transformer).cross_attention.encode(caption)
+  branch = sana_block.encode_for_blocks(
+    controlnet.blocks, caption, scan=controlnet.scan
+  )
+  return ControlText(branch, first)
+
+
+def _first(transformer: sana.SanaTransformer) -> sana_block.SanaBlock:
+  return jax.tree.map(lambda leaf: leaf[0], transformer.blocks)
 
 
 def first_block(wiring: str) -> int:

@@ -10,130 +10,13 @@ from jaxtyping import Array, Bool, Float, Int, Num
 
 from sana_jax import config as config_lib
 from sana_jax import sharding
-from sana_jax.nn import attention, embeddings, layers, mix_ffn, stack
+from sana_jax.models import sana_block
+from sana_jax.nn import attention, embeddings, layers, stack
 
 # Of the output head, whatever `norm_eps` says of the blocks.
 HEAD_NORM_EPS = 1e-6
 # Logical axes of the residual stream.
 STREAM_AXES = ("batch", "rows", None, None)
-
-
-def modulate(
-  x: Float[Array, "b h w d"],
-  shift: Float[Array, "b 1 1 d"],
-  scale: Float[Array, "b 1 1 d"],
-) -> Float[Array, "b h w d"]:
-  """Computes x (1 + scale) + shift."""
-  return x * (1 + scale) + shift
-
-
-class SanaBlock(nnx.Module):
-  """Linear self-attention, cross-attention to the text, Mix-FFN.
-
-  The first and the last are normalised, modulated and gated (adaLN-single);
-  the cross-attention reads the residual stream as it is.
-
-  Source: SANA, arXiv:2410.10629, section 2.2 and figure 5.
-  """
-
-  def __init__(
-    self,
-    features: int,
-    *,
-    head_dim: int,
-    cross_head_dim: int,
-    mlp_ratio: float,
-    attention_bias: bool,
-    qk_norm: bool,
-    norm_affine: bool,
-    norm_eps: float,
-    fp16_clamp: bool = False,
-    dtype: DTypeLike = jnp.float32,
-    param_dtype: DTypeLike = jnp.float32,
-    rngs: nnx.Rngs,
-  ):
-    common = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-    self.scale_shift_table = _scale_shift_table(6, features, param_dtype, rngs)
-    self.norm1 = layers.LayerNorm(features, eps=norm_eps)
-    self.self_attention = attention.LinearSelfAttention(
-      features,
-      head_dim=head_dim,
-      use_bias=attention_bias,
-      qk_norm=qk_norm,
-      fp16_clamp=fp16_clamp,
-      **common,
-    )
-    self.cross_attention = attention.CrossAttention(
-      features, head_dim=cross_head_dim, qk_norm=qk_norm, **common
-    )
-    # Only this norm follows `norm_elementwise_affine` in the checkpoints.
-    self.norm2 = layers.LayerNorm(
-      features, eps=norm_eps, affine=norm_affine, param_dtype=param_dtype
-    )
-    self.ffn = mix_ffn.MixFFN(features, int(mlp_ratio * features), **common)
-
-  def __call__(
-    self,
-    x: Float[Array, "b h w d"],
-    modulation: Float[Array, "b 6 d"],
-    text: Float[Array, "b l d"],
-    text_mask: Bool[Array, "b l"] | None,
-    identity_attention: Bool[Array, " b"] | None = None,
-  ) -> Float[Array, "b h w d"]:
-    shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(modulation)
-    x = x + gate1 * self.attend_image(
-      modulate(self.norm1(x), shift1, scale1), identity_attention
-    )
-    x = x + self.attend_text(x, text, text_mask)
-    return x + gate2 * self.ffn(modulate(self.norm2(x), shift2, scale2))
-
-  def modulation(
-    self, modulation: Float[Array, "b 6 d"]
-  ) -> tuple[Float[Array, "b 1 1 d"], ...]:
-    """Shift, scale and gate of the self-attention, then of the Mix-FFN."""
-    return _rows(self.scale_shift_table, modulation)
-
-  def attend_image(
-    self, x: Float[Array, "b h w d"], identity: Bool[Array, " b"] | None = None
-  ) -> Float[Array, "b h w d"]:
-    return self.self_attention(_tokens(x), identity).reshape(x.shape)
-
-  def attend_text(
-    self,
-    x: Float[Array, "b h w d"],
-    text: Float[Array, "b l d"],
-    text_mask: Bool[Array, "b l"] | None,
-  ) -> Float[Array, "b h w d"]:
-    return self.cross_attention(_tokens(x), text, text_mask).reshape(x.shape)
-
-
-def block_builder(
-  config: config_lib.SanaBlocksConfig,
-  *,
-  qk_norm: bool,
-  fp16_clamp: bool,
-  dtype: DTypeLike,
-  param_dtype: DTypeLike,
-) -> Callable[[jax.Array], SanaBlock]:
-  """Returns a function from a random key to a fresh block."""
-
-  def make_block(key: jax.Array) -> SanaBlock:
-    return SanaBlock(
-      config.width,
-      head_dim=config.attention_head_dim,
-      cross_head_dim=config.cross_attention_head_dim,
-      mlp_ratio=config.mlp_ratio,
-      attention_bias=config.attention_bias,
-      qk_norm=qk_norm,
-      norm_affine=config.norm_elementwise_affine,
-      norm_eps=config.norm_eps,
-      fp16_clamp=fp16_clamp,
-      dtype=dtype,
-      param_dtype=param_dtype,
-      rngs=nnx.Rngs(key),
-    )
-
-  return make_block
 
 
 class OutputHead(nnx.Module):
@@ -148,7 +31,9 @@ class OutputHead(nnx.Module):
     param_dtype: DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
   ):
-    self.scale_shift_table = _scale_shift_table(2, features, param_dtype, rngs)
+    self.scale_shift_table = sana_block.scale_shift_table(
+      2, features, param_dtype, rngs
+    )
     self.norm = layers.LayerNorm(features, eps=HEAD_NORM_EPS)
     self.projection = layers.Linear(
       features, out_features, dtype=dtype, param_dtype=param_dtype, rngs=rngs
@@ -163,8 +48,8 @@ class OutputHead(nnx.Module):
   def normalise(
     self, x: Float[Array, "b h w d"], embedded: Float[Array, "b d"]
   ) -> Float[Array, "b h w d"]:
-    shift, scale = _rows(self.scale_shift_table, embedded[:, None])
-    return modulate(self.norm(x), shift, scale)
+    shift, scale = sana_block.rows_of(self.scale_shift_table, embedded[:, None])
+    return sana_block.modulate(self.norm(x), shift, scale)
 
 
 class SanaTransformer(nnx.Module):
@@ -193,7 +78,7 @@ class SanaTransformer(nnx.Module):
     base_size: int,
     interpolation_scale: float | None,
     guidance_embeds: bool,
-    make_block: Callable[[jax.Array], SanaBlock],
+    make_block: Callable[[jax.Array], sana_block.SanaBlock],
     num_layers: int,
     dtype: DTypeLike = jnp.float32,
     param_dtype: DTypeLike = jnp.float32,
@@ -267,7 +152,7 @@ class SanaTransformer(nnx.Module):
       base_size=config.sample_size // config.patch_size,
       interpolation_scale=config.interpolation_scale,
       guidance_embeds=config.guidance_embeds,
-      make_block=block_builder(
+      make_block=sana_block.block_builder(
         config,
         qk_norm=config.qk_norm is not None,
         fp16_clamp=fp16_clamp,
@@ -290,7 +175,7 @@ class SanaTransformer(nnx.Module):
     self,
     latents: Float[Array, "b h w c"],
     timestep: Num[Array, " b"],
-    text: Float[Array, "b l caption"],
+    text: Float[Array, "b l caption"] | attention.KeysValues,
     text_mask: Bool[Array, "b l"] | None = None,
     *,
     guidance: Float[Array, " b"] | None = None,
@@ -303,7 +188,8 @@ class SanaTransformer(nnx.Module):
     Args:
       timestep: in the units the checkpoint was trained with: 1000 sigma for
         SANA and SANA-1.5, the flow time in [0, 1] for SANA-Sprint.
-      text: the text encoder's last hidden states.
+      text: the text encoder's last hidden states, or what `encode_text` makes
+        of them.
       text_mask: True where a token is to be attended; None attends to all.
       guidance: guidance scale times `guidance_embeds_scale`; for models with
         `guidance_embeds`, and only for them.
@@ -322,15 +208,17 @@ class SanaTransformer(nnx.Module):
       self._check_residuals(residuals, residuals_after, latents)
     latents = sharding.constrain(latents, STREAM_AXES)
     embedded, modulation = self.embed_time(timestep, guidance)
-    text = sharding.constrain(self.caption_embed(text), ("batch", None, None))
+    encoded = text if isinstance(text, attention.KeysValues) else None
+    caption = self._embed_text(text) if encoded is None else None
     control = (
       None
       if residuals is None
       else jnp.arange(self.num_layers) - residuals_after
     )
 
-    def run_block(block, x, identity, control):
+    def run_block(block, x, encoded, identity, control):
       x = sharding.constrain(x, STREAM_AXES)
+      text = caption if encoded is None else encoded
       x = block(x, modulation, text, text_mask, identity)
       return x if control is None else _add_residual(x, residuals, control)
 
@@ -338,6 +226,7 @@ class SanaTransformer(nnx.Module):
       run_block,
       self.patch_embed(latents),
       self.blocks,
+      encoded,
       identity_attention,
       control,
       scan=self.scan,
@@ -345,6 +234,22 @@ class SanaTransformer(nnx.Module):
     )
     x = sharding.constrain(x, STREAM_AXES)
     return embeddings.unpatchify(self.head(x, embedded), self.patch_size)
+
+  def encode_text(
+    self, text: Float[Array, "b l caption"]
+  ) -> attention.KeysValues:
+    """Computes what does not depend on the time: `text` for many calls.
+
+    Its bytes are 2 num_layers b l width, times those of a number in `dtype`.
+    """
+    return sana_block.encode_for_blocks(
+      self.blocks, self._embed_text(text), scan=self.scan
+    )
+
+  def _embed_text(
+    self, text: Float[Array, "b l caption"]
+  ) -> Float[Array, "b l d"]:
+    return sharding.constrain(self.caption_embed(text), ("batch", None, None))
 
   def embed_time(
     self,
@@ -361,6 +266,10 @@ class SanaTransformer(nnx.Module):
   @property
   def num_layers(self) -> int:
     return self.blocks.scale_shift_table.shape[0]
+
+  @property
+  def cross_head_dim(self) -> int:
+    return self.blocks.cross_attention.head_dim
 
   @property
   def width(self) -> int:
@@ -387,9 +296,17 @@ class SanaTransformer(nnx.Module):
         f"{self.patch_size}x{self.patch_size}."
       )
     _check_shape("timestep", timestep, (batch,))
-    _check_shape("text", text, (batch, "tokens", captions))
+    if isinstance(text, attention.KeysValues):
+      heads = self.width // self.cross_head_dim
+      shape = (self.num_layers, batch, "tokens", heads, self.cross_head_dim)
+      for name, array in text._asdict().items():
+        _check_shape(f"{name} of the text", array, shape)
+      length = text.keys.shape[2]
+    else:
+      _check_shape("text", text, (batch, "tokens", captions))
+      length = text.shape[1]
     if text_mask is not None:
-      _check_shape("text_mask", text_mask, text.shape[:2])
+      _check_shape("text_mask", text_mask, (batch, length))
       if text_mask.dtype != jnp.bool_:
         raise ValueError(
           f"text_mask must be bool, True where a token is kept; got "
@@ -429,25 +346,6 @@ def _check_shape(name: str, array: Array, expected: tuple[int | str, ...]):
       f"{name} must have shape ({', '.join(map(str, expected))}), "
       f"got {tuple(array.shape)}."
     )
-
-
-def _scale_shift_table(
-  rows: int, features: int, param_dtype: DTypeLike, rngs: nnx.Rngs
-) -> nnx.Param:
-  init = nnx.initializers.normal(features**-0.5)
-  return nnx.Param(init(rngs.params(), (rows, features), param_dtype))
-
-
-def _rows(
-  table: nnx.Param, embedded: Float[Array, "b #rows d"]
-) -> tuple[Float[Array, "b 1 1 d"], ...]:
-  # float32: gates are small, and bfloat16 would round their updates away.
-  total = table[...].astype(jnp.float32)[None] + embedded
-  return tuple(total[:, i, None, None] for i in range(total.shape[1]))
-
-
-def _tokens(x: Float[Array, "b h w d"]) -> Float[Array, "b n d"]:
-  return x.reshape(x.shape[0], -1, x.shape[-1])
 
 
 # Matrices are sharded along the width, and along what is expanded from it.

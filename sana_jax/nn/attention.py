@@ -1,5 +1,7 @@
 """The two attentions of SANA: linear among patches, softmax to the text."""
 
+from typing import NamedTuple
+
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
@@ -79,6 +81,13 @@ class LinearSelfAttention(nnx.Module):
     return jnp.clip(y.astype(jnp.float32), -FP16_MAX, FP16_MAX)
 
 
+class KeysValues(NamedTuple):
+  """What cross-attention reads of a text; of all blocks, their axis first."""
+
+  keys: Float[Array, "*layers b l heads head_dim"]
+  values: Float[Array, "*layers b l heads head_dim"]
+
+
 class CrossAttention(nnx.Module):
   """Softmax attention from the patches to the text tokens.
 
@@ -106,18 +115,29 @@ class CrossAttention(nnx.Module):
   def __call__(
     self,
     x: Float[Array, "b n d"],
-    text: Float[Array, "b l d"],
+    text: Float[Array, "b l d"] | KeysValues,
     text_mask: Bool[Array, "b l"] | None,
   ) -> Float[Array, "b n d"]:
+    """Attends.
+
+    Args:
+      text: tokens, or what `encode` makes of them.
+    """
     q = self.q(x)
-    k, v = self.kv.split(text, 2, axis="heads")
     if self.norm_q is not None:
-      q, k = self.norm_q(q), self.norm_k(k)
+      q = self.norm_q(q)
     q = _split_heads(q, self.head_dim, "rows")
-    k, v = (_split_heads(y, self.head_dim, None) for y in (k, v))
+    k, v = text if isinstance(text, KeysValues) else self.encode(text)
     mask = None if text_mask is None else text_mask[:, None]
     y = attention_op.softmax_attention(q, k, v, mask=mask)
     return self.out(y.reshape(x.shape))
+
+  def encode(self, text: Float[Array, "b l d"]) -> KeysValues:
+    """Returns keys and values of a text, whatever is going to attend to it."""
+    k, v = self.kv.split(text, 2, axis="heads")
+    if self.norm_k is not None:
+      k = self.norm_k(k)
+    return KeysValues(*(_split_heads(y, self.head_dim, None) for y in (k, v)))
 
 
 def _qk_norm(features: int, param_dtype: DTypeLike) -> layers.RMSNorm:

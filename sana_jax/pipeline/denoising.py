@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Real
 from sana_jax.diffusion import flow, guidance, samplers, trigflow
 from sana_jax.diffusion.schedules import Schedule
 from sana_jax.models import controlnet as controlnet_lib
-from sana_jax.typing import VelocityFn
+from sana_jax.typing import ConditionalVelocityFn, VelocityFn
 
 
 class Condition(NamedTuple):
@@ -104,34 +104,22 @@ def denoise(
   Source: blended latents are Avrahami et al., arXiv:2206.02779.
   """
 
-  def velocity(x, sigma, timestep, inputs: _Inputs):
-    del sigma
-    timestep = timestep * timestep_scale
-    steering = {}
-    if controlnet is not None:
-      steering = {
-        "residuals": controlnet_lib.control_residuals(
-          controlnet,
-          transformer,
-          x,
-          inputs.control,
-          timestep,
-          *inputs.condition,
-          conditioning_scale=scales.controlnet,
-          wiring=controlnet_wiring,
-        ),
-        "residuals_after": controlnet_lib.first_block(controlnet_wiring),
-      }
-    return transformer(
-      x,
-      timestep,
-      *inputs.condition,
-      identity_attention=_identity(transformer, inputs.perturbed, pag_layers),
-      **steering,
+  def velocity_under(inputs: _Inputs) -> VelocityFn:
+    return _velocity(
+      transformer,
+      inputs,
+      timestep_scale=timestep_scale,
+      identity=_identity(transformer, inputs.perturbed, pag_layers),
+      residuals_fn=None
+      if controlnet is None
+      else _residuals(
+        controlnet, transformer, inputs, scales.controlnet, controlnet_wiring
+      ),
+      residuals_after=controlnet_lib.first_block(controlnet_wiring),
     )
 
   velocity_fn = _guided(
-    velocity,
+    velocity_under,
     _Inputs(condition, control, None),
     null_condition,
     scales,
@@ -168,9 +156,11 @@ def denoise_sprint(
     latents.shape[:1], scales.guidance * guidance_embeds_scale, jnp.float32
   )
 
+  text = transformer.encode_text(condition.states)
+
   def velocity(x, sigma, timestep):
     del sigma
-    return transformer(x, timestep, *condition, guidance=embedded)
+    return transformer(x, timestep, text, condition.mask, guidance=embedded)
 
   def mix(clean, fresh, sigma):
     angle = trigflow.trig_time(sigma)
@@ -188,8 +178,69 @@ def denoise_sprint(
   return result if trajectory else result / sigma_data
 
 
+def _velocity(
+  transformer: Any,
+  inputs: _Inputs,
+  *,
+  timestep_scale: float,
+  identity: Bool[Array, "layers b"] | None,
+  residuals_fn: Callable[[Array, Array], Array] | None,
+  residuals_after: int,
+) -> VelocityFn:
+  """Returns the velocity under a condition, whose text is encoded once."""
+  text = transformer.encode_text(inputs.condition.states)
+
+  def velocity(x, sigma, timestep):
+    del sigma
+    timestep = timestep * timestep_scale
+    steering = {}
+    if residuals_fn is not None:
+      steering = {
+        "residuals": residuals_fn(x, timestep),
+        "residuals_after": residuals_after,
+      }
+    return transformer(
+      x,
+      timestep,
+      text,
+      inputs.condition.mask,
+      identity_attention=identity,
+      **steering,
+    )
+
+  return velocity
+
+
+def _residuals(
+  controlnet: Any,
+  transformer: Any,
+  inputs: _Inputs,
+  scale: Real[Array, ""],
+  wiring: str,
+) -> Callable[[Array, Array], Array]:
+  """Returns what a branch adds, of latents and time; its text encoded once."""
+  text = controlnet_lib.encode_text(
+    controlnet, transformer, inputs.condition.states, wiring=wiring
+  )
+
+  def residuals(x, timestep):
+    return controlnet_lib.control_residuals(
+      controlnet,
+      transformer,
+      x,
+      inputs.control,
+      timestep,
+      text,
+      inputs.condition.mask,
+      conditioning_scale=scale,
+      wiring=wiring,
+    )
+
+  return residuals
+
+
 def _guided(
-  velocity: Callable[..., Array],
+  velocity_under: ConditionalVelocityFn,
   inputs: _Inputs,
   null_condition: Condition | None,
   scales: Scales,
@@ -198,7 +249,7 @@ def _guided(
   interval: tuple[float, float] | None,
 ) -> VelocityFn:
   """Adds the guidance that is asked for to a conditional velocity."""
-  unguided = guidance.condition_on(velocity, inputs)
+  conditional = inputs
   batch = inputs.condition.mask.shape[0]
   if perturb:
     inputs = inputs._replace(perturbed=jnp.zeros((batch,), bool))
@@ -207,7 +258,7 @@ def _guided(
     null = inputs._replace(condition=null_condition)
   if perturb:
     guided = guidance.perturbed_attention(
-      velocity,
+      velocity_under,
       inputs,
       inputs._replace(perturbed=jnp.ones((batch,), bool)),
       null,
@@ -217,13 +268,13 @@ def _guided(
     )
   elif null is not None:
     guided = guidance.classifier_free(
-      velocity, inputs, null, scale=scales.guidance
+      velocity_under, inputs, null, scale=scales.guidance
     )
   else:
-    return unguided
-  return (
-    guided if interval is None else guidance.within(interval, guided, unguided)
-  )
+    return velocity_under(conditional)
+  if interval is None:
+    return guided
+  return guidance.within(interval, guided, velocity_under(conditional))
 
 
 def _identity(

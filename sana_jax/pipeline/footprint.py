@@ -53,6 +53,7 @@ class Work(NamedTuple):
     latent_size: height and width of what the transformer makes.
     height: of the finished images, as `width`.
     encoded: pictures that are given, and encoded in one go.
+    limited: whether guidance is limited to an interval.
   """
 
   prompts: int
@@ -65,6 +66,7 @@ class Work(NamedTuple):
   height: int
   width: int
   encoded: int = 0
+  limited: bool = False
 
   @property
   def prompts_per_device(self) -> int:
@@ -162,7 +164,10 @@ def transformer(models: Models, work: Work) -> int:
   )
   latents = images * height * width * config.in_channels * _FLOAT32
   residuals = 0
+  attending = config.num_layers
   if models.controlnet is not None:
+    # And the transformer's first block once more.
+    attending += models.controlnet.config.num_layers + 1
     tokens = height * width // config.patch_size**2
     residuals = (
       models.controlnet.config.num_layers
@@ -175,12 +180,30 @@ def transformer(models: Models, work: Work) -> int:
     # The latents given and returned, and a multistep sampler's memory.
     + 4 * latents
     + work.branches * states
+    + keys_values(
+      attending * config.width,
+      # Steps without guidance have their own.
+      batch=(work.branches + work.limited) * images,
+      text_length=work.text_length,
+      dtype=part.dtype,
+    )
     # Of all blocks of the ControlNet, and a copy while they are stacked.
     + 2 * residuals
     + factors.layer_copies * part.weights // config.num_layers
     + _recast(part, factors)
     + factors.program
   )
+
+
+def keys_values(
+  features: int, *, batch: int, text_length: int, dtype: Any
+) -> int:
+  """Bytes of what cross-attention keeps of the texts, through all steps.
+
+  Args:
+    features: the width of a block, summed over all blocks that attend.
+  """
+  return 2 * features * batch * text_length * np.dtype(dtype).itemsize
 
 
 def decoder(models: Models, work: Work, how: decoding.Decoding) -> int:

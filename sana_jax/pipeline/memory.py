@@ -178,6 +178,7 @@ def plan_call(
     height=size.height,
     width=size.width,
     encoded=num_encoded,
+    limited=settings.guidance_interval is not None,
   )
   stages = _WITH_ENCODER if num_encoded else STAGES
   return _plan_pipeline(pipeline, work, stages)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Num
 
-from sana_jax.models import sana
+from sana_jax.models import sana, sana_block
 from sana_jax.nn import embeddings
 
 
@@ -69,11 +69,13 @@ def num_layers(model: sana.SanaTransformer) -> int:
 
 def _block(block, x, modulation, caption, text_mask):
   shift1, scale1, gate1, shift2, scale2, gate2 = block.modulation(modulation)
-  image = block.attend_image(sana.modulate(block.norm1(x), shift1, scale1))
+  image = block.attend_image(
+    sana_block.modulate(block.norm1(x), shift1, scale1)
+  )
   x = x + gate1 * image
   text = block.attend_text(x, caption, text_mask)
   x = x + text
-  ffn = block.ffn(sana.modulate(block.norm2(x), shift2, scale2))
+  ffn = block.ffn(sana_block.modulate(block.norm2(x), shift2, scale2))
   x = x + gate2 * ffn
   return x, {
     ".attn1": _tokens(image),

@@ -9,13 +9,17 @@ from sana_jax.diffusion import guidance, samplers, schedules
 def _network(sizes):
   """A velocity that mixes all its inputs; records its batch sizes."""
 
-  def velocity(x, sigma, timestep, condition):
-    sizes.append(x.shape[0])
+  def velocity_under(condition):
     text, mask = condition
-    bias = jnp.sum(text * mask[..., None], axis=(1, 2)) + sigma + timestep
-    return 0.5 * x + bias[:, None, None, None]
+    bias = jnp.sum(text * mask[..., None], axis=(1, 2))
 
-  return velocity
+    def velocity(x, sigma, timestep):
+      sizes.append(x.shape[0])
+      return 0.5 * x + (bias + sigma + timestep)[:, None, None, None]
+
+    return velocity
+
+  return velocity_under
 
 
 def _inputs():
@@ -36,7 +40,7 @@ def test_guidance_extrapolates_from_null_to_condition():
   args, condition, null = _inputs()
   network = _network([])
   guided = guidance.classifier_free(network, condition, null, scale=4.5)
-  v_cond, v_null = network(*args, condition), network(*args, null)
+  v_cond, v_null = network(condition)(*args), network(null)(*args)
   # Subtraction of numbers around 600 in float32, times the scale.
   np.testing.assert_allclose(
     guided(*args), v_null + 4.5 * (v_cond - v_null), rtol=1e-5
@@ -50,13 +54,27 @@ def test_both_passes_are_one_call_of_twice_the_batch():
   assert sizes == [4]
 
 
+def test_what_depends_on_the_condition_alone_is_computed_once():
+  args, condition, null = _inputs()
+  sizes = []
+
+  def network(given):
+    sizes.append(given[0].shape[0])
+    return _network([])(given)
+
+  guided = guidance.classifier_free(network, condition, null, scale=2.0)
+  for _ in range(3):
+    guided(*args)
+  assert sizes == [4]
+
+
 @pytest.mark.parametrize("scale", [1, 1.0, 0.0])
 def test_a_scale_of_one_or_less_is_a_single_conditional_pass(scale):
   args, condition, null = _inputs()
   sizes = []
   network = _network(sizes)
   guided = guidance.classifier_free(network, condition, null, scale=scale)
-  np.testing.assert_array_equal(guided(*args), network(*args, condition))
+  np.testing.assert_array_equal(guided(*args), network(condition)(*args))
   assert sizes == [2, 2]
 
 
@@ -95,7 +113,7 @@ def test_perturbed_attention_guidance_is_its_formula(with_null, adaptive):
   )(x, sigma, timestep)
   assert sizes == [6 if with_null else 4]
   v_cond, v_perturbed, v_null = (
-    np.asarray(network(x, sigma, timestep, c), np.float64)
+    np.asarray(network(c)(x, sigma, timestep), np.float64)
     for c in (condition, perturbed, null)
   )
   weight = np.maximum(3.0 - adaptive * (1000 - np.asarray(timestep)), 0)
@@ -115,7 +133,7 @@ def test_the_interval_is_open_at_both_ends(sigma, active):
   args = (x, jnp.full((2,), sigma), jnp.full((2,), 1000 * sigma))
   network = _network([])
   inside = guidance.classifier_free(network, condition, null, scale=3.0)
-  outside = guidance.condition_on(network, condition)
+  outside = network(condition)
   limited = guidance.within((0.2, 0.8), inside, outside)
   expected = (inside if active else outside)(*args)
   np.testing.assert_allclose(limited(*args), expected, rtol=1e-6)
@@ -126,14 +144,17 @@ def test_the_second_pass_is_not_computed_outside_the_interval():
   ran = []
   network = _network([])
 
-  def counting(x, *rest):
-    jax.debug.callback(lambda: ran.append(x.shape[0]))
-    return network(x, *rest)
+  def counting(condition):
+    def velocity(x, *rest):
+      jax.debug.callback(lambda: ran.append(x.shape[0]))
+      return network(condition)(x, *rest)
+
+    return velocity
 
   guided = guidance.within(
     (0.0, 0.5),
     guidance.classifier_free(counting, condition, null, scale=3.0),
-    guidance.condition_on(counting, condition),
+    counting(condition),
   )
   schedule = schedules.FlowEuler().schedule(6)
   jax.jit(lambda x: samplers.sample(guided, x, schedule))(args[0])
@@ -146,12 +167,15 @@ def test_the_second_pass_is_not_computed_outside_the_interval():
 def test_guidance_of_a_bfloat16_network_is_float32():
   args, condition, null = _inputs()
   network = _network([])
-  half = lambda *a: network(*a).astype(jnp.bfloat16)  # noqa: E731
+
+  def half(condition):
+    return lambda *a: network(condition)(*a).astype(jnp.bfloat16)
+
   guided = guidance.classifier_free(half, condition, null, scale=3.0)
   perturbed = guidance.perturbed_attention(
     half, condition, condition, null, scale=3.0, pag_scale=2.0
   )
-  unguided = guidance.condition_on(half, condition)
+  unguided = half(condition)
   limited = guidance.within((0.0, 0.5), guided, unguided)
   for function in (guided, perturbed, limited):
     assert function(*args).dtype == jnp.float32

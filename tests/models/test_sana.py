@@ -284,6 +284,33 @@ def test_a_misfit_input_is_named(rng, name, shape, message):
     _model()(**inputs)
 
 
+@pytest.mark.parametrize("scan", [True, False])
+@pytest.mark.parametrize("masked", [True, False])
+def test_an_encoded_text_gives_what_the_text_gives(rng, scan, masked):
+  model = _model(EVERY_OPTION, scan=scan)
+  inputs = _inputs(rng, guidance=True)
+  if not masked:
+    inputs.pop("text_mask")
+  plain = _run(model, **inputs)
+  encoded = jax.jit(model.encode_text)(inputs["text"])
+  # float32; two programs add in different orders.
+  np.testing.assert_allclose(
+    _run(model, **inputs | {"text": encoded}), plain, rtol=1e-4, atol=1e-4
+  )
+  other = jax.tree.map(lambda leaf: leaf[::-1], encoded)
+  assert np.abs(_run(model, **inputs | {"text": other}) - plain).max() > 1e-3
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_misfit_encoded_text_is_named(rng):
+  inputs, model = _inputs(rng), _model()
+  encoded = jax.eval_shape(model.encode_text, inputs["text"])
+  wrong = jax.tree.map(lambda leaf: jnp.ones(leaf.shape[1:]), encoded)
+  message = r"keys of the text must have shape \(2, 2, tokens, 4, 4\)"
+  with pytest.raises(ValueError, match=message):
+    model(**inputs | {"text": wrong})
+
+
 @pytest.mark.usefixtures("unchecked")
 def test_guidance_is_required_where_the_model_embeds_it(rng):
   model = _model({"guidance_embeds": True})
