@@ -24,7 +24,8 @@ _TPU_OPTIONS = {
 }
 # Where fsdp is the only axis, XLA sums gradients of kernels in one all-reduce
 # with those of biases, or passes parts around inside the products: 1.4 times
-# the least bytes (docs/plan.md). Told not to, it scatters them.
+# the least bytes (docs/plan.md). The first ended the one where it was compiled,
+# the second the other.
 _TPU_OPTIONS_OF_FSDP = {
   "xla_jf_crs_combiner_threshold_count": 1,
   "xla_jf_spmd_threshold_for_windowed_einsum_mib": 10**6,
