@@ -17,7 +17,6 @@ import jax
 from etils import epath
 
 from sana_jax import config as config_lib
-from sana_jax import presets
 from sana_jax.plan import report, topology, training
 
 _GIB = 2**30
@@ -116,9 +115,6 @@ def _compile(row: Row) -> dict[str, Any]:
     remat=row.remat,
   )
   config.data.synthetic = True
-  config.hardware.compiler_options = presets.compiler_options(
-    topology.platform_of(devices.chip), row.mesh
-  )
   config.freeze()
   plan = training.plan(config, devices)
   sys.stderr.write(report.text(plan) + "\n")

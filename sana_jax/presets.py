@@ -22,14 +22,6 @@ _TPU_OPTIONS = {
   "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
   "xla_tpu_overlap_compute_collective_tc": True,
 }
-# Where fsdp is the only axis, XLA sums gradients of kernels in one all-reduce
-# with those of biases, or passes parts around inside the products: 1.4 times
-# the least bytes (docs/plan.md). The first ended the one where it was compiled,
-# the second the other.
-_TPU_OPTIONS_OF_FSDP = {
-  "xla_jf_crs_combiner_threshold_count": 1,
-  "xla_jf_spmd_threshold_for_windowed_einsum_mib": 10**6,
-}
 # Source: docs.jax.dev/en/latest/gpu_performance_tips.html.
 _GPU_OPTIONS = {"xla_gpu_enable_latency_hiding_scheduler": True}
 
@@ -130,18 +122,9 @@ def apply(
   config.optim.accumulation = layout.accumulation
   config.remat = "full"
   config.hardware.preset = name
-  config.hardware.compiler_options = compiler_options(target.kind, config.mesh)
+  options = _TPU_OPTIONS if target.kind == "tpu" else _GPU_OPTIONS
+  config.hardware.compiler_options = dict(options)
   return config
-
-
-def compiler_options(
-  kind: str, mesh: Mapping[str, int]
-) -> dict[str, bool | int | str]:
-  """Returns what XLA is told when it compiles a step for "tpu" or "gpu"."""
-  if kind == "gpu":
-    return dict(_GPU_OPTIONS)
-  alone = [axis for axis, size in mesh.items() if size > 1] == ["fsdp"]
-  return _TPU_OPTIONS | (_TPU_OPTIONS_OF_FSDP if alone else {})
 
 
 def lay_out(config: config_lib.TextToImageConfig, target: Hardware) -> Layout:

@@ -18,7 +18,9 @@ def test_kept_records_send_little_more_than_the_least(path):
   assert row.topology in record["title"]
   assert record["fits"] == (record["total_bytes"] <= record["hbm_bytes"])
   assert record["gathered_activations"] == []
-  if row.topology.startswith("v") and row.mesh["fsdp"] <= 16:
+  # Where there are copies; under fsdp alone XLA sums gradients whole.
+  copies = row.mesh["data"] > 1
+  if row.topology.startswith("v") and copies and row.mesh["fsdp"] <= 16:
     assert record["ratio"] <= 1.10
 
 
