@@ -80,18 +80,13 @@ def _measure(
     "workload": workload._asdict(),
     "flops": workloads.work(size.checkpoints[workload.checkpoint](), workload),
   }
-  budget = options.budget(args)
-  if args.against == "none":
-    seconds, prepared, memory = paired.alone(name, ours, budget)
-    return described | {
-      "ours": seconds,
-      "first_seconds": {"ours": prepared.first_seconds},
-      "memory": {"ours": dict(memory)},
-    }
-  comparison = paired.compare(
-    name, ours, theirs, tolerance=_tolerance(workload, args), budget=budget
+  return described | paired.measure(
+    name,
+    ours,
+    None if args.against == "none" else theirs,
+    tolerance=_tolerance(workload, args),
+    budget=options.budget(args),
   )
-  return described | paired.record(comparison)
 
 
 def _tolerance(workload: workloads.Workload, args) -> float:

@@ -85,18 +85,13 @@ def _measure(
     ),
     "memory_by_category": jax_training.memory_by_category(load),
   }
-  budget = options.budget(args)
-  if args.against == "none":
-    seconds, prepared, memory = paired.alone(name, ours, budget)
-    return described | {
-      "ours": seconds,
-      "first_seconds": {"ours": prepared.first_seconds},
-      "memory": {"ours": dict(memory)},
-    }
-  comparison = paired.compare(
-    name, ours, theirs, tolerance=load.tolerance, budget=budget
+  return described | paired.measure(
+    name,
+    ours,
+    None if args.against == "none" else theirs,
+    tolerance=load.tolerance,
+    budget=options.budget(args),
   )
-  return described | paired.record(comparison)
 
 
 def table(found: dict[str, Any]) -> str:

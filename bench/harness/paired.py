@@ -139,6 +139,27 @@ def _alternate(ours, theirs, calls, budget: Budget) -> list[statistics.Pair]:
   return pairs
 
 
+def measure(
+  name: str,
+  ours: sides.Side,
+  theirs: sides.Side | None,
+  *,
+  tolerance: float,
+  budget: Budget,
+) -> dict[str, Any]:
+  """Compares a case, or measures our side alone; as JSON can hold it."""
+  if theirs is not None:
+    return record(
+      compare(name, ours, theirs, tolerance=tolerance, budget=budget)
+    )
+  seconds, prepared, memory = alone(name, ours, budget)
+  return {
+    "ours": seconds,
+    "first_seconds": {"ours": prepared.first_seconds},
+    "memory": {"ours": dict(memory)},
+  }
+
+
 def record(comparison: Comparison) -> dict[str, Any]:
   """Returns a comparison as JSON can hold it, outputs left out."""
   summary = comparison.summary

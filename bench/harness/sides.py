@@ -149,8 +149,8 @@ def require_torch() -> None:
   missing = [name for name in names if importlib.util.find_spec(name) is None]
   if missing:
     raise ModuleNotFoundError(
-      f"A comparison with PyTorch needs {', '.join(missing)}: pip install "
-      "torch diffusers transformers; or measure alone, with --against=none."
+      f"This benchmark needs {', '.join(missing)}, which also write the "
+      "weights of both sides: pip install torch diffusers transformers."
     )
 
 

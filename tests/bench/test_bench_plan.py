@@ -12,16 +12,27 @@ RECORDS = pathlib.Path(__file__).parents[2] / "docs" / "plan"
 
 
 @pytest.mark.parametrize("path", sorted(RECORDS.glob("*.json")), ids=str)
-def test_kept_records_send_little_more_than_the_least(path):
+def test_kept_records_are_of_their_rows_and_gather_no_activation(path):
   record = json.loads(path.read_text())
   row = bench_plan.ROWS[path.stem]
   assert row.topology in record["title"]
   assert record["fits"] == (record["total_bytes"] <= record["hbm_bytes"])
   assert record["gathered_activations"] == []
-  # Where there are copies; under fsdp alone XLA sums gradients whole.
-  copies = row.mesh["data"] > 1
-  if row.topology.startswith("v") and copies and row.mesh["fsdp"] <= 16:
-    assert record["ratio"] <= 1.10
+
+
+# Where fsdp is the only axis, XLA sums gradients whole (docs/plan.md).
+_TOO_MUCH = pytest.mark.xfail(strict=True, reason="1.40 times the least")
+_FEW_SHARDS = [
+  pytest.param(name, marks=_TOO_MUCH if name == "1600m_v5e_4x4" else ())
+  for name, row in bench_plan.ROWS.items()
+  if row.topology.startswith("v") and row.mesh["fsdp"] <= 16
+]
+
+
+@pytest.mark.parametrize("name", _FEW_SHARDS)
+def test_few_shards_send_at_most_a_tenth_more_than_the_least(name):
+  record = json.loads((RECORDS / f"{name}.json").read_text())
+  assert record["ratio"] <= 1.10
 
 
 def test_the_table_has_a_line_for_every_record(tmp_path):
