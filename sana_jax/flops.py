@@ -47,9 +47,9 @@ def training(forward_flops: int, *, remat: str = "none") -> int:
   """Counts the operations of a training step, for one image.
 
   The backward pass has two products for each of the forward pass; "full"
-  rematerialisation evaluates all blocks once more.
+  rematerialisation evaluates all blocks once more, and so does "offload".
   """
-  return (4 if remat == "full" else 3) * forward_flops
+  return (4 if remat in ("full", "offload") else 3) * forward_flops
 
 
 def _block(config: config_lib.SanaConfig, tokens: int, text_length: int) -> int:

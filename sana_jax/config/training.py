@@ -12,6 +12,9 @@ from sana_jax.config.optim import OptimConfig
 # Of `sharding.make_mesh`, from the outermost.
 MESH_AXES = ("data", "fsdp", "tensor", "sequence")
 
+# Of nn/stack.py.
+REMAT_POLICIES = ("none", "full", "dots", "offload")
+
 
 @dataclasses.dataclass(kw_only=True)
 class TrainConfig(Config):
@@ -25,7 +28,7 @@ class TrainConfig(Config):
       of every matrix product) and "sequence" (rows of every latent). What is
       left out is 1; one -1 takes the devices that are left.
     dtype: compute dtype; parameters and optimiser state stay float32.
-    remat: "none", "full" or "dots" (see nn/stack.py).
+    remat: "none", "full", "dots" or "offload" (see nn/stack.py).
     scan_layers: False unrolls the blocks: faster on CPU, slower to compile.
   """
 
@@ -69,8 +72,8 @@ class TrainConfig(Config):
       f"mesh sizes must be positive, and at most one -1, got {self.mesh}.",
     )
     require(
-      self.remat in ("none", "full", "dots"),
-      f"remat must be 'none', 'full' or 'dots', got {self.remat!r}.",
+      self.remat in REMAT_POLICIES,
+      f"remat must be one of {REMAT_POLICIES}, got {self.remat!r}.",
     )
     require(
       self.dtype in ("float32", "bfloat16"),

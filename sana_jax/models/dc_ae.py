@@ -382,7 +382,9 @@ def _blocks(
 def _run_blocks(
   blocks: Sequence[nnx.Module], x: Float[Array, "b h w c"], remat: str
 ) -> Float[Array, "b h w c"]:
-  apply = stack.checkpointed(lambda block, x: block(x), remat)
+  apply = stack.checkpointed(
+    lambda block, x: block(stack.block_input(x)), remat
+  )
   for block in blocks:
     x = apply(block, x)
   return x

@@ -4,12 +4,16 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.ad_checkpoint
 import jax.numpy as jnp
 
 from sana_jax import sharding
 from sana_jax.nn import layers
 
-REMAT_POLICIES = ("none", "full", "dots")
+REMAT_POLICIES = ("none", "full", "dots", "offload")
+
+# What rematerialisation knows by this name that a block starts from.
+_BLOCK_INPUT = "block_input"
 
 
 def make_blocks(make_block: Callable[[Any], Any], key: jax.Array, depth: int):
@@ -24,7 +28,8 @@ def checkpointed(
 
   Args:
     remat: "none" recomputes nothing (but gathers sharded kernels again), "full"
-      recomputes everything inside, "dots" keeps the matrix products.
+      recomputes everything inside, "dots" keeps the matrix products; "offload"
+      is "full", with what a block starts from kept in the host's memory.
 
   Raises:
     ValueError: an unknown `remat`.
@@ -42,7 +47,20 @@ def checkpointed(
   if remat == "dots":
     policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
     return jax.checkpoint(function, policy=policy)
+  if remat == "offload":
+    policy = jax.checkpoint_policies.save_and_offload_only_these_names(
+      names_which_can_be_saved=[],
+      names_which_can_be_offloaded=[_BLOCK_INPUT],
+      offload_src="device",
+      offload_dst="pinned_host",
+    )
+    return jax.checkpoint(function, policy=policy)
   raise ValueError(f"remat must be one of {REMAT_POLICIES}, got {remat!r}.")
+
+
+def block_input(x: jax.Array) -> jax.Array:
+  """Tells `checkpointed` functions what "offload" keeps for them."""
+  return jax.ad_checkpoint.checkpoint_name(x, _BLOCK_INPUT)
 
 
 def run_blocks(
@@ -92,6 +110,7 @@ def collect_blocks(
 
   def body(carry, sliced):
     block, slices = sliced
+    carry = jax.tree.map(block_input, carry)
     return block_fn(block, carry, *slices)
 
   body = checkpointed(body, remat)

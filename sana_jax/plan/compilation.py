@@ -47,12 +47,14 @@ class Compiled(NamedTuple):
   Attributes:
     memory: bytes by what they are for; None: XLA did not say which.
     total: bytes that the program needs.
+    on_host: bytes that it needs in the memory of the device's host.
     text: the program; None: it was not made, for lack of memory.
     seconds: that compiling took.
   """
 
   memory: Mapping[str, int] | None
   total: int
+  on_host: int
   text: str | None
   seconds: float
 
@@ -123,10 +125,14 @@ def compile_step(
     needed = needed_bytes(str(error), sum(_held(step).values()))
     if needed is None:
       raise
-    return Compiled(None, needed, None, time.monotonic() - start)
+    on_host = budget.host_bytes(step.program.state)
+    return Compiled(None, needed, on_host, None, time.monotonic() - start)
   seconds = time.monotonic() - start
-  memory = _memory(step, compiled.memory_analysis())
-  return Compiled(memory, sum(memory.values()), compiled.as_text(), seconds)
+  stats = compiled.memory_analysis()
+  memory = _memory(step, stats)
+  on_host = stats.host_argument_size_in_bytes + stats.host_temp_size_in_bytes
+  total = sum(memory.values())
+  return Compiled(memory, total, on_host, compiled.as_text(), seconds)
 
 
 def needed_bytes(message: str, held: int) -> int | None:

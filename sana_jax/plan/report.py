@@ -18,6 +18,7 @@ class Plan(NamedTuple):
     memory: bytes of a device by what they are for; None: XLA only said how
       many it needs in all.
     total: bytes of a device.
+    on_host: bytes of its host.
     hbm_bytes: that XLA can allocate on it.
     found: exchanges of the compiled step; None: it was not compiled.
     least: see `theory.least_bytes`.
@@ -31,6 +32,7 @@ class Plan(NamedTuple):
   settings: Mapping[str, Any]
   memory: Mapping[str, int] | None
   total: int
+  on_host: int
   hbm_bytes: int
   found: Sequence[collectives.Collective] | None
   least: theory.Bytes
@@ -69,6 +71,7 @@ def record(plan: Plan) -> dict[str, Any]:
     "compile_seconds": round(plan.seconds, 1),
     "memory_bytes": dict(plan.memory) if plan.memory else None,
     "total_bytes": plan.total,
+    "host_bytes": plan.on_host,
     "hbm_bytes": plan.hbm_bytes,
     "fits": plan.total <= plan.hbm_bytes,
     "step_flops": plan.step_flops,
@@ -112,6 +115,8 @@ def _memory(plan: Plan) -> list[str]:
     f"  {'total':16}{plan.total / _GIB:9.2f} of "
     f"{plan.hbm_bytes / _GIB:.2f}: {fits}"
   )
+  if plan.on_host:
+    lines.append(f"  {'on the host':16}{plan.on_host / _GIB:9.2f}")
   return lines
 
 
@@ -155,6 +160,9 @@ def _time(plan: Plan) -> list[str]:
     f"  at best {prediction.images_per_second:.1f} images/s, bound by "
     f"{times.bound}; {_images(plan.num_images)} images in "
     f"{prediction.hours:.1f} h, {prediction.chip_hours:,.0f} chip-hours",
+    *(
+      ["  what goes to the host and back is not in it"] if plan.on_host else []
+    ),
   ]
 
 

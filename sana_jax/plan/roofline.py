@@ -24,8 +24,9 @@ from sana_jax import flops, hardware
 #   contraction 2 (1)
 _PER_WIDTH = 12 + 8 + 8 + 12 + 4 + 30
 _PER_HIDDEN = 4 + 8 + 6 + 2
-# Forward, and backward twice that; "full" recomputes what "none" keeps.
-_PASSES = {"none": 3, "dots": 3.5, "full": 4}
+# Forward, and backward twice that; "full" and "offload" recompute what
+# "none" keeps.
+_PASSES = {"none": 3, "dots": 3.5, "full": 4, "offload": 4}
 _GATHERED = 2
 
 

@@ -19,7 +19,9 @@ from sana_jax.training import program as program_lib
 
 # Values of the width that the backward pass has of a block for each token, in
 # bytes: all, those of products of weights, or the block's input.
-_KEPT = {"none": 70.0, "dots": 28.0, "full": 4.0}
+_KEPT = {"none": 70.0, "dots": 28.0, "full": 4.0, "offload": 0.0}
+# What the link to the host costs is not predicted.
+_CANDIDATES = ("none", "dots", "full")
 
 
 class Candidate(NamedTuple):
@@ -128,7 +130,7 @@ def _on_mesh(
     state.params, mesh, config.dtype, config.optim.accumulation
   )
   held = sum(budget.state_budget(state).values())
-  for remat in _KEPT:
+  for remat in _CANDIDATES:
     config = _with_remat(study.config, remat)
     working = _weights(state.params, config) + study.activations * _activations(
       study, mesh, config

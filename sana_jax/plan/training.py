@@ -146,6 +146,7 @@ def _assemble(
     settings=_settings(config, mesh, study.latent_size, chips),
     memory=compiled.memory,
     total=compiled.total,
+    on_host=compiled.on_host,
     hbm_bytes=study.chip.hbm_bytes,
     found=found,
     least=least,

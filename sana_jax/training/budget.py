@@ -16,11 +16,20 @@ from sana_jax.training import step as step_lib
 def per_device_bytes(abstract: Any) -> int:
   """Sums the bytes of the leaves' shards, the largest device's.
 
+  What is in the host's memory does not count: see `host_bytes`.
+
   Args:
     abstract: leaves have a shape, a dtype, and perhaps a sharding; those
       without one are whole on the device.
   """
-  return sum(_shard_bytes(leaf) for leaf in jax.tree.leaves(abstract))
+  leaves = jax.tree.leaves(abstract)
+  return sum(_shard_bytes(leaf) for leaf in leaves if not _is_on_host(leaf))
+
+
+def host_bytes(abstract: Any) -> int:
+  """Sums the bytes of shards that are a device's in the host's memory."""
+  leaves = jax.tree.leaves(abstract)
+  return sum(_shard_bytes(leaf) for leaf in leaves if _is_on_host(leaf))
 
 
 def state_budget(state: step_lib.TrainState) -> dict[str, int]:
@@ -37,8 +46,17 @@ def state_budget(state: step_lib.TrainState) -> dict[str, int]:
   }
 
 
+def _sharding(leaf: Any) -> jax.sharding.Sharding | None:
+  return getattr(leaf, "sharding", None)
+
+
+def _is_on_host(leaf: Any) -> bool:
+  place = _sharding(leaf)
+  return place is not None and place.memory_kind == "pinned_host"
+
+
 def _shard_bytes(leaf: Any) -> int:
-  shape = leaf.shape
-  if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) and leaf.sharding:
-    shape = leaf.sharding.shard_shape(leaf.shape)
+  shape, place = leaf.shape, _sharding(leaf)
+  if place is not None:
+    shape = place.shard_shape(leaf.shape)
   return math.prod(shape) * np.dtype(leaf.dtype).itemsize

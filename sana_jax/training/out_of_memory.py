@@ -15,10 +15,13 @@ _GIB = 2**30
 _FEWER_PICTURES = """\
 fewer pictures at a time: a smaller --config.batch_size, or the same one
      on more devices"""
-_FEWER_ACTIVATIONS = "fewer activations: --config.remat=full (now {remat!r})"
+_FEWER_ACTIVATIONS = """\
+fewer activations: --config.remat=full, or offload, which keeps them in the
+     host's memory (now {remat!r})"""
 _SMALLER_SHARE = """\
 a smaller share of the state per device: more --config.mesh.fsdp (now
-     {fsdp}), or an optimiser with a smaller state (--config.optim.name)"""
+     {fsdp}), an optimiser with a smaller state (--config.optim.name), or
+     parts of it on the host (--config.hardware.offload)"""
 _NO_AVERAGE = "no average: --config.ema_decay=0 (now {ema_decay:g})"
 _NOTHING_ELSE = "nothing else in the device's memory: no other program uses it"
 _FEWER_PROMPTS = "fewer pictures: fewer prompts in sample_prompts (config file)"

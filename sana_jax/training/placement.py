@@ -26,11 +26,14 @@ _REMEDY = {
 }
 
 
-def state_shardings(abstract, param_axes, mesh):
+def state_shardings(abstract, param_axes, mesh, offload=()):
   """Shards moments and average like their parameters, the rest replicated.
 
   Optimiser states must be placed explicitly: they start as zeros, which depend
   on no sharded input, so jit alone would put them all on one device.
+
+  Args:
+    offload: what is in the host's memory; see `HardwareConfig.offload`.
   """
   params = {
     name: sharding.param_shardings(module, param_axes[name], mesh)
@@ -41,7 +44,16 @@ def state_shardings(abstract, param_axes, mesh):
     abstract.opt_state, abstract.params, params, mesh
   )
   ema = None if abstract.ema is None else params
+  if "optimizer" in offload:
+    opt_state = jax.tree.map(_on_host, opt_state, abstract.opt_state)
+  if "average" in offload and ema is not None:
+    ema = jax.tree.map(_on_host, ema, abstract.ema)
   return step_lib.TrainState(replicated, params, ema, opt_state, replicated)
+
+
+def _on_host(place: jax.sharding.NamedSharding, leaf: Any):
+  # A count is no burden, and is looked at by the host's program.
+  return place.with_memory_kind("pinned_host") if leaf.ndim else place
 
 
 def frozen_shardings(frozen, param_axes, mesh):

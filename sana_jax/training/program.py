@@ -59,7 +59,9 @@ def make_program(
 
   abstract = jax.eval_shape(init_state, jax.random.key(0))
   sharding.check_every_axis_cuts(abstract.params, param_axes, mesh)
-  shardings = placement.state_shardings(abstract, param_axes, mesh)
+  offload = config.hardware.offload
+  shardings = placement.state_shardings(abstract, param_axes, mesh, offload)
+  on_device = placement.state_shardings(abstract, param_axes, mesh)
   state = jax.tree.map(
     lambda leaf, place: jax.ShapeDtypeStruct(
       leaf.shape, leaf.dtype, sharding=place
@@ -85,6 +87,8 @@ def make_program(
 
   def step_on_mesh(state, frozen, key, batch):
     with sharding.use(mesh):
+      if offload:
+        state = jax.device_put(state, on_device)
       return train_step(state, frozen, key, batch)
 
   step = jax.jit(

@@ -38,7 +38,7 @@ def test_blocks_run_in_order(rng):
 
 
 @pytest.mark.parametrize("scan", [True, False])
-@pytest.mark.parametrize("remat", ["full", "dots"])
+@pytest.mark.parametrize("remat", ["full", "dots", "offload"])
 def test_remat_changes_memory_and_not_gradients(rng, scan, remat):
   blocks = _blocks()
   x = jnp.asarray(rng.normal(size=(2, 4)), jnp.float32)
@@ -52,6 +52,22 @@ def test_remat_changes_memory_and_not_gradients(rng, scan, remat):
     grads(scan=scan, remat=remat),
     grads(scan=True, remat="none"),
   )
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_offload_keeps_inputs_of_blocks_on_the_host(scan):
+  blocks = _blocks()
+
+  def host_values(remat):
+    jaxpr = jax.make_jaxpr(
+      jax.grad(
+        lambda b: _run(b, jnp.ones((2, 4)), scan=scan, remat=remat).sum()
+      )
+    )(blocks)
+    return str(jaxpr).count("<host>")
+
+  assert host_values("offload") > 0
+  assert host_values("full") == 0
 
 
 @pytest.mark.parametrize("scan", [True, False])

@@ -16,7 +16,7 @@ from sana_jax import checkpoint
 from sana_jax import config as config_lib
 from sana_jax.data import loader
 from sana_jax.nn import layers
-from sana_jax.training import loop
+from sana_jax.training import budget, loop
 from sana_jax.training import recipe as recipe_lib
 from sana_jax.training import workdir as workdir_lib
 
@@ -113,6 +113,32 @@ def test_sharding_does_not_change_the_training(tmp_path):
   assert moment.sharding == kernel.sharding
   # Sums over devices are taken in another order.
   assert_states_equal(data, fsdp, rtol=2e-5, atol=1e-6)
+
+
+def test_a_state_on_the_host_changes_nothing(tmp_path):
+  """Neither numbers nor pictures, and it may begin in the middle of a run."""
+  exported = []
+  recipe = make_recipe()._replace(
+    export=lambda params, frozen, path: exported.append(params)
+  )
+  mesh = {"data": 2, "fsdp": 4}
+  loop.train(make_config(num_steps=4, mesh=mesh), tmp_path / "a", recipe)
+  config = make_config(mesh=mesh)
+  config.hardware.offload = ("optimizer", "average")
+  state = loop.train(config, tmp_path / "a", recipe)
+  moment = state.opt_state[1][0].mu["line/kernel"]
+  kernel = state.params["line"].kernel[...]
+  assert moment.sharding == kernel.sharding.with_memory_kind("pinned_host")
+  assert state.ema["line"].kernel[...].sharding == moment.sharding
+  assert budget.state_budget(state)["average"] == 0
+  assert budget.host_bytes(state.ema) == 4 * (64 // 4 + 8)
+  whole = loop.train(make_config(mesh=mesh), tmp_path / "b", make_recipe())
+  assert_states_equal(state, whole, rtol=0)
+  average = exported[-1]["line"].kernel[...]
+  assert average.sharding.memory_kind == "device"
+  np.testing.assert_array_equal(average, whole.ema["line"].kernel[...])
+  pictures = {path.name for path in (tmp_path / "a" / "samples").iterdir()}
+  assert {"step_0000012.png", "step_0000012_raw.png"} <= pictures
 
 
 def test_a_checkpoint_moves_to_another_mesh(tmp_path):

@@ -30,7 +30,8 @@ def test_a_step_that_does_not_fit_is_explained(tmp_path):
   assert text.startswith("the step does not fit the memory of a device")
   for part in (
     *("parameters", "average", "optimiser", "gradients", "fixed parts"),
-    *("batch", "--config.batch_size", "--config.remat=full (now 'full')"),
+    *("batch", "--config.batch_size", "--config.remat=full"),
+    *("(now 'full')", "--config.hardware.offload"),
     *("--config.mesh.fsdp", "XLA: RESOURCE_EXHAUSTED"),
   ):
     assert part in text
