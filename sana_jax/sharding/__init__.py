@@ -14,7 +14,7 @@ from sana_jax.sharding.context import (
   spec,
   use,
 )
-from sana_jax.sharding.gathering import gather_shards, scatter_sum
+from sana_jax.sharding.gathering import gather_shards
 from sana_jax.sharding.mesh import AXES, make_mesh
 from sana_jax.sharding.parameters import (
   ParamAxes,
@@ -47,7 +47,6 @@ __all__ = [
   "param_shardings",
   "place",
   "replicated",
-  "scatter_sum",
   "shards",
   "spec",
   "use",

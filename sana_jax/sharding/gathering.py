@@ -24,13 +24,13 @@ def gather_shards(shard: Array, axis_name: str, dim: int) -> Array:
   """
   return custom_derivatives.linear_call(
     lambda _, shard: jax.lax.all_gather(shard, axis_name, axis=dim, tiled=True),
-    lambda _, whole: scatter_sum(whole, axis_name, dim),
+    lambda _, whole: _scatter_sum(whole, axis_name, dim),
     (),
     shard,
   )
 
 
-def scatter_sum(whole: Array, axis_name: str, dim: int) -> Array:
+def _scatter_sum(whole: Array, axis_name: str, dim: int) -> Array:
   """Returns this device's part along `dim` of a sum over a mesh axis."""
   count = jax.lax.axis_size(axis_name)
   parts = whole.reshape(*whole.shape[:dim], count, -1, *whole.shape[dim + 1 :])
