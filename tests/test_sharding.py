@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 from sana_jax import config as config_lib
 from sana_jax import sharding, tree
 from sana_jax.models import controlnet, dc_ae, gemma2, sana
+from sana_jax.nn import layers
 from sana_jax.sharding import mesh as mesh_lib
 from tests import placements
 
@@ -103,6 +104,33 @@ def test_no_row_of_a_table_is_dead(cls, rows, configs):
     for name in names
   }
   assert first == {pattern for pattern, _ in rows}
+
+
+@pytest.mark.parametrize(
+  ("cls", "rows", "config"),
+  [
+    (sana.SanaTransformer, sana.PARAM_AXES, affine_sana()),
+    (
+      *(controlnet.SanaControlNet, controlnet.PARAM_AXES),
+      config_lib.SanaControlNetConfig(),
+    ),
+    (gemma2.Gemma2, gemma2.PARAM_AXES, config_lib.Gemma2Config()),
+    (dc_ae.DCAE, dc_ae.PARAM_AXES, batch_norm_dc_ae()),
+  ],
+)
+def test_a_layer_gathers_its_kernel_along_the_axis_that_is_cut(
+  cls, rows, config
+):
+  """Along another, what the table cuts would have to be moved first."""
+  seen = 0
+  for path, module in nnx.iter_modules(shapes_of(cls, config)):
+    if isinstance(module, layers.Linear):
+      name = "/".join(map(str, (*path, "kernel")))
+      axes = next(axes for pattern, axes in rows if re.search(pattern, name))
+      cut = [axis in ("embed", "fused_embed") for axis in axes[-2:]]
+      assert module.axes.index("embed") == cut.index(True), name
+      seen += 1
+  assert seen > 5
 
 
 def test_the_placement_of_the_published_models_is_as_reviewed():

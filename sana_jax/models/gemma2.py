@@ -75,12 +75,12 @@ class Attention(nnx.Module):
     self.scale = scale
     self.softcap = softcap
     common = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-    heads = common | {"axes": (None, "heads")}
+    heads = common | {"axes": ("embed", "heads")}
     self.query = _linear(width, num_heads * head_dim, **heads)
     self.key = _linear(width, num_kv_heads * head_dim, **heads)
     self.value = _linear(width, num_kv_heads * head_dim, **heads)
     self.out = _linear(
-      num_heads * head_dim, width, axes=("heads", None), **common
+      num_heads * head_dim, width, axes=("heads", "embed"), **common
     )
 
   def __call__(
@@ -115,9 +115,9 @@ class GatedMLP(nnx.Module):
     rngs: nnx.Rngs,
   ):
     common = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-    self.gate = _linear(width, hidden, axes=(None, "mlp"), **common)
-    self.up = _linear(width, hidden, axes=(None, "mlp"), **common)
-    self.down = _linear(hidden, width, axes=("mlp", None), **common)
+    self.gate = _linear(width, hidden, axes=("embed", "mlp"), **common)
+    self.up = _linear(width, hidden, axes=("embed", "mlp"), **common)
+    self.down = _linear(hidden, width, axes=("mlp", "embed"), **common)
 
   def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
     gate = jax.nn.gelu(self.gate(x), approximate=True)

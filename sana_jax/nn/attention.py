@@ -52,7 +52,9 @@ class LinearSelfAttention(nnx.Module):
     )
     self.norm_q = _qk_norm(features, param_dtype) if qk_norm else None
     self.norm_k = _qk_norm(features, param_dtype) if qk_norm else None
-    self.out = layers.Linear(features, features, axes=("heads", None), **common)
+    self.out = layers.Linear(
+      features, features, axes=("heads", "embed"), **common
+    )
 
   def __call__(
     self, x: Float[Array, "b n d"], identity: Bool[Array, " b"] | None = None
@@ -106,11 +108,15 @@ class CrossAttention(nnx.Module):
   ):
     self.head_dim = head_dim
     common = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-    self.q = layers.Linear(features, features, axes=(None, "heads"), **common)
+    self.q = layers.Linear(
+      features, features, axes=("embed", "heads"), **common
+    )
     self.kv = layers.Linear(features, 2 * features, **common)
     self.norm_q = _qk_norm(features, param_dtype) if qk_norm else None
     self.norm_k = _qk_norm(features, param_dtype) if qk_norm else None
-    self.out = layers.Linear(features, features, axes=("heads", None), **common)
+    self.out = layers.Linear(
+      features, features, axes=("heads", "embed"), **common
+    )
 
   def __call__(
     self,

@@ -139,6 +139,7 @@ class MultiScaleLinearAttention(nnx.Module):
       features,
       use_bias=False,
       kernel_init=layers.torch_default_init(joined),
+      axes=(None, "embed"),
       **common,
     )
     self.norm = make_norm(norm, features, param_dtype)

@@ -107,6 +107,7 @@ class PatchEmbed(nnx.Module):
     self.projection = layers.Linear(
       patch_size**2 * in_channels,
       features,
+      axes=(None, "embed"),
       dtype=dtype,
       param_dtype=param_dtype,
       rngs=rngs,
@@ -144,6 +145,7 @@ class TimeEmbed(nnx.Module):
     self.linear_1 = layers.Linear(
       TIME_FEATURES,
       features,
+      axes=(None, "embed"),
       kernel_init=first,
       param_dtype=param_dtype,
       rngs=rngs,
@@ -178,7 +180,11 @@ class CaptionEmbed(nnx.Module):
     common = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
     init = nnx.initializers.normal(0.02)
     self.linear_1 = layers.Linear(
-      in_features, features, kernel_init=init, **common
+      in_features,
+      features,
+      kernel_init=init,
+      axes=(None, "embed"),
+      **common,
     )
     self.linear_2 = layers.Linear(
       features, features, kernel_init=init, **common

@@ -10,8 +10,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import custom_derivatives
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
@@ -40,8 +40,8 @@ class Linear(nnx.Module):
   """y = x @ kernel + bias over the last axis.
 
   Args:
-    axes: logical axes of the kernel in use, for tensor parallelism. What of it
-      is sharded otherwise is gathered, in `dtype`.
+    axes: logical axes of the kernel; one is `embed`, which is gathered where
+      the kernel is used.
   """
 
   def __init__(
@@ -54,7 +54,7 @@ class Linear(nnx.Module):
     param_dtype: DTypeLike = jnp.float32,
     kernel_init: Initializer = XAVIER_UNIFORM,
     bias_init: Initializer = ZEROS,
-    axes: tuple[str | None, str | None] = (None, None),
+    axes: tuple[str | None, str | None] = ("embed", None),
     rngs: nnx.Rngs,
   ):
     self.dtype = dtype
@@ -69,9 +69,8 @@ class Linear(nnx.Module):
     )
 
   def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
-    y = x.astype(self.dtype) @ gathered(
-      self.kernel[...].astype(self.dtype), self.axes
-    )
+    kernel = self.kernel[...].astype(self.dtype)
+    y = product(x.astype(self.dtype), kernel, self.axes)
     if self.bias is None:
       return y
     return y + _row(self.bias[...].astype(self.dtype), y.ndim)
@@ -90,8 +89,7 @@ class Linear(nnx.Module):
     kernel = kernel.reshape(kernel.shape[0], parts, -1)
     # First the exchange among a few, then what gathers the width.
     kernel = sharding.constrain(kernel, ("embed", None, axis))
-    kernel = gathered(kernel, (None, None, axis))
-    y = jnp.einsum("...i,ipo->...po", x.astype(self.dtype), kernel)
+    y = product(x.astype(self.dtype), kernel, ("embed", None, axis))
     if self.bias is not None:
       bias = self.bias[...].astype(self.dtype).reshape(parts, -1)
       bias = sharding.constrain(bias, (None, axis))
@@ -208,25 +206,44 @@ class RMSNorm(nnx.Module):
     return y.astype(x.dtype)
 
 
-def gathered(kernel: Array, axes: tuple[str | None, ...]) -> Array:
-  """Returns a kernel as it is used, whatever axes shard it at rest.
+def product(
+  x: Float[Array, "*b i"], kernel: Array, axes: tuple[str | None, ...]
+) -> Array:
+  """Contracts the last axis of `x` with the first of `kernel`.
 
-  Said explicitly, because the compiler might rather move the activations.
+  Where a mesh in use cuts the `embed` axis of the kernel, that is gathered, in
+  the dtype it has, and the sum of its gradients is scattered.
+
+  Args:
+    axes: logical axes of the kernel.
   """
-  if sharding.shards("embed") == 1:
-    return sharding.constrain(kernel, axes)
-  if sharding.shards("rows") > 1:
-    # Told less, the compiler moves shards of gradients to where they belong.
-    return checkpoint_name(sharding.constrain(kernel, axes), GATHERED)
-  # A constraint's transpose is the same one, on the gradient: every device
-  # would sum all of it, to keep a shard. This one's is the identity.
-  kernel = custom_derivatives.linear_call(
-    lambda _, kernel: sharding.constrain(kernel, axes),
-    lambda _, gradient: gradient,
-    (),
-    kernel,
-  )
-  return checkpoint_name(kernel, GATHERED)
+  in_use = tuple(None if axis == "embed" else axis for axis in axes)
+  count, samples = sharding.shards("embed"), sharding.shards("batch")
+  if count == 1:
+    return jnp.tensordot(x, sharding.constrain(kernel, in_use), 1)
+  dim = axes.index("embed")
+  divides = kernel.shape[dim] % count == 0 == x.shape[0] % samples
+  # With rows, the compiler moves shards of gradients to where they belong.
+  if x.ndim == 1 or not divides or sharding.shards("rows") > 1:
+    kernel = sharding.constrain(kernel, in_use)
+    return jnp.tensordot(x, checkpoint_name(kernel, GATHERED), 1)
+  (fsdp,) = sharding.RULES["embed"]
+  batch = sharding.RULES["batch"]
+
+  def local(x, kernel):
+    kernel = sharding.gather_shards(kernel, fsdp, dim)
+    kernel = sharding.constrain(kernel, in_use)
+    return jnp.tensordot(x, checkpoint_name(kernel, GATHERED), 1)
+
+  # Of samples and shards every device sees its own. Left to itself, the
+  # compiler might move activations, or sum gradients whole on every device.
+  return jax.shard_map(
+    local,
+    in_specs=(PartitionSpec(batch), PartitionSpec(*(None,) * dim, fsdp)),
+    out_specs=PartitionSpec(batch),
+    axis_names=set(batch),
+    check_vma=False,
+  )(x, sharding.constrain(kernel, axes))
 
 
 def sinusoidal_embedding(

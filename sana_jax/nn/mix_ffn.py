@@ -51,7 +51,7 @@ class MixFFN(nnx.Module):
       features,
       use_bias=False,
       kernel_init=layers.torch_default_init(hidden),
-      axes=("mlp", None),
+      axes=("mlp", "embed"),
       **common,
     )
 

@@ -166,11 +166,28 @@ def _arrays(shape: str) -> list[Array]:
 def _is_scattered(
   computation: Mapping[str, hlo.Instruction], reduction: hlo.Instruction
 ) -> bool:
-  """Whether only a device's part of a sum leaves the computation.
+  """Whether only a device's part of every sum leaves the computation.
 
-  XLA:TPU writes its reduce-scatter as a fusion of the two.
+  XLA:TPU writes its reduce-scatter as a fusion of the two, of one array or of
+  several.
   """
   last = next(one for one in computation.values() if one.is_root)
-  while last.opcode == "bitcast":
-    last = computation[last.operands[0]]
-  return last.opcode == "dynamic-slice" and last.operands[0] == reduction.name
+  results = last.operands if last.opcode == "tuple" else (last.name,)
+  for name in results:
+    cut = _behind(computation, name, "bitcast")
+    if cut.opcode != "dynamic-slice":
+      return False
+    whole = _behind(computation, cut.operands[0], "get-tuple-element")
+    if whole.name != reduction.name:
+      return False
+  return True
+
+
+def _behind(
+  computation: Mapping[str, hlo.Instruction], name: str, opcode: str
+) -> hlo.Instruction:
+  """Returns what an instruction is of, beyond any of `opcode`."""
+  found = computation[name]
+  while found.opcode == opcode:
+    found = computation[found.operands[0]]
+  return found

@@ -14,6 +14,7 @@ from sana_jax.sharding.context import (
   spec,
   use,
 )
+from sana_jax.sharding.gathering import gather_shards
 from sana_jax.sharding.mesh import AXES, make_mesh
 from sana_jax.sharding.parameters import (
   ParamAxes,
@@ -41,6 +42,7 @@ __all__ = [
   "compiler_axes",
   "constrain",
   "gather",
+  "gather_shards",
   "make_mesh",
   "param_shardings",
   "place",

@@ -126,6 +126,31 @@ def test_a_fusion_that_keeps_a_share_of_a_sum_is_a_reduce_scatter():
   assert (found.kind, found.bytes) == ("reduce-scatter", 128 * 3 / 4)
 
 
+def test_a_fusion_that_keeps_shares_of_several_sums_is_a_reduce_scatter():
+  cut = "dynamic-slice(%{0}, %start, %zero), sizes={{2,4}}"
+  fused = f"""\
+%all-reduce-scatter.1 (x: f32[8,4], y: f32[8,4]) -> (f32[2,4], f32[2,4]) {{
+  %x = f32[8,4] parameter(0)
+  %y = f32[8,4] parameter(1)
+  %sums = (f32[8,4], f32[8,4]) all-reduce(%x, %y), {FSDP}, to_apply=%add
+  %sum0 = f32[8,4] get-tuple-element(%sums), index=0
+  %sum1 = f32[8,4] get-tuple-element(%sums), index=1
+  %start = s32[] constant(2)
+  %mine = f32[2,4] {cut.format("sum0")}
+  %other = f32[2,4] {cut.format("sum1")}
+  ROOT %t = (f32[2,4], f32[2,4]) tuple(%mine, %other)
+}}
+"""
+  call = "%f = (f32[2,4], f32[2,4]) fusion(%a), calls=%all-reduce-scatter.1"
+  (found,) = collectives.collectives(program(call, computations=fused), MESH)
+  assert (found.kind, found.bytes) == ("reduce-scatter", 2 * 128 * 3 / 4)
+  kept_whole = fused.replace("%mine, %other", "%mine, %sum1")
+  (found,) = collectives.collectives(
+    program(call, computations=kept_whole), MESH
+  )
+  assert (found.kind, found.bytes) == ("all-reduce", 2 * 2 * 128 * 3 / 4)
+
+
 def test_pieces_of_one_gathering_beside_other_work_count_once():
   piece = (
     "%g{0} = f32[8] all-gather(%a{0}), channel_id=7, " + FSDP + ", "

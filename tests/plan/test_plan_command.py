@@ -1,8 +1,11 @@
 """The command, from its flags to what it writes."""
 
+import json
 import subprocess
 import sys
 import textwrap
+
+import pytest
 
 from sana_jax.plan import roofline, sampling
 
@@ -55,6 +58,30 @@ def test_fields_of_the_config_are_set_and_checked(tmp_path):
   done = run(tmp_path, "--topology=v5e:2x2", changed)
   assert done.returncode == 1
   assert "train_text_encoder must be False" in done.stderr
+
+
+@pytest.mark.tpu_aot
+def test_a_small_step_for_tpus_gathers_kernels_and_scatters_gradients(
+  tmp_path,
+):
+  """Whatever the size: kernels twice, gradients once, and no activation."""
+  pytest.importorskip("libtpu")
+  path = tmp_path / "plan.json"
+  done = run(
+    *(tmp_path, "--topology=v5e:2x2", f"--json={path}"),
+    *("--config.model.num_layers=2", "--config.model.sample_size=8"),
+    *("--config.batch_size=16", "--config.mesh.data=1"),
+    *("--config.mesh.fsdp=4", "--config.remat=full"),
+  )
+  assert done.returncode == 0, done.stderr
+  assert "v5e:2x2 (4 chips)" in done.stdout
+  record = json.loads(path.read_text())
+  assert record["gathered_activations"] == []
+  assert record["ratio"] <= 1.10
+  sent, least = record["sent_bytes"], record["least_bytes"]
+  for kind in ("all-gather", "reduce-scatter"):
+    assert sent[f"fsdp:{kind}"] == pytest.approx(least[f"fsdp:{kind}"], rel=0.1)
+  assert record["fits"]
 
 
 def test_the_page_of_sampling_says_what_each_stage_takes():

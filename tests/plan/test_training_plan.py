@@ -230,20 +230,3 @@ def test_a_step_that_does_not_fit_is_told_not_raised():
   assert plan.found is None
   assert plan.total > plan.hbm_bytes
   assert "DOES NOT FIT" in report.text(plan)
-
-
-@pytest.mark.tpu_aot
-def test_a_small_step_is_planned_for_a_tpu():
-  pytest.importorskip("libtpu")
-  model = config_lib.sana_600m()
-  model.num_layers, model.sample_size = 2, 8
-  config = make_config(
-    model=model,
-    text_encoder=config_lib.Gemma2Config(),
-    mesh={"data": 1, "fsdp": 4},
-    max_sequence_length=300,
-  )
-  plan = training.plan(config, topology.describe("v5e:2x2"))
-  assert plan.activations == []
-  assert plan.total < 2 * 2**30
-  assert 0.9 < report.ratio(plan) < 1.6

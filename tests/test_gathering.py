@@ -1,0 +1,142 @@
+"""Kernels are gathered where they are used; sums are scattered."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from sana_jax import sharding
+from sana_jax.nn import layers
+from sana_jax.sharding import gathering
+
+IN, OUT = ("embed", "heads"), ("heads", "embed")
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2])
+def test_what_is_gathered_is_whole_and_its_gradient_a_share_of_the_sum(
+  rng, dim
+):
+  mesh = sharding.make_mesh({"data": 2, "fsdp": 4})
+  whole = rng.normal(size=(4, 8, 12)).astype(np.float32)
+  weights = rng.normal(size=(8, *whole.shape)).astype(np.float32)
+  cut = P(*(None,) * dim, "fsdp")
+
+  def weighed(shard, weight):
+    found = sharding.gather_shards(shard, "fsdp", dim)
+    return jnp.sum(found * weight[0])[None]
+
+  def total(shards, weights):
+    devices = P(("data", "fsdp"))
+    sums = jax.shard_map(
+      weighed,
+      mesh=mesh,
+      in_specs=(cut, devices),
+      out_specs=devices,
+      check_vma=False,
+    )(shards, weights)
+    return jnp.sum(sums)
+
+  value, gradient = jax.jit(
+    jax.value_and_grad(total), out_shardings=(None, NamedSharding(mesh, cut))
+  )(whole, weights)
+  np.testing.assert_allclose(value, np.sum(whole * weights), rtol=1e-4)
+  np.testing.assert_allclose(gradient, weights.sum(0), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("count", [2, 4, 6, 8])
+def test_a_sum_that_is_scattered_in_two_steps_is_that_of_one(rng, count):
+  mesh = jax.make_mesh(
+    (count,),
+    ("fsdp",),
+    devices=jax.devices()[:count],
+    axis_types=(jax.sharding.AxisType.Auto,),
+  )
+  parts = rng.normal(size=(count, count, 3, 5)).astype(np.float32)
+  scatter = jax.shard_map(
+    lambda parts: gathering._in_two_steps(parts[0], "fsdp")[None],
+    mesh=mesh,
+    in_specs=P("fsdp"),
+    out_specs=P("fsdp"),
+    check_vma=False,
+  )
+  found = jax.jit(scatter)(parts)
+  np.testing.assert_allclose(found, parts.sum(0), rtol=1e-4, atol=1e-5)
+
+
+def two_layers(kernels, x):
+  """A residual network of two products a layer, rematerialised in a scan."""
+
+  def body(x, layer):
+    hidden = jnp.tanh(layers.product(x, layer[0], IN))
+    return x + layers.product(hidden, layer[1], OUT), None
+
+  return jnp.sum(jax.lax.scan(jax.checkpoint(body), x, kernels)[0] ** 2)
+
+
+@pytest.mark.parametrize(
+  "axes",
+  [
+    {"fsdp": 8},
+    {"data": 2, "fsdp": 2, "tensor": 2},
+    {"fsdp": 2, "tensor": 2, "sequence": 2},
+  ],
+  ids=str,
+)
+def test_a_gathered_product_has_the_derivatives_of_a_plain_one(rng, axes):
+  mesh = sharding.make_mesh(axes)
+
+  def random(*shape):
+    return (rng.normal(size=shape) / 5).astype(np.float32)
+
+  kernels, tangents = ((random(2, 16, 8), random(2, 8, 16)) for _ in range(2))
+  x = random(8, 3, 16)
+
+  def derivatives(kernels, tangents, x):
+    first = jax.value_and_grad(two_layers, (0, 1))(kernels, x)
+    forward_over_reverse = jax.jvp(
+      lambda k: jax.grad(two_layers)(k, x), (kernels,), (tangents,)
+    )
+    reverse_over_forward = jax.grad(
+      lambda k: jax.jvp(lambda k: two_layers(k, x), (k,), (tangents,))[1]
+    )(kernels)
+    many = jax.vmap(jax.grad(lambda x: two_layers(kernels, x)))(
+      jnp.stack([x, 2 * x])
+    )
+    return first, forward_over_reverse, reverse_over_forward, many
+
+  def on_mesh(*args):
+    with sharding.use(mesh):
+      return derivatives(*args)
+
+  places = tuple(
+    NamedSharding(mesh, P(None, *axes))
+    for axes in (("fsdp", "tensor"), ("tensor", "fsdp"))
+  )
+  found = jax.jit(
+    on_mesh,
+    in_shardings=(places, places, sharding.batch_sharding(mesh)),
+  )(kernels, tangents, x)
+  expected = jax.jit(derivatives)(kernels, tangents, x)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+    found,
+    expected,
+  )
+
+
+@pytest.mark.parametrize(("samples", "width"), [(3, 8), (8, 6), (3, 6)])
+def test_what_does_not_divide_over_the_shards_is_multiplied_all_the_same(
+  rng, samples, width
+):
+  mesh = sharding.make_mesh({"data": 2, "fsdp": 4})
+  x = rng.normal(size=(samples, width)).astype(np.float32)
+  kernel = rng.normal(size=(width, 5)).astype(np.float32)
+
+  @jax.jit
+  def product(x, kernel):
+    with sharding.use(mesh):
+      return layers.product(x, kernel, ("embed", None))
+
+  np.testing.assert_allclose(product(x, kernel), x @ kernel, rtol=1e-5)
