@@ -195,8 +195,7 @@ class SanaPipeline:
       sigmas: custom noise levels; for the flow-Euler solver.
       timesteps: custom angles ending with 0; for Sprint.
       progress: called at the beginning and end of every stage.
-      on_step: called after every step of the sampler; see `reports.watch`. It
-        takes a program of its own.
+      on_step: called after every step, see `reports`; a program of its own.
       **changes: to the `generation_config`, for this call; its fields are
         num_inference_steps, guidance_scale, height, width and so on.
 
@@ -223,10 +222,7 @@ class SanaPipeline:
     conditions = self._conditions(job, num_images_per_prompt, progress)
     if plan.offload_text_encoder:
       self._offload_text_encoder()
-    encode = functools.partial(
-      self.encode_image, how=plan.decoding, progress=progress
-    )
-    latents, known, control = job.begin(encode, on_circle=self.is_sprint)
+    latents, known, control = self._begin(job, plan.decoding, progress)
     latents = self.denoise(
       latents,
       job.schedule,
@@ -466,6 +462,10 @@ class SanaPipeline:
       lambda a: jnp.repeat(a, num_images_per_prompt, axis=0),
       (condition, null_condition),
     )
+
+  def _begin(self, job: jobs.Job, how: decoding.Decoding, progress):
+    encode = functools.partial(self.encode_image, how=how, progress=progress)
+    return job.begin(encode, on_circle=self.is_sprint)
 
   def _encode(self, prompts, instruction, settings, progress):
     def encode(input_ids, attention_mask) -> denoising.Condition:
