@@ -26,6 +26,8 @@ from sana_jax.app.jobs import Job, Update
 from sana_jax.app.limits import Limits
 from sana_jax.app.waiting import FairQueue
 
+# How long a step may take to end.
+_STOP_SECONDS = 30.0
 _CLOSED = "The server is shutting down; send the request again later."
 
 
@@ -44,6 +46,8 @@ class Service:
       first one is served; without, there are no previews.
 
   Attributes:
+    model_name: the checkpoint's.
+    lora_names: what requests may name.
     ready: is set when the warm-up is over.
 
   Raises:
@@ -62,6 +66,7 @@ class Service:
   ):
     self.pipe = pipe
     self.limits = limits.of(pipe)
+    self.model_name = str((made_with or {}).get("checkpoint", "sana_jax"))
     adapters = Adapters(pipe.transformer, loras or {})
     self.lora_names = adapters.names
     self.ready = threading.Event()
@@ -204,10 +209,6 @@ class Service:
       job.end(self._maker.make(job.request, post))
     except Exception as error:
       job.end(error=_explained(error))
-
-
-# How long a step may take to end.
-_STOP_SECONDS = 30.0
 
 
 def _explained(error: Exception) -> Exception:
