@@ -10,12 +10,13 @@ import numpy as np
 import PIL.Image
 from jaxtyping import UInt8
 
-# In this order; what is not named here is shown last, under its own name.
+# In this order; the rest is in the file, for programs.
 _LABELS = {
   "prompt": "Prompt",
   "negative_prompt": "Negative prompt",
+  "size": "Size",
   "seed": "Seed",
-  "image_index": "Number among the seed's images",
+  "image_index": "Image of the seed",
   "num_inference_steps": "Steps",
   "guidance_scale": "Guidance",
   "solver": "Sampler",
@@ -69,3 +70,21 @@ def settings(description: Mapping[str, Any]) -> str:
     for label, value in _readable(description)
   )
   return f'<dl class="settings" aria-label="Settings of the image">{rows}</dl>'
+
+
+def _readable(description: Mapping[str, Any]) -> list[tuple[str, Any]]:
+  width, height = description.get("width"), description.get("height")
+  known = dict(description)
+  if width and height:
+    known["size"] = f"{width}×{height}"
+  return [
+    (label, known[name])
+    for name, label in _LABELS.items()
+    if known.get(name) not in (None, "", [])
+  ]
+
+
+def _text(value: Any) -> str:
+  if isinstance(value, list):
+    return ", ".join(map(str, value))
+  return str(value)
