@@ -1,6 +1,8 @@
 """The web page: a form, progress while images are made, and a gallery."""
 
 import contextlib
+import dataclasses
+import html
 import os
 import pathlib
 from collections.abc import AsyncIterator
@@ -9,6 +11,7 @@ from typing import Any
 import fastapi
 import gradio
 
+from sana_jax import pipeline as pipeline_lib
 from sana_jax.app import (
   page_events,
   page_files,
@@ -89,3 +92,152 @@ def build(service: Service, files: page_files.PageFiles) -> gradio.Blocks:
   blocks.max_threads = slots  # the number of events at a time
   blocks.queue(max_size=2 * slots)
   return blocks
+
+
+def _layout(
+  service: Service,
+) -> tuple[settings_form.Fields, page_events.Parts]:
+  """Places everything: what is made on one side, how on the other."""
+  pipe, limits = service.pipe, service.limits
+  made_by = f"<p>{html.escape(_name(service))}</p>"
+  gradio.HTML(f"<h1>sana_jax</h1>{made_by}", elem_id="title", padding=False)
+  with gradio.Row(equal_height=False):
+    with gradio.Column(scale=3, min_width=320):
+      fields = settings_form.texts(pipe, limits)
+      _examples(pipe, fields["prompt"])
+      results = _results()
+    with gradio.Column(scale=2, min_width=300, elem_id="settings"):
+      sizes, sides = settings_form.sizes(pipe)
+      fields |= sizes
+      fields |= settings_form.sampling(pipe, limits)
+      fields |= settings_form.seeds(limits)
+      fields |= settings_form.adapters(service.lora_names)
+      with gradio.Accordion("Begin with an image", open=False):
+        fields |= settings_form.pictures(pipe)
+      with gradio.Accordion("Settings from an image", open=False):
+        from_image = gradio.File(
+          label="A PNG that was made here, or by sample.py",
+          file_types=[".png"],
+          height=120,
+          elem_id="from_image",
+        )
+        status = gradio.HTML(elem_id="from_image_status")
+  parts = page_events.Parts(
+    **results,
+    sides=sides,
+    from_image=from_image,
+    from_image_status=status,
+    images=gradio.State([]),
+    selected=gradio.State(None),
+  )
+  return fields, parts
+
+
+def _results() -> dict[str, gradio.blocks.Block]:
+  """Places the buttons, the progress, and what was made."""
+  with gradio.Row():
+    generate = gradio.Button("Generate", variant="primary", scale=3)
+    cancel = gradio.Button("Cancel", visible=False, scale=1, min_width=90)
+  status = gradio.HTML(
+    page_html.message(page_events.READY), elem_id="status", padding=False
+  )
+  with gradio.Column(visible=False, elem_id="chosen") as chosen:
+    picture = gradio.Image(
+      label="Image",
+      show_label=False,
+      interactive=False,
+      height=400,
+      buttons=["fullscreen"],
+      elem_id="picture",
+    )
+    details = gradio.HTML(padding=False, elem_id="details")
+    with gradio.Row():
+      download = gradio.DownloadButton("Download PNG", size="sm")
+      reproduce = gradio.Button("Reproduce", size="sm")
+  gallery = gradio.Gallery(
+    label="All images, newest first",
+    show_label=False,
+    columns=6,
+    fit_columns=False,
+    object_fit="contain",
+    allow_preview=False,
+    interactive=False,
+    buttons=[],
+    visible=False,
+    elem_id="gallery",
+  )
+  return {
+    "generate": generate,
+    "cancel": cancel,
+    "status": status,
+    "gallery": gallery,
+    "chosen": chosen,
+    "picture": picture,
+    "details": details,
+    "download": download,
+    "reproduce": reproduce,
+  }
+
+
+def _examples(
+  pipe: pipeline_lib.SanaPipeline, prompt: gradio.components.Component
+) -> None:
+  """Offers prompts that the checkpoint can make something of."""
+  size = pipe.image_size()
+  is_emoji = max(size.height, size.width) <= _EMOJI_SIDE
+  gradio.Examples(
+    [[text] for text in (_EMOJI if is_emoji else _SCENES)],
+    [prompt],
+    label="Examples",
+    api_visibility="private",
+    elem_id="examples",
+  )
+
+
+def _connect(blocks: gradio.Blocks, events: page_events.Events) -> None:
+  """Says what happens when."""
+  fields, parts = events.fields, events.parts
+  everything = [
+    *fields.values(),
+    *(getattr(parts, field.name) for field in dataclasses.fields(parts)),
+  ]
+  gradio.on(
+    [parts.generate.click, fields["prompt"].submit],
+    events.generate,
+    [parts.images, *fields.values()],
+    everything,
+    concurrency_limit=events.max_jobs,
+    trigger_mode="once",
+    **_EVENT,
+  )
+  for trigger, function, inputs in (
+    (parts.cancel.click, events.cancel, []),
+    (parts.gallery.select, events.select, [parts.images]),
+    (
+      parts.reproduce.click,
+      events.reproduce,
+      [parts.images, parts.selected],
+    ),
+    (parts.from_image.upload, events.read_image, [parts.from_image]),
+    (fields["aspect"].change, events.show_size, [fields["aspect"]]),
+  ):
+    trigger(function, inputs, everything, concurrency_limit=None, **_EVENT)
+  blocks.unload(events.leave)
+
+
+def _name(service: Service) -> str:
+  return str(service.made_with.get("checkpoint", "SANA"))
+
+
+def _theme() -> gradio.Theme:
+  """Quiet, and with the fonts that the visitor's system has."""
+  return gradio.themes.Base(
+    primary_hue="indigo",
+    secondary_hue="indigo",
+    neutral_hue="slate",
+    font=["system-ui", "sans-serif"],
+    font_mono=["ui-monospace", "monospace"],
+  ).set(
+    block_border_width="1px",
+    block_shadow="none",
+  )

@@ -30,7 +30,7 @@ from sana_jax.app.service import Service
 # Images that a visitor's gallery keeps.
 _MAX_IMAGES = 48
 _CAPTION_LENGTH = 80
-_READY = "Describe an image, and press Generate."
+READY = "Describe an image, and press Generate."
 _UNEXPECTED = "Something went wrong on the server; its log says what."
 
 # By component. A visitor's list of (path, caption) is the state "images", the
@@ -48,9 +48,11 @@ class Parts:
   status: gradio.HTML
   gallery: gradio.Gallery
   chosen: gradio.Column
+  picture: gradio.Image
   details: gradio.HTML
   download: gradio.DownloadButton
   reproduce: gradio.Button
+  sides: gradio.Row
   from_image: gradio.File
   from_image_status: gradio.HTML
   images: gradio.State
@@ -72,24 +74,24 @@ class Events:
   ):
     self._service = service
     self._files = files
-    self._fields = fields
-    self._parts = parts
+    self.fields = fields
+    self.parts = parts
     self._jobs: dict[str, Job] = {}  # by session
     # A thread waits for each job, and none of Gradio's does.
-    self._waiting = futures.ThreadPoolExecutor(
-      service.limits.max_waiting + 2, "page"
-    )
+    self.max_jobs = service.limits.max_waiting + 2
+    self._waiting = futures.ThreadPoolExecutor(self.max_jobs, "page")
 
   async def generate(
     self, request: gradio.Request, images: Images, *values: Any
   ) -> AsyncIterator[Updates]:
     """Makes what the form says, and shows how far it is."""
-    parts = self._parts
-    form = dict(zip(self._fields, values, strict=True))
-    yield form_values.start_over(self._fields) | {
+    parts = self.parts
+    form = dict(zip(self.fields, values, strict=True))
+    yield form_values.start_over(self.fields) | {
       parts.generate: gradio.update(interactive=False),
       parts.cancel: gradio.update(visible=True),
       parts.status: page_html.message("Sending the request."),
+      parts.chosen: gradio.update(visible=False),
     }
     session = str(request.session_hash)
     host = request.client.host if request.client else ""
@@ -106,7 +108,7 @@ class Events:
       result = job.result()
       outcome = await asyncio.to_thread(self._show, result, images)
     except InvalidRequestError as error:
-      outcome = form_values.refuse(self._fields, error)
+      outcome = form_values.refuse(self.fields, error)
       outcome[parts.status] = page_html.message(error.message, kind="error")
     except (BusyError, ClosedError, CancelledError, JobError) as error:
       kind = "note" if isinstance(error, CancelledError) else "error"
@@ -122,7 +124,7 @@ class Events:
   def cancel(self, request: gradio.Request) -> Updates:
     """Gives up what the visitor's session is waiting for."""
     self._cancel(str(request.session_hash))
-    return {self._parts.status: page_html.message("Cancelling.")}
+    return {self.parts.status: page_html.message("Cancelling.")}
 
   def leave(self, request: gradio.Request) -> None:
     """Gives up what nobody waits for any more."""
@@ -132,7 +134,7 @@ class Events:
     """Shows the settings of an image."""
     number = event.index
     if not isinstance(number, int) or not 0 <= number < len(images):
-      return {self._parts.selected: None}
+      return {self.parts.selected: None}
     return self._look(images, number)
 
   def reproduce(self, images: Images, selected: int | None) -> Updates:
@@ -140,11 +142,11 @@ class Events:
     if selected is None:
       return {}
     path, _ = images[selected]
-    return self._fill(pathlib.Path(path).read_bytes(), self._parts.status)
+    return self._fill(pathlib.Path(path).read_bytes(), self.parts.status)
 
   def read_image(self, file: Mapping[str, Any] | None) -> Updates:
     """Fills the form with the settings of an image that is handed in."""
-    status = self._parts.from_image_status
+    status = self.parts.from_image_status
     try:
       data = form_values.upload_bytes(
         file, form_from_image.FIELD, self._service.limits
@@ -156,10 +158,7 @@ class Events:
   def show_size(self, aspect: str) -> Updates:
     """Shows the fields for width and height if they are used."""
     visible = aspect == settings_form.CUSTOM
-    return {
-      self._fields[name]: gradio.update(visible=visible)
-      for name in ("width", "height")
-    }
+    return {self.parts.sides: gradio.update(visible=visible)}
 
   def _submit(self, form: Mapping[str, Any], host: str) -> Job:
     request = form_values.to_request(form, self._service.limits)
@@ -191,17 +190,17 @@ class Events:
     images = [*made, *images][:_MAX_IMAGES]
     count = len(made)
     return self._look(images, 0) | {
-      self._parts.images: images,
-      self._parts.gallery: gradio.update(value=images, selected_index=0),
-      self._parts.status: page_html.message(
+      self.parts.images: images,
+      self.parts.gallery: gradio.update(value=images, visible=True),
+      self.parts.status: page_html.message(
         f"{count} image{'s' if count > 1 else ''} of seed {result.seed}."
       ),
-      self._fields["seed"]: result.seed,
-      self._fields["image_index"]: first,
+      self.fields["seed"]: result.seed,
+      self.fields["image_index"]: first,
     }
 
   def _look(self, images: Images, number: int) -> Updates:
-    parts = self._parts
+    parts = self.parts
     path, _ = images[number]
     try:
       data = pathlib.Path(path).read_bytes()
@@ -215,6 +214,7 @@ class Events:
     return {
       parts.selected: number,
       parts.chosen: gradio.update(visible=True),
+      parts.picture: path,
       parts.details: page_html.settings(description),
       parts.download: path,
     }
@@ -233,9 +233,9 @@ class Events:
     if notes:
       text += f" It may come out differently: {'; '.join(notes)}."
     filled = {
-      self._fields[name]: value
+      self.fields[name]: value
       for name, value in values.items()
-      if name in self._fields
+      if name in self.fields
     }
     return filled | {status: page_html.message(text)}
 

@@ -10,16 +10,19 @@ import numpy as np
 import PIL.Image
 from jaxtyping import UInt8
 
+from sana_jax.app import settings_form
+
+_PREVIEW_HEIGHT = 380
 # In this order; the rest is in the file, for programs.
 _LABELS = {
   "prompt": "Prompt",
   "negative_prompt": "Negative prompt",
   "size": "Size",
   "seed": "Seed",
-  "image_index": "Image of the seed",
+  "image_index": "Image number",
   "num_inference_steps": "Steps",
   "guidance_scale": "Guidance",
-  "solver": "Sampler",
+  "solver": "Solver",
   "strength": "Strength",
   "lora": "LoRA",
   "lora_scale": "LoRA scale",
@@ -48,8 +51,10 @@ def progress(
       f'<span style="width: {100 * done / total:.1f}%"></span></div>'
     )
   if preview is not None:
+    height, width = preview.shape[:2]
     parts.append(
       f'<img class="preview" alt="Preview after step {done}" '
+      f'style="width: min(100%, {_PREVIEW_HEIGHT * width / height:.0f}px)" '
       f'src="{data_uri(preview)}">'
     )
   return "".join(parts)
@@ -77,6 +82,8 @@ def _readable(description: Mapping[str, Any]) -> list[tuple[str, Any]]:
   known = dict(description)
   if width and height:
     known["size"] = f"{width}×{height}"
+  if (solver := description.get("solver")) in settings_form.SOLVER_NAMES:
+    known["solver"] = settings_form.SOLVER_NAMES[solver]
   return [
     (label, known[name])
     for name, label in _LABELS.items()

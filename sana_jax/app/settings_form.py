@@ -15,7 +15,7 @@ from sana_jax.app import solvers
 
 AUTOMATIC, CUSTOM, NONE = "automatic", "custom", "none"
 ASPECTS = ("1:1", "4:3", "3:4", "3:2", "2:3", "16:9", "9:16")
-_SOLVER_NAMES = {
+SOLVER_NAMES = {
   "FlowDPMSolver": "Flow-DPM-Solver++",
   "FlowEuler": "Flow-Euler",
 }
@@ -52,8 +52,8 @@ def texts(
   }
 
 
-def sizes(pipe: pipeline_lib.SanaPipeline) -> Fields:
-  """Shows the fields for the size; width and height as they are needed."""
+def sizes(pipe: pipeline_lib.SanaPipeline) -> tuple[Fields, gradio.Row]:
+  """Shows the fields for the size, and the row of width and height, hidden."""
   own = pipe.image_size()
   choices = [("Automatic", AUTOMATIC)]
   for aspect in ASPECTS:
@@ -67,14 +67,13 @@ def sizes(pipe: pipeline_lib.SanaPipeline) -> Fields:
     filterable=False,
     elem_id="aspect",
   )
-  with gradio.Row():
+  with gradio.Row(visible=False) as sides:
     width = gradio.Number(
       own.width,
       label="Width",
       info="In pixels",
       precision=0,
       min_width=100,
-      visible=False,
       elem_id="width",
     )
     height = gradio.Number(
@@ -83,10 +82,9 @@ def sizes(pipe: pipeline_lib.SanaPipeline) -> Fields:
       info="In pixels",
       precision=0,
       min_width=100,
-      visible=False,
       elem_id="height",
     )
-  return {"aspect": shape, "width": width, "height": height}
+  return {"aspect": shape, "width": width, "height": height}, sides
 
 
 def sampling(
@@ -118,7 +116,7 @@ def sampling(
   }
   if len(names := list(solvers.of(pipe.solver))) > 1:
     fields["solver"] = gradio.Radio(
-      [(_SOLVER_NAMES.get(name, name), name) for name in names],
+      [(SOLVER_NAMES.get(name, name), name) for name in names],
       value=names[0],
       label="Solver",
       info="",
@@ -129,25 +127,23 @@ def sampling(
 
 def seeds(limits: limits_lib.Limits) -> Fields:
   """Shows the fields for which images, of all that there could be."""
-  with gradio.Row():
-    seed = gradio.Number(
-      0, label="Seed", info="", precision=0, min_width=120, elem_id="seed"
-    )
-    index = gradio.Number(
-      0,
-      label="First image",
-      info="",
-      precision=0,
-      min_width=120,
-      elem_id="image_index",
-    )
-  return {
-    "seed": seed,
-    "image_index": index,
-    "randomize": gradio.Checkbox(
+  with gradio.Group():
+    with gradio.Row():
+      seed = gradio.Number(
+        0, label="Seed", info="", precision=0, min_width=120, elem_id="seed"
+      )
+      index = gradio.Number(
+        0,
+        label="Image number",
+        info="",
+        precision=0,
+        min_width=120,
+        elem_id="image_index",
+      )
+    randomize = gradio.Checkbox(
       True, label="New seed every time", elem_id="randomize"
-    ),
-    "num_images": gradio.Slider(
+    )
+    count = gradio.Slider(
       1,
       limits.max_images,
       1,
@@ -156,7 +152,12 @@ def seeds(limits: limits_lib.Limits) -> Fields:
       info="",
       buttons=[],
       elem_id="num_images",
-    ),
+    )
+  return {
+    "seed": seed,
+    "image_index": index,
+    "randomize": randomize,
+    "num_images": count,
   }
 
 
