@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import PIL.Image
+import PIL.ImageOps
 
 from sana_jax import pipeline as pipeline_lib
 from sana_jax.app import solvers
@@ -120,7 +121,8 @@ def check(
 ) -> GenerationRequest:
   """Returns a request that the pipeline will take, size and steps filled in.
 
-  What is returned passes again, unchanged.
+  Pictures are scaled and cropped to what is generated, so that requests that
+  wait are small. What is returned passes again, unchanged.
 
   Args:
     loras: names of the adapters that there are.
@@ -154,6 +156,7 @@ def check(
   settings = pipe.generation_config.replace(request.changes())
   return dataclasses.replace(
     request,
+    **_fitted(request, size),
     height=size.height,
     width=size.width,
     aspect=None,
@@ -248,6 +251,21 @@ def _check_pictures(request: GenerationRequest, limits: Limits) -> None:
       f"mask_image is {mask.width}x{mask.height} pixels, image is "
       f"{image.width}x{image.height}; they must have the same size.",
     )
+
+
+def _fitted(
+  request: GenerationRequest, size: sizes.ImageSize
+) -> dict[str, PIL.Image.Image]:
+  """Does to the pictures what the pipeline would do."""
+  height, width = size.generated
+  return {
+    name: PIL.ImageOps.fit(
+      picture.convert("L" if name == "mask_image" else "RGB"),
+      (width, height),
+      PIL.Image.Resampling.LANCZOS,
+    )
+    for name, picture in request.pictures().items()
+  }
 
 
 def _check_size_fields(request: GenerationRequest, limits: Limits) -> None:

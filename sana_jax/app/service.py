@@ -1,5 +1,6 @@
 """A queue in front of a pipeline: admission, turns, and a clean end."""
 
+import copy
 import dataclasses
 import math
 import secrets
@@ -46,6 +47,7 @@ class Service:
       first one is served; without, there are no previews.
 
   Attributes:
+    pipe: the pipeline without its text encoder, to ask what it could do.
     model_name: the checkpoint's.
     lora_names: what requests may name.
     ready: is set when the warm-up is over.
@@ -64,7 +66,10 @@ class Service:
     made_with: Mapping[str, Any] | None = None,
     warm_up: bool = False,
   ):
-    self.pipe = pipe
+    # For looking at: no job's sampler or adapter shows here, and what may leave
+    # the devices is not held.
+    self.pipe = copy.copy(pipe)
+    self.pipe.text_encoder = None
     self.limits = limits.of(pipe)
     self.model_name = str((made_with or {}).get("checkpoint", "sana_jax"))
     adapters = Adapters(pipe.transformer, loras or {})

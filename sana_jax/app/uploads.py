@@ -53,7 +53,7 @@ def read_picture(
         f"has {picture.width}x{picture.height} pixels; at most "
         f"{limits.max_upload_pixels} are allowed. Scale it down."
       )
-    if getattr(picture, "n_frames", 1) > 1:
+    if getattr(picture, "is_animated", False):
       refuse("is animated; send a single picture.")
     try:
       picture.load()
