@@ -83,12 +83,9 @@ def _size(
 ) -> dict[str, Any]:
   """Returns the size by the choice that gives it, or by its numbers."""
   size = pipe.image_size(pipe.generation_config.replace(given))
-  sides = {"width": size.width, "height": size.height}
-  for choice in settings_form.ASPECTS:
-    preset = pipe.image_size(pipe.generation_config.replace({"aspect": choice}))
-    if preset == size:
-      return {"aspect": choice, **sides}
-  return {"aspect": settings_form.CUSTOM, **sides}
+  sides = (size.width, size.height)
+  aspect = settings_form.presets(pipe).get(sides, settings_form.CUSTOM)
+  return {"aspect": aspect, "width": size.width, "height": size.height}
 
 
 def _choices(

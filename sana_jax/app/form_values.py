@@ -9,11 +9,9 @@ import gradio
 import numpy as np
 import PIL.Image
 
-from sana_jax import pipeline as pipeline_lib
 from sana_jax.app import limits as limits_lib
 from sana_jax.app import requests, settings_form, uploads
 from sana_jax.app.errors import InvalidRequestError
-from sana_jax.bulk import metadata
 
 _MAX_SEED = 2**32 - 1
 # Of 255: what is painted differs from the white around it by so much at least.
@@ -37,6 +35,7 @@ def to_request(
   }
   chosen |= _size(values)
   chosen |= _pictures(values, limits)
+  chosen |= _control(values, limits)
   chosen |= _adapter(values)
   if "solver" in values:
     chosen["solver"] = values["solver"]
@@ -98,7 +97,8 @@ def _pictures(
   mask = _read(values["mask_image"], "mask_image", limits)
   if mask is None:
     layers = [
-      _read(layer, "mask_image", limits) for layer in drawing.get("layers") or []
+      _read(layer, "mask_image", limits)
+      for layer in drawing.get("layers") or []
     ]
     mask = _painted([layer for layer in layers if layer is not None])
   if image is None:
@@ -109,6 +109,17 @@ def _pictures(
     return {}
   strength = _number(values["strength"])
   return {"image": image, "mask_image": mask, "strength": strength}
+
+
+def _control(
+  values: Mapping[str, Any], limits: limits_lib.Limits
+) -> dict[str, Any]:
+  name = "control_image"
+  picture = _read(values.get(name), name, limits)
+  if picture is None:  # which a pipeline with a ControlNet refuses
+    return {}
+  scale = "controlnet_conditioning_scale"
+  return {name: picture, scale: _number(values[scale])}
 
 
 def _painted(layers: list[PIL.Image.Image]) -> PIL.Image.Image | None:

@@ -81,7 +81,7 @@ def mount(app: fastapi.FastAPI, service: Service) -> None:
 def build(service: Service, files: page_files.PageFiles) -> gradio.Blocks:
   """Makes the page for a service."""
   with gradio.Blocks(
-    title=f"{_name(service)} · sana_jax",
+    title=f"{service.model_name} · sana_jax",
     analytics_enabled=False,
     delete_cache=_CLEANING,
     fill_width=True,
@@ -99,7 +99,7 @@ def _layout(
 ) -> tuple[settings_form.Fields, page_events.Parts]:
   """Places everything: what is made on one side, how on the other."""
   pipe, limits = service.pipe, service.limits
-  made_by = f"<p>{html.escape(_name(service))}</p>"
+  made_by = f"<p>{html.escape(service.model_name)}</p>"
   gradio.HTML(f"<h1>sana_jax</h1>{made_by}", elem_id="title", padding=False)
   with gradio.Row(equal_height=False):
     with gradio.Column(scale=3, min_width=320):
@@ -114,6 +114,8 @@ def _layout(
       fields |= settings_form.adapters(service.lora_names)
       with gradio.Accordion("Begin with an image", open=False):
         fields |= settings_form.pictures(pipe)
+      if pipe.controlnet is not None:
+        fields |= settings_form.control()
       with gradio.Accordion("Settings from an image", open=False):
         from_image = gradio.File(
           label="A PNG that was made here, or by sample.py",
@@ -152,13 +154,11 @@ def _results() -> dict[str, gradio.blocks.Block]:
     )
     details = gradio.HTML(padding=False, elem_id="details")
     with gradio.Row():
-      download = gradio.DownloadButton("Download PNG", size="sm")
-      reproduce = gradio.Button("Reproduce", size="sm")
+      download = gradio.DownloadButton("Download PNG", size="sm", min_width=120)
+      reproduce = gradio.Button("Reproduce", size="sm", min_width=120)
   gallery = gradio.Gallery(
     label="All images, newest first",
     show_label=False,
-    columns=6,
-    fit_columns=False,
     object_fit="contain",
     allow_preview=False,
     interactive=False,
@@ -223,10 +223,6 @@ def _connect(blocks: gradio.Blocks, events: page_events.Events) -> None:
   ):
     trigger(function, inputs, everything, concurrency_limit=None, **_EVENT)
   blocks.unload(events.leave)
-
-
-def _name(service: Service) -> str:
-  return str(service.made_with.get("checkpoint", "SANA"))
 
 
 def _theme() -> gradio.Theme:

@@ -116,10 +116,15 @@ class Events:
     except Exception:  # a visitor sees no stack traces, whatever happens
       logging.exception("an event of the page failed")
       outcome = {parts.status: page_html.message(_UNEXPECTED, kind="error")}
-    yield outcome | {
-      parts.generate: gradio.update(interactive=True),
-      parts.cancel: gradio.update(visible=False),
-    }
+    # What was looked at before is shown again if nothing new was made.
+    yield (
+      {parts.chosen: gradio.update(visible=bool(images))}
+      | outcome
+      | {
+        parts.generate: gradio.update(interactive=True),
+        parts.cancel: gradio.update(visible=False),
+      }
+    )
 
   def cancel(self, request: gradio.Request) -> Updates:
     """Gives up what the visitor's session is waiting for."""

@@ -12,7 +12,10 @@ import pathlib
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from typing import Any
 
-from starlette import responses
+import fastapi
+from fastapi import responses
+
+from sana_jax.app import bodies
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -21,8 +24,6 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 _API = "/gradio_api"
 _EVENTS = f"{_API}/queue/join"
-# Pictures are uploaded by themselves; an event has texts and numbers.
-_MAX_EVENT_BYTES = 2**18
 _PATHS = frozenset(
   {
     *("/", "/config", "/theme.css", "/favicon.ico", "/manifest.json"),
@@ -54,10 +55,6 @@ _HEADERS = (
   (b"referrer-policy", b"no-referrer"),
   (b"x-content-type-options", b"nosniff"),
 )
-
-
-class _RefusedError(Exception):
-  """What a client sent cannot be."""
 
 
 def is_needed(path: str, files: pathlib.Path) -> bool:
@@ -92,60 +89,46 @@ def guard(app: App, files: pathlib.Path) -> App:
         message["headers"] = [*message.get("headers", ()), *_HEADERS]
       await send(message)
 
-    async def refuse(text: str, status: int) -> None:
-      refusal = responses.PlainTextResponse(text, status_code=status)
-      await refusal(scope, receive, send_with_headers)
-
     if scope["type"] != "http":
       await app(scope, receive, send)
-    elif not is_needed(scope["path"], files):
-      await refuse("Not found.", 404)
-    elif scope["path"] != _EVENTS:
-      await app(scope, receive, send_with_headers)
+      return
+    request = fastapi.Request(scope, receive)
+    try:
+      _check(request, files)
+      if scope["path"] == _EVENTS:
+        body = await _read_event(request, files)
+        receive = _again(body, receive)
+    except bodies.BodyError as error:
+      refusal = responses.PlainTextResponse(str(error), error.status)
+      await refusal(scope, receive, send_with_headers)
     else:
-      try:
-        body = _checked(await _read(receive), files)
-      except _RefusedError as error:
-        await refuse(str(error), 400)
-      else:
-        await app(scope, _again(body, receive), send_with_headers)
+      await app(scope, receive, send_with_headers)
 
   return guarded
 
 
-async def _read(receive: Receive) -> bytes:
-  """Returns the body of a request, if it is small."""
-  body = bytearray()
-  while True:
-    message = await receive()
-    if message["type"] != "http.request":
-      raise _RefusedError("The request was not sent to its end.")
-    body += message.get("body", b"")
-    if len(body) > _MAX_EVENT_BYTES:
-      raise _RefusedError(f"More than {_MAX_EVENT_BYTES} bytes.")
-    if not message.get("more_body", False):
-      return bytes(body)
+def _check(request: fastapi.Request, files: pathlib.Path) -> None:
+  if not is_needed(request.scope["path"], files):
+    raise bodies.BodyError(404, "Not found.")
+  # Browsers say so, whatever a proxy makes of the other headers.
+  crosses = request.headers.get("sec-fetch-site") == "cross-site"
+  if crosses and request.method != "GET":
+    raise bodies.BodyError(403, "This was sent by a page of another site.")
 
 
-def _checked(body: bytes, files: pathlib.Path) -> bytes:
-  """Returns an event as it was understood here, so that Gradio does likewise.
-
-  Raises:
-    _RefusedError: the page would not send it.
-  """
+async def _read_event(request: fastapi.Request, files: pathlib.Path) -> bytes:
+  """Returns an event as it is understood here, so that Gradio agrees."""
+  event = await bodies.read_object(request)
   try:
-    event = json.loads(body, parse_constant=_refuse_constant)
     foreign = names_foreign_files(event, files)
     body = json.dumps(event).encode()
-  except (ValueError, RecursionError) as error:
-    raise _RefusedError("This is no JSON that the page would send.") from error
+  except RecursionError as error:
+    raise bodies.BodyError(400, "The event is nested too deeply.") from error
   if foreign:
-    raise _RefusedError("Only files that were uploaded here can be used.")
+    raise bodies.BodyError(
+      400, "Only files that were uploaded here can be used."
+    )
   return body
-
-
-def _refuse_constant(name: str) -> None:
-  raise ValueError(f"{name} is no JSON.")
 
 
 def _again(body: bytes, receive: Receive) -> Receive:

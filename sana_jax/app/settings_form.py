@@ -4,8 +4,7 @@ A field is named like what it sets in a `GenerationRequest`, so that what is
 wrong with a request can be said beside the field.
 """
 
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Collection
 
 import gradio
 
@@ -24,9 +23,7 @@ _BRUSH = "#e11d48"
 Fields = dict[str, gradio.components.Component]
 
 
-def texts(
-  pipe: pipeline_lib.SanaPipeline, limits: limits_lib.Limits
-) -> Fields:
+def texts(pipe: pipeline_lib.SanaPipeline, limits: limits_lib.Limits) -> Fields:
   """Shows the fields for words."""
   sprint = "SANA-Sprint has no negative branch, so there is nothing to enter."
   return {
@@ -52,15 +49,27 @@ def texts(
   }
 
 
+def presets(pipe: pipeline_lib.SanaPipeline) -> dict[tuple[int, int], str]:
+  """Returns aspects by the width and height that they give.
+
+  To a small model some are the same.
+  """
+  found: dict[tuple[int, int], str] = {}
+  for aspect in ASPECTS:
+    size = pipe.image_size(pipe.generation_config.replace({"aspect": aspect}))
+    found.setdefault((size.width, size.height), aspect)
+  return found
+
+
 def sizes(pipe: pipeline_lib.SanaPipeline) -> tuple[Fields, gradio.Row]:
   """Shows the fields for the size, and the row of width and height, hidden."""
   own = pipe.image_size()
-  choices = [("Automatic", AUTOMATIC)]
-  for aspect in ASPECTS:
-    size = pipe.image_size(pipe.generation_config.replace({"aspect": aspect}))
-    choices.append((f"{aspect} ({size.width}×{size.height})", aspect))
+  choices = [
+    (f"{aspect} ({width}×{height})", aspect)
+    for (width, height), aspect in presets(pipe).items()
+  ]
   shape = gradio.Dropdown(
-    [*choices, ("Width and height", CUSTOM)],
+    [("Automatic", AUTOMATIC), *choices, ("Width and height", CUSTOM)],
     value=AUTOMATIC,
     label="Size",
     info=f"Automatic: {own.width}×{own.height}, or as the image below",
@@ -198,6 +207,30 @@ def pictures(pipe: pipeline_lib.SanaPipeline) -> Fields:
   }
 
 
+def control() -> Fields:
+  """Shows the fields of a ControlNet."""
+  return {
+    "control_image": gradio.Image(
+      label="What the ControlNet follows",
+      type="filepath",
+      sources=["upload", "clipboard"],
+      height=200,
+      buttons=[],
+      elem_id="control_image",
+    ),
+    "controlnet_conditioning_scale": gradio.Slider(
+      0,
+      2,
+      1,
+      step=0.05,
+      label="ControlNet scale",
+      info="",
+      buttons=[],
+      elem_id="controlnet_conditioning_scale",
+    ),
+  }
+
+
 def adapters(names: Collection[str]) -> Fields:
   """Shows the fields for adapters, if there are any."""
   if not names:
@@ -212,7 +245,13 @@ def adapters(names: Collection[str]) -> Fields:
       elem_id="lora",
     ),
     "lora_scale": gradio.Slider(
-      0, 2, 1, step=0.05, label="LoRA scale", info="", buttons=[],
+      0,
+      2,
+      1,
+      step=0.05,
+      label="LoRA scale",
+      info="",
+      buttons=[],
       elem_id="lora_scale",
     ),
   }

@@ -169,8 +169,8 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
 
 def _undescribed(name: str) -> str:
   return (
-    f"{name} does not say how it was made: it is not a PNG of sample.py, or was "
-    "saved again by another program."
+    f"{name} does not say how it was made: it is not a PNG of sample.py, or "
+    "was saved again by another program."
   )
 
 
