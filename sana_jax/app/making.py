@@ -1,7 +1,6 @@
 """Makes the images of one request after the other, on the devices."""
 
 import io
-import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -58,7 +57,7 @@ class Maker:
     self._adapters = adapters
     self._solvers = solvers.of(pipe.solver)
     self._base = pipe.transformer, pipe.solver
-    self._made_with = made_with or metadata.describe_run(
+    self.made_with = made_with or metadata.describe_run(
       pipe, epath.Path("unknown"), {"checkpoint_sha256": "unknown"}, {}
     )
     self._preview: preview_lib.Preview | None = None
@@ -72,7 +71,7 @@ class Maker:
     description = self._describe(request)
     output = self._run(request, post)
     pngs = []
-    for number, pixels in enumerate(output.images):
+    for number, pixels in enumerate(output.images, request.image_index):
       chunks = metadata.png_chunks(
         description | {"image_index": number}, pixels.shape
       )
@@ -90,7 +89,6 @@ class Maker:
       check_stopped()
 
     outputs: list[SanaOutput] = []
-    channels = self._pipe.transformer_config.in_channels
     for seed, prompt in enumerate(_WARM_UP_PROMPTS):
       outputs.append(
         self._run(requests.GenerationRequest(prompt=prompt, seed=seed), post)
@@ -100,12 +98,11 @@ class Maker:
           "the first image took %.1f s, compilation included",
           time.monotonic() - started,
         )
-      seen = sum(math.prod(out.latents.shape[:3]) for out in outputs)
-      if seen >= preview_lib.locations_needed(channels):
+      latents = np.concatenate([out.latents for out in outputs])
+      if preview_lib.enough(latents):
         break
     self._preview = preview_lib.fit(
-      np.concatenate([out.latents for out in outputs]),
-      np.concatenate([out.images for out in outputs]),
+      latents, np.concatenate([out.images for out in outputs])
     )
     logging.info(
       "warmed up in %.1f s; previews explain %.0f %% of %d images",
@@ -143,6 +140,7 @@ class Maker:
         request.prompt,
         negative_prompt=request.negative_prompt,
         seed=request.seed,
+        image_index=request.image_index,
         num_images_per_prompt=request.num_images,
         progress=on_progress,
         on_step=on_step,
@@ -163,7 +161,7 @@ class Maker:
       prompt=request.prompt,
       negative_prompt=request.negative_prompt,
       seed=request.seed,
-      image_index=0,
+      image_index=request.image_index,
       settings=request.changes(),
       # No path: making the image again takes the same picture.
       pictures=dict.fromkeys(pictures, "uploaded"),
@@ -172,7 +170,7 @@ class Maker:
       self._pipe,
       image,
       {
-        **self._made_with,
+        **self.made_with,
         **self._adapters.describe(request.lora, request.lora_scale),
         "solver": request.solver or type(self._pipe.solver).__name__,
         decodings.NAME: decodings.describe(planned.decoding.tiling),

@@ -26,7 +26,7 @@ _OPENAI_FIELDS = (
 )
 EXTENSIONS = (
   *("negative_prompt", "seed", "num_inference_steps", "guidance_scale"),
-  *("aspect", "pag_scale", "solver", "lora", "lora_scale"),
+  *("aspect", "pag_scale", "solver", "lora", "lora_scale", "image_index"),
 )
 _PARAMS = {"num_images": "n", "height": "size", "width": "size"}
 _MAX_USER = 256
@@ -256,6 +256,8 @@ def _told(error: Exception) -> _ApiError:
       return error
     case errors.InvalidRequestError():
       param = _PARAMS.get(error.field, error.field)
+      if param == "n":
+        message = message.replace("num_images", "n")
       return _ApiError(400, message, param=param, code="invalid_value")
     case bodies.BodyError():
       # What is left of the body is not worth reading.

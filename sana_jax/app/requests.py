@@ -44,7 +44,7 @@ class GenerationRequest:
     pag_scale: of perturbed-attention guidance; 0: none.
     solver: one of `solvers.of`.
     seed: None: any.
-    num_images: of the same seed, numbered from 0.
+    num_images: of the same seed, numbered from `image_index`.
     image: to begin with.
     mask_image: white where `image` is made anew.
     control_image: what a ControlNet follows.
@@ -65,6 +65,7 @@ class GenerationRequest:
   solver: str | None = None
   seed: int | None = None
   num_images: int = 1
+  image_index: int = 0
   image: PIL.Image.Image | None = None
   mask_image: PIL.Image.Image | None = None
   control_image: PIL.Image.Image | None = None
@@ -138,6 +139,7 @@ def check(
     )
   _check_text("negative_prompt", request.negative_prompt, limits)
   _whole("num_images", request.num_images, 1, limits.max_images)
+  _whole("image_index", request.image_index, 0, _MAX_SEED - limits.max_images)
   _whole("seed", request.seed, 0, _MAX_SEED)
   _whole(
     "num_inference_steps", request.num_inference_steps, 1, limits.max_steps
@@ -190,7 +192,7 @@ def _check_text(name: str, text: Any, limits: Limits) -> None:
 
 
 def _whole(name: str, value: Any, low: int, high: int) -> None:
-  if value is None and name != "num_images":
+  if value is None and name not in ("num_images", "image_index"):
     return
   if not isinstance(value, int) or isinstance(value, bool):
     raise InvalidRequestError(

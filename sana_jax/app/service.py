@@ -71,11 +71,11 @@ class Service:
     self.pipe = copy.copy(pipe)
     self.pipe.text_encoder = None
     self.limits = limits.of(pipe)
-    self.model_name = str((made_with or {}).get("checkpoint", "sana_jax"))
     adapters = Adapters(pipe.transformer, loras or {})
     self.lora_names = adapters.names
     self.ready = threading.Event()
     self._maker = making.Maker(pipe, adapters, made_with)
+    self.model_name = str(self._maker.made_with["checkpoint"])
     self._queue: FairQueue[Job] = FairQueue()
     self._changed = threading.Condition()
     self._running: Job | None = None
@@ -85,6 +85,11 @@ class Service:
       target=self._work, args=(warm_up,), name="pipeline", daemon=True
     )
     self._thread.start()
+
+  @property
+  def made_with(self) -> Mapping[str, Any]:
+    """What every image says of its checkpoint, device and versions."""
+    return self._maker.made_with
 
   @property
   def num_waiting(self) -> int:
