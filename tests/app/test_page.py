@@ -1,0 +1,475 @@
+"""The page in Chromium, on a real server with the bundled model.
+
+SANA_JAX_SCREENSHOTS names the directory that gets the pictures of the
+documentation.
+"""
+
+import io
+import os
+import pathlib
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+
+import numpy as np
+import PIL.Image
+import pytest
+
+pytest.importorskip("gradio")
+sync_api = pytest.importorskip("playwright.sync_api")
+
+from safetensors import numpy as safetensors  # noqa: E402
+
+from sana_jax import images as images_lib  # noqa: E402
+from sana_jax import pipeline as pipeline_lib  # noqa: E402
+from sana_jax.bulk import metadata  # noqa: E402
+
+pytestmark = pytest.mark.ui
+
+_CHROMIUM = os.environ.get("SANA_JAX_CHROMIUM", "/usr/bin/chromium")
+_ROOT = pathlib.Path(__file__).parents[2]
+_PROMPT = "woman firefighter: medium skin tone"
+_SECONDS = 60_000  # in milliseconds, for a machine that does much else
+# Keeps what the status has said, since some of it is gone in a moment.
+_WATCH = """() => {
+  window.said = [];
+  const note = () => {
+    const line = document.querySelector("#status .message");
+    const bar = document.querySelector("#status .bar");
+    if (!line) return;
+    const now = [line.innerText, bar && bar.getAttribute("aria-valuenow")];
+    if (String(now) !== String(window.said.at(-1))) window.said.push(now);
+  };
+  new MutationObserver(note).observe(
+    document.querySelector("#status"),
+    {subtree: true, childList: true, characterData: true});
+}"""
+_UNNAMED = """() => [...document.querySelectorAll("input, textarea, button")]
+  .filter(e => e.offsetParent && e.type !== "file")
+  .filter(e => !(e.innerText || "").trim() && !e.ariaLabel && !e.title &&
+    !e.getAttribute("aria-labelledby") && !(e.labels || []).length &&
+    !e.querySelector("img[alt]"))
+  .map(e => e.outerHTML.slice(0, 200))"""
+
+
+def serve(*flags):
+  """Starts a server; returns its process and address."""
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+  environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+  process = subprocess.Popen(
+    [sys.executable, "-m", "sana_jax.app", f"--port={port}", *flags],
+    cwd=_ROOT,
+    env=environment | {"PYTHONPATH": str(_ROOT)},
+  )
+  address = f"http://127.0.0.1:{port}/"
+  for _ in range(600):
+    assert process.poll() is None, "the server has ended"
+    try:
+      urllib.request.urlopen(address, timeout=5).close()
+      return process, address
+    except OSError:
+      time.sleep(0.2)
+  raise AssertionError("the server does not answer")
+
+
+def end(process):
+  process.send_signal(signal.SIGTERM)
+  try:
+    process.wait(30)
+  except subprocess.TimeoutExpired:
+    process.kill()
+
+
+@pytest.fixture(scope="module")
+def address():
+  process, address = serve()
+  yield address
+  end(process)
+
+
+@pytest.fixture(scope="module")
+def browser():
+  with sync_api.sync_playwright() as playwright:
+    browser = playwright.chromium.launch(
+      executable_path=_CHROMIUM, args=["--no-sandbox"]
+    )
+    yield browser
+    browser.close()
+
+
+@pytest.fixture
+def visit(browser, address):
+  """Opens the page for one more visitor; at the end, looks at what was asked.
+
+  A visitor's browser asks no other host, and never sees a stack trace.
+  """
+  tabs = []
+
+  def open_page(where=address, **options):
+    tab = browser.new_context(**options).new_page()
+    tab.set_default_timeout(_SECONDS)
+    asked = []
+    tab.on("request", lambda request: asked.append(request.url))
+    tab.goto(where)
+    tab.locator("#prompt textarea").wait_for()
+    tab.evaluate(_WATCH)
+    tabs.append((tab, where, asked))
+    return tab
+
+  yield open_page
+  for tab, where, asked in tabs:
+    if not tab.is_closed():
+      assert "Traceback" not in tab.content()
+    tab.context.close()
+    assert asked
+    kept = ("data:", "blob:", where)
+    assert [url for url in asked if not url.startswith(kept)] == []
+
+
+@pytest.fixture
+def screenshots(tmp_path):
+  return pathlib.Path(os.environ.get("SANA_JAX_SCREENSHOTS", tmp_path))
+
+
+def fill(tab, **values):
+  """Fills fields in, by name."""
+  for name, value in values.items():
+    field = tab.locator(
+      f"#{name} :is(textarea, input[type=number], input[type=checkbox])"
+    ).first
+    if isinstance(value, bool):
+      field.set_checked(value)
+    else:
+      field.fill(str(value))
+
+
+def field_values(tab, *names):
+  return [
+    tab.locator(
+      f"#{name} :is(textarea, input[type=number])"
+    ).first.input_value()
+    for name in names
+  ]
+
+
+def choose(tab, name, text):
+  """Takes a choice of a drop-down field."""
+  tab.locator(f"#{name} input").click()
+  tab.get_by_role("option", name=text).click()
+
+
+def press(tab, name):
+  tab.get_by_role("button", name=name, exact=True).click()
+
+
+def generate(tab):
+  """Presses the button, and waits for images."""
+  press(tab, "Generate")
+  tab.get_by_role("button", name="Generate", disabled=True).wait_for()
+  wait(tab)
+  tab.locator("#status").get_by_text("of seed").wait_for()
+
+
+def wait(tab):
+  tab.get_by_role("button", name="Generate", disabled=False).wait_for()
+
+
+def download(tab):
+  """Returns the file of the image that is shown: pixels and description."""
+  with tab.expect_download() as waiting:
+    tab.get_by_text("Download PNG").click()
+  data = pathlib.Path(waiting.value.path()).read_bytes()
+  assert waiting.value.suggested_filename.endswith(".png")
+  image = PIL.Image.open(io.BytesIO(data))
+  image.load()
+  assert image.format == "PNG"
+  return np.asarray(image), metadata.read_chunks(image.info, "download")
+
+
+def test_an_image_appears_while_progress_is_shown(visit, screenshots):
+  tab = visit(viewport={"width": 1200, "height": 900})
+  assert tab.evaluate(_UNNAMED) == []  # for screen readers
+  fill(tab, prompt=_PROMPT, num_inference_steps=40, num_images=2)
+  generate(tab)
+  steps = [
+    (int(found[1]), int(bar))
+    for line, bar in tab.evaluate("window.said")
+    if (found := re.match(r"Step (\d+) of 40", line))
+  ]
+  assert len(set(steps)) >= 2
+  assert steps == sorted(steps)
+  assert all(line == bar for line, bar in steps)
+  shown = tab.locator("#picture img")
+  assert shown.evaluate("image => image.naturalWidth") == 64
+  assert tab.locator("#gallery button img").count() == 2
+  pixels, description = download(tab)
+  assert pixels.shape == (64, 64, 3)
+  assert pixels.std() > 20
+  assert description["prompt"] == _PROMPT
+  assert description["num_inference_steps"] == 40
+  details = tab.locator("#details").inner_text()
+  assert _PROMPT in details
+  assert str(description["seed"]) in details
+  tab.screenshot(path=screenshots / "page.png", full_page=True)
+
+
+def test_an_image_can_be_made_again(visit):
+  tab = visit()
+  fill(tab, prompt="flag: France", negative_prompt="red", num_images=2)
+  fill(tab, num_inference_steps=7, guidance_scale=3.5)
+  choose(tab, "aspect", "3:4")
+  tab.get_by_text("Flow-Euler").click()
+  generate(tab)
+  tab.locator("#gallery button").nth(1).click()
+  tab.locator("#details").get_by_text("1", exact=True).wait_for()
+  pixels, description = download(tab)
+  fill(tab, prompt="something else", negative_prompt="", guidance_scale=9)
+  fill(tab, num_inference_steps=3, seed=1, image_index=0)
+  choose(tab, "aspect", "Automatic")
+  tab.get_by_text("Flow-DPM-Solver++").first.click()
+  press(tab, "Reproduce")
+  tab.get_by_text("The form has the settings").wait_for()
+  names = ("prompt", "negative_prompt", "num_inference_steps", "guidance_scale")
+  assert field_values(tab, *names) == ["flag: France", "red", "7", "3.5"]
+  assert field_values(tab, "seed", "image_index", "num_images") == [
+    str(description["seed"]),
+    "1",
+    "1",
+  ]
+  assert tab.locator("#aspect input").input_value().startswith("3:4")
+  assert tab.get_by_label("Flow-Euler").is_checked()
+  assert not tab.get_by_label("New seed every time").is_checked()
+  generate(tab)
+  again, described = download(tab)
+  assert description["image_index"] == described["image_index"] == 1
+  same = description | {"batch_size": 1}
+  assert described == same
+  # The batch had two images; what that changes is less than a level.
+  assert np.abs(pixels.astype(int) - again).max() <= 1
+  generate(tab)  # the same form again
+  assert (download(tab)[0] == again).all()
+
+
+def test_settings_are_read_from_a_file(visit, tmp_path):
+  tab = visit()
+  fill(tab, prompt="red heart", num_inference_steps=5)
+  generate(tab)
+  with tab.expect_download() as waiting:
+    tab.get_by_text("Download PNG").click()
+  good = tmp_path / "good.png"
+  waiting.value.save_as(good)
+  seed = metadata.read_png(good)["seed"]
+  other = visit()
+  other.get_by_text("Settings from an image").click()
+  give = other.locator("#from_image input[type=file]")
+  give.set_input_files(good)
+  status = other.locator("#from_image_status")
+  status.get_by_text("The form has the settings").wait_for()
+  assert field_values(other, "prompt", "num_inference_steps", "seed") == [
+    "red heart",
+    "5",
+    str(seed),
+  ]
+
+
+def _plain_png():
+  return images_lib.encode_png(np.zeros((8, 8, 3)))
+
+
+def _described(text):
+  return images_lib.encode_png(np.zeros((8, 8, 3)), {"sana_jax": text})
+
+
+def _bomb():
+  buffer = io.BytesIO()
+  PIL.Image.new("1", (40_000, 40_000)).save(buffer, "PNG")
+  return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+  ("make", "message"),
+  [
+    (lambda: b"import os", "is not a readable picture"),
+    (_plain_png, "does not say how it was made"),
+    (lambda: _described("[" * 100_000), "does not say how it was made"),
+    (lambda: _described("{}"), "does not say its"),
+    (
+      lambda: _described(
+        '{"prompt": 3, "seed": -1, "image_index": 0, "batch_size": 1}'
+      ),
+      "cannot be used",
+    ),
+    (_bomb, "pixels"),
+  ],
+)
+def test_hostile_files_get_a_message(visit, tmp_path, make, message):
+  tab = visit()
+  file = tmp_path / "hostile.png"
+  file.write_bytes(make())
+  tab.get_by_text("Settings from an image").click()
+  tab.locator("#from_image input[type=file]").set_input_files(file)
+  tab.locator("#from_image_status [role=alert]").get_by_text(message).wait_for()
+
+
+def test_what_is_wrong_is_said_beside_the_field(visit):
+  tab = visit()
+  fill(tab, prompt="red heart", num_inference_steps=4)
+  choose(tab, "aspect", "Width and height")
+  tab.locator("#width").wait_for()
+  fill(tab, width=100_000, height=64)
+  press(tab, "Generate")
+  alert = tab.locator("#status [role=alert]")
+  alert.get_by_text("must be from 1 to").wait_for()
+  wait(tab)
+  refused = tab.locator("#width.refused")
+  assert "must be from 1 to" in refused.inner_text()
+  fill(tab, prompt="")
+  press(tab, "Generate")
+  tab.locator("#prompt.refused").wait_for()
+  assert "The prompt is empty" in alert.inner_text()
+  assert tab.locator(".refused").count() == 1
+  assert tab.locator("#gallery").is_hidden()
+  fill(tab, prompt="red heart", width=64)
+  generate(tab)
+  assert tab.locator(".refused").count() == 0
+
+
+def test_two_visitors_get_their_own_images(visit):
+  prompts = ("red heart", "flag: France")
+  tabs = [visit() for _ in prompts]
+  for tab, prompt in zip(tabs, prompts, strict=True):
+    fill(tab, prompt=prompt, num_inference_steps=100, randomize=False, seed=3)
+  for tab in tabs:
+    press(tab, "Generate")
+  for tab in tabs:
+    tab.locator("#status").get_by_text("of seed 3").wait_for()
+  results = [download(tab) for tab in tabs]
+  assert [description["prompt"] for _, description in results] == [*prompts]
+  assert np.abs(results[0][0].astype(int) - results[1][0]).mean() > 20
+  for tab in tabs:
+    assert tab.locator("#gallery button img").count() == 1
+    lines = [line for line, _ in tab.evaluate("window.said")]
+    assert any(line.startswith("Step") for line in lines)
+
+
+def test_what_is_painted_over_is_made_anew(visit, tmp_path, rng):
+  known = rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+  PIL.Image.fromarray(known).save(tmp_path / "known.png")
+  tab = visit(viewport={"width": 1200, "height": 1400})
+  fill(tab, prompt="red heart", num_inference_steps=8)
+  tab.get_by_text("Begin with an image").click()
+  with tab.expect_file_chooser() as chooser:
+    tab.locator("#image").get_by_role("button", name="Upload").click()
+  chooser.value.set_files(tmp_path / "known.png")
+  tab.locator("#image").get_by_role("button", name="Brush Size").wait_for()
+  fill(tab, strength=1)
+  canvas = tab.locator("#image canvas").first
+  canvas.scroll_into_view_if_needed()
+  box = canvas.bounding_box()
+  x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+  tab.mouse.move(x - 15, y)
+  tab.mouse.down()
+  tab.mouse.move(x + 15, y + 15, steps=10)
+  tab.mouse.up()
+  generate(tab)
+  pixels, description = download(tab)
+  assert description["mask_image"] == "uploaded"
+  changed = (pixels != known).any(axis=-1)
+  assert 0.02 < changed.mean() < 0.9
+  # The painter's own pixels outside of what was painted.
+  assert not changed[:4].any()
+  assert not changed[-4:].any()
+
+
+def test_a_visitor_can_cancel(visit):
+  tab = visit()
+  fill(tab, prompt="red heart", num_inference_steps=100, num_images=4)
+  press(tab, "Generate")
+  press(tab, "Cancel")
+  tab.locator("#status").get_by_text("was cancelled").wait_for()
+  wait(tab)
+  assert tab.locator("#gallery").is_hidden()
+  fill(tab, num_inference_steps=3, num_images=1)
+  generate(tab)
+
+
+def test_the_page_fits_a_phone(visit, screenshots):
+  tab = visit(
+    viewport={"width": 390, "height": 844}, color_scheme="dark", is_mobile=True
+  )
+  fill(tab, prompt="woman: red hair", num_images=3)
+  generate(tab)
+  width = tab.evaluate("document.scrollingElement.scrollWidth")
+  assert width == 390
+  tab.screenshot(path=screenshots / "page_phone.png")
+
+
+def _status(address, path, data=None, **headers):
+  request = urllib.request.Request(
+    address + path, data=data, headers=headers, method="POST" if data else "GET"
+  )
+  try:
+    with urllib.request.urlopen(request, timeout=20) as answer:
+      return answer.status
+  except urllib.error.HTTPError as error:
+    return error.code
+
+
+@pytest.mark.parametrize(
+  "path",
+  [
+    *("monitoring", "gradio_api/info", "gradio_api/openapi.json"),
+    *("gradio_api/runs", "gradio_api/component_server", "login"),
+    *("gradio_api/proxy=https://example.org/", "gradio_api/deep_link"),
+    *("gradio_api/file=/etc/passwd", "gradio_api/file=https://example.org/"),
+    *("gradio_api/vibe-code", "gradio_api/run/predict", "custom_component/1"),
+  ],
+)
+def test_nothing_but_the_page_is_served(address, path):
+  assert _status(address, path) == 404
+
+
+@pytest.mark.parametrize(
+  "path", ["/etc/passwd", "https://example.org/a.png", "../../etc/passwd"]
+)
+def test_an_event_can_name_uploads_only(address, path):
+  event = '{"data": [{"path": "%s", "meta": {"_type": "gradio.FileData"}}]}'
+  status = _status(
+    address,
+    "gradio_api/queue/join",
+    (event % path).encode(),
+    **{"content-type": "application/json"},
+  )
+  assert status == 400
+
+
+def test_other_sites_cannot_upload(address):
+  headers = {"sec-fetch-site": "cross-site", "content-type": "text/plain"}
+  assert _status(address, "gradio_api/upload", b"x", **headers) == 403
+
+
+def test_a_failure_is_a_message(visit, tmp_path):
+  broken = tmp_path / "broken"
+  shutil.copytree(str(pipeline_lib.bundled_checkpoint()), broken)
+  file = broken / "transformer" / "diffusion_pytorch_model.safetensors"
+  weights = safetensors.load_file(file)
+  safetensors.save_file(
+    {name: np.full_like(array, np.nan) for name, array in weights.items()}, file
+  )
+  process, address = serve(f"--checkpoint={broken}", "--nowarm_up")
+  try:
+    tab = visit(address)
+    fill(tab, prompt="red heart", num_inference_steps=2)
+    press(tab, "Generate")
+    tab.locator("#status [role=alert]").get_by_text("not finite").wait_for()
+    wait(tab)
+  finally:
+    end(process)
