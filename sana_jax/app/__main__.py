@@ -9,6 +9,7 @@ refuse the rest with a message, and end with exit code 0.
 import ipaddress
 import logging as std_logging
 import os
+import re
 import sys
 import warnings
 from concurrent import futures
@@ -19,11 +20,15 @@ from etils import epath
 from sana_jax import checkpoint as checkpoint_lib
 from sana_jax import compilation_cache
 from sana_jax import pipeline as pipeline_lib
-from sana_jax.app import server as server_lib
 from sana_jax.app.limits import Limits
 from sana_jax.app.service import Service
 from sana_jax.bulk import loading, metadata, weight_files
 from sana_jax.pipeline import sources
+
+try:
+  from sana_jax.app import server as server_lib
+except ModuleNotFoundError as error:
+  sys.exit(f"sana_jax.app needs {error.name}: pip install 'sana_jax[ui]'.")
 
 _CHECKPOINT = flags.DEFINE_string(
   "checkpoint", None, "Directory, file, training run, or name on the hub."
@@ -110,12 +115,18 @@ def main(argv: list[str]) -> int:
   warnings.showwarning = _log_warning
   checkpoint_lib.quiet_orbax()
   compilation_cache.enable(_CACHE.value, os.environ)
+  api_key = _API_KEY.value or os.environ.get("SANA_JAX_API_KEY") or None
   try:
+    if api_key is not None and not re.fullmatch("[!-~]+", api_key):
+      raise ValueError(
+        "The API key has characters that no header can have; use letters, "
+        "digits and signs of ASCII."
+      )
     service = make_service()
   except (ValueError, OSError, ImportError) as error:
     sys.stderr.write(f"sana_jax.app: {' '.join(str(error).split())}\n")
     return 1
-  return serve(service)
+  return serve(service, api_key)
 
 
 def make_service() -> Service:
@@ -148,9 +159,8 @@ def make_service() -> Service:
   )
 
 
-def serve(service: Service) -> int:
+def serve(service: Service, api_key: str | None) -> int:
   """Listens until a signal comes; returns the exit code."""
-  api_key = _API_KEY.value or os.environ.get("SANA_JAX_API_KEY") or None
   if not is_loopback(_HOST.value):
     logging.warning(
       "listening at %s: whoever reaches this machine can use it%s; put a proxy "

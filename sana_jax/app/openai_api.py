@@ -30,6 +30,7 @@ EXTENSIONS = (
 )
 _PARAMS = {"num_images": "n", "height": "size", "width": "size"}
 _MAX_USER = 256
+_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 
 
 def install(
@@ -95,6 +96,11 @@ def install(
     )
     result = await _result(job, request)
     return await asyncio.to_thread(_response, result)
+
+  # Else these would be asked of the page.
+  @app.api_route("/v1/{path:path}", methods=list(_METHODS))
+  async def nothing(path: str, request: fastapi.Request) -> None:
+    raise _ApiError(404, f"There is no {request.method} /v1/{path[:100]} here.")
 
   app.add_exception_handler(_ApiError, _on_error)
   for kind in (

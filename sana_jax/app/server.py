@@ -1,6 +1,7 @@
 """Serves a page and an endpoint over HTTP, until told to stop."""
 
 import signal
+import socket
 import threading
 
 import fastapi
@@ -8,7 +9,7 @@ import uvicorn
 from absl import logging
 from uvicorn.protocols.http import h11_impl
 
-from sana_jax.app import openai_api
+from sana_jax.app import openai_api, page
 from sana_jax.app.service import Service
 
 # For the head of a request to arrive.
@@ -29,6 +30,8 @@ def make_app(
   """
   app = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
   openai_api.install(app, service, api_key=api_key)
+  if with_page:
+    page.mount(app, service)
   return app
 
 
@@ -66,6 +69,14 @@ class Server(uvicorn.Server):
     self._grace_seconds = grace_seconds
     self._closer: threading.Thread | None = None
     self.ended_cleanly = True
+
+  async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+    await super().startup(sockets)
+    for server in self.servers:
+      for open_socket in server.sockets:
+        host, port = open_socket.getsockname()[:2]
+        host = f"[{host}]" if ":" in host else host
+        logging.info("listening at http://%s:%d", host, port)
 
   def handle_exit(self, sig: int, frame: object) -> None:
     """Begins to end; a second signal ends at once.
