@@ -58,6 +58,7 @@ class Server(uvicorn.Server):
         host=host,
         port=port,
         http=_ImpatientProtocol,
+        ws="none",
         log_level="warning",
         access_log=False,
         server_header=False,

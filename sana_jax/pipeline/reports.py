@@ -20,6 +20,10 @@ from jaxtyping import Array, Bool, Float, Int
 # "b h w c" in the transformer's scale).
 StepFn: TypeAlias = Callable[[int, int, np.ndarray], None]
 
+# Values that are handed over at a time. JAX copies more than 100 kB in a thread
+# of a pool that the devices may have used up (on CPU): it would wait for ever.
+_PIECE = 16384
+
 
 class Watching(NamedTuple):
   """Arguments of `denoising.denoise` that make it report."""
@@ -29,7 +33,9 @@ class Watching(NamedTuple):
 
 
 @contextlib.contextmanager
-def watch(on_step: StepFn, num_steps: int, size: int) -> Iterator[Watching]:
+def watch(
+  on_step: StepFn, num_steps: int, shape: tuple[int, ...]
+) -> Iterator[Watching]:
   """Has `on_step` called for the sampler that gets these arguments.
 
   It is called from another thread, and the devices wait for it. If it raises,
@@ -37,13 +43,13 @@ def watch(on_step: StepFn, num_steps: int, size: int) -> Iterator[Watching]:
 
   Args:
     num_steps: of the schedule.
-    size: of the whole batch, however it is cut over devices.
+    shape: of the latents of the whole batch, however it is cut over devices.
   """
-  run = _Run(on_step, num_steps, size)
+  run = _Run(on_step, num_steps, shape)
   number = next(_NUMBERS)
   _RUNS[number] = run
   try:
-    yield Watching({"run": np.int32(number)}, {"rows": np.arange(size)})
+    yield Watching({"run": np.int32(number)}, {"rows": np.arange(shape[0])})
   finally:
     del _RUNS[number]
   if run.error is not None:
@@ -63,34 +69,36 @@ def report(
     index: of the step, from 0.
   """
   stop = jax.ShapeDtypeStruct((), jnp.bool_)
-  return io_callback(_take, stop, run, index, rows, denoised, ordered=False)
+  values = denoised.reshape(-1)
+  pieces = [values[i : i + _PIECE] for i in range(0, values.size, _PIECE)]
+  return io_callback(_take, stop, run, index, rows, *pieces, ordered=False)
 
 
 class _Run:
   """Puts the parts of each step together that the devices report."""
 
-  def __init__(self, on_step: StepFn, num_steps: int, size: int):
+  def __init__(self, on_step: StepFn, num_steps: int, shape: tuple[int, ...]):
     self.error: BaseException | None = None
     self._on_step = on_step
     self._num_steps = num_steps
-    self._size = size
+    self._shape = shape
     self._parts: dict[int, tuple[np.ndarray, np.ndarray]] = {}
     self._last = -1
     self._lock = threading.Lock()
 
-  def take(self, index: int, rows: np.ndarray, denoised: np.ndarray) -> bool:
+  def take(self, index: int, rows: np.ndarray, values: np.ndarray) -> bool:
     with self._lock:
       # A batch that was filled up reports its last sample several times.
       if self.error is None and index > self._last:
-        self._add(index, rows, denoised)
+        self._add(index, rows, values)
       return self.error is not None
 
-  def _add(self, index: int, rows: np.ndarray, denoised: np.ndarray) -> None:
+  def _add(self, index: int, rows: np.ndarray, values: np.ndarray) -> None:
     if index not in self._parts:
-      whole = np.empty((self._size, *denoised.shape[1:]), denoised.dtype)
-      self._parts[index] = whole, np.zeros(self._size, bool)
+      whole = np.empty(self._shape, values.dtype)
+      self._parts[index] = whole, np.zeros(self._shape[0], bool)
     whole, there = self._parts[index]
-    whole[rows] = denoised
+    whole[rows] = values.reshape(len(rows), *self._shape[1:])
     there[rows] = True
     if not there.all():
       return
@@ -106,6 +114,7 @@ _NUMBERS = itertools.count()
 _RUNS: dict[int, _Run] = {}
 
 
-def _take(run, index, rows, denoised) -> np.ndarray:
-  arrays = (np.asarray(rows), np.asarray(denoised))
-  return np.bool_(_RUNS[int(run)].take(int(index), *arrays))
+def _take(run, index, rows, *pieces) -> np.ndarray:
+  values = np.concatenate([np.asarray(piece) for piece in pieces])
+  stop = _RUNS[int(run)].take(int(index), np.asarray(rows), values)
+  return np.bool_(stop)

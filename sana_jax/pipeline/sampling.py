@@ -75,8 +75,8 @@ def sample(
   if on_step is None:
     result = run()
   else:
-    size = len(inputs.latents)
-    with reports.watch(on_step, schedule.num_steps, size) as watching:
+    shape = np.shape(inputs.latents)
+    with reports.watch(on_step, schedule.num_steps, shape) as watching:
       result = run(watching)
   if not bool(jnp.isfinite(result).all()):
     run_trajectory()  # to say which step broke

@@ -147,8 +147,8 @@ def test_once_stopped_the_network_is_not_called_again():
 def test_runs_at_the_same_time_do_not_mix(rng):
   told = {1: [], 2: []}
   with (
-    reports.watch(lambda *a: told[1].append(a), 1, 1) as first,
-    reports.watch(lambda *a: told[2].append(a), 1, 1) as second,
+    reports.watch(lambda *a: told[1].append(a), 1, (1, 2, 2, 4)) as first,
+    reports.watch(lambda *a: told[2].append(a), 1, (1, 2, 2, 4)) as second,
   ):
     for watching in (second, first):
       reports.report(
@@ -185,3 +185,31 @@ def test_compiled_programs_are_forgotten_after_many(monkeypatch):
 
 def _shifted(*, x):
   return x + 1
+
+
+def test_large_latents_on_more_devices_than_cores_do_not_hang(rng):
+  # 512 kB a device, which JAX would copy in the pool that the devices fill.
+  devices = jax.devices()
+  latents = rng.normal(size=(len(devices), 64, 64, 32)).astype(np.float32)
+  told = []
+
+  def sample(*, run, rows, latents):
+    return samplers.sample(
+      lambda x, sigma, timestep: jnp.tanh(x),
+      latents,
+      schedules.FlowEuler().schedule(4),
+      report_fn=lambda i, x: reports.report(run, i, rows, x),
+    )
+
+  with reports.watch(
+    lambda step, num_steps, x: told.append(x), 4, latents.shape
+  ) as watching:
+    result = execution.Executor(devices).run(
+      "transformer",
+      sample,
+      shared=watching.shared,
+      batched=watching.batched | {"latents": latents},
+      static={},
+    )
+  assert len(told) == 4
+  np.testing.assert_allclose(told[-1], result, **TOLERANCE)
