@@ -21,7 +21,7 @@ from sana_jax.pipeline import sizes
 _MAX_SEED = 2**32 - 1
 _MAX_SCALE = 100.0
 # The bins of the published checkpoints end here.
-_MAX_ASPECT = 4.0
+_MAX_RATIO = 4.0
 PICTURES = ("image", "mask_image", "control_image")
 # Fields that are settings of the pipeline, under the same names.
 _SETTINGS = (
@@ -154,7 +154,7 @@ def check(
   _check_pictures(request, limits)
   _check_size_fields(request, limits)
   size = _resolve(request, pipe)
-  _check_area(size, limits)
+  _check_area(request, size, limits)
   settings = pipe.generation_config.replace(request.changes())
   return dataclasses.replace(
     request,
@@ -315,19 +315,22 @@ def _resolve(
     ) from error
 
 
-def _check_area(size: sizes.ImageSize, limits: Limits) -> None:
+def _check_area(
+  request: GenerationRequest, size: sizes.ImageSize, limits: Limits
+) -> None:
+  field = "height" if request.aspect is None else "aspect"
   height, width = size.height, size.width
   if height * width > limits.max_pixels:
     raise InvalidRequestError(
-      "height",
-      f"height {height} times width {width} is {height * width} pixels; at "
-      f"most {limits.max_pixels} are allowed. Make it smaller.",
+      field,
+      f"{field}: height {height} times width {width} is {height * width} "
+      f"pixels; at most {limits.max_pixels} are allowed. Make it smaller.",
     )
-  if max(height, width) > _MAX_ASPECT * min(height, width):
+  if max(height, width) > _MAX_RATIO * min(height, width):
     raise InvalidRequestError(
-      "height",
-      f"height {height} and width {width}: one side may be at most "
-      f"{_MAX_ASPECT:g} times the other.",
+      field,
+      f"{field}: of height {height} and width {width}, one may be at most "
+      f"{_MAX_RATIO:g} times the other.",
     )
 
 
