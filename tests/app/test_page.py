@@ -5,6 +5,7 @@ documentation.
 """
 
 import io
+import json
 import os
 import pathlib
 import re
@@ -30,6 +31,7 @@ from safetensors import numpy as safetensors  # noqa: E402
 
 from sana_jax import images as images_lib  # noqa: E402
 from sana_jax import pipeline as pipeline_lib  # noqa: E402
+from sana_jax.app import limits  # noqa: E402
 from sana_jax.bulk import metadata  # noqa: E402
 
 pytestmark = pytest.mark.ui
@@ -287,12 +289,12 @@ def test_settings_are_read_from_a_file(visit, tmp_path):
   ]
 
 
-def _plain_png():
-  return images_lib.encode_png(np.zeros((8, 8, 3)))
+def _png(chunks):
+  return images_lib.encode_png(np.zeros((8, 8, 3)), chunks)
 
 
 def _described(text):
-  return images_lib.encode_png(np.zeros((8, 8, 3)), {"sana_jax": text})
+  return _png({"sana_jax": text})
 
 
 def _bomb():
@@ -312,29 +314,26 @@ def _bomb():
   )
 
 
-@pytest.mark.parametrize(
-  ("make", "message"),
-  [
-    (lambda: b"import os", "is not a readable picture"),
-    (_plain_png, "does not say how it was made"),
-    (lambda: _described("[" * 100_000), "does not say how it was made"),
-    (lambda: _described("{}"), "does not say its"),
-    (
-      lambda: _described(
-        '{"prompt": 3, "seed": -1, "image_index": 0, "batch_size": 1}'
-      ),
-      "cannot be used",
-    ),
-    (_bomb, "pixels"),
-  ],
-)
-def test_hostile_files_get_a_message(visit, tmp_path, make, message):
+def test_hostile_files_get_a_message(visit, tmp_path):
   tab = visit()
-  file = tmp_path / "hostile.png"
-  file.write_bytes(make())
   tab.get_by_text("Settings from an image").click()
-  tab.locator("#from_image input[type=file]").set_input_files(file)
-  tab.locator("#from_image_status [role=alert]").get_by_text(message).wait_for()
+  alert = tab.locator("#from_image_status [role=alert]")
+  impossible = '{"prompt": 3, "seed": -1, "image_index": 0, "batch_size": 1}'
+  for number, (data, message) in enumerate(
+    (
+      (b"import os", "is not a readable picture"),
+      (_described("[" * 100_000), "does not say how it was made"),
+      (_bomb(), "pixels"),
+      (_described(impossible), "cannot be used"),
+      (_described("{}"), "does not say its"),
+      (_png({}), "does not say how it was made"),
+    )
+  ):
+    file = tmp_path / f"{number}.png"
+    file.write_bytes(data)
+    tab.locator("#from_image input[type=file]").set_input_files(file)
+    alert.get_by_text(message).wait_for()
+    tab.locator("#from_image").get_by_label("Clear").click()
 
 
 def test_what_is_wrong_is_said_beside_the_field(visit):
@@ -407,16 +406,26 @@ def test_what_is_painted_over_is_made_anew(visit, tmp_path, rng):
   assert not changed[-4:].any()
 
 
-def test_a_visitor_can_cancel(visit):
-  tab = visit()
-  fill(tab, prompt="red heart", num_inference_steps=100, num_images=2)
-  press(tab, "Generate")
-  press(tab, "Cancel")
-  tab.locator("#status").get_by_text("was cancelled").wait_for()
-  wait(tab)
-  assert tab.locator("#gallery").is_hidden()
-  fill(tab, num_inference_steps=3, num_images=1)
-  generate(tab)
+def test_who_cancels_or_leaves_makes_room(visit):
+  first, leaving, last = (visit() for _ in range(3))
+  # The only ones of this number: compiling gives the others time.
+  fill(first, prompt="red heart", num_inference_steps=100, num_images=3)
+  press(first, "Generate")
+  first.get_by_role("progressbar").or_(first.get_by_text("takes a while")).or_(
+    first.get_by_text("Starting")
+  ).first.wait_for()
+  for tab in (leaving, last):
+    fill(tab, prompt="red heart", num_inference_steps=3)
+    press(tab, "Generate")
+    tab.locator("#status").get_by_text("before you").wait_for()
+  last.locator("#status").get_by_text("2 before you").wait_for()
+  leaving.close()
+  last.locator("#status").get_by_text("1 before you").wait_for()
+  press(first, "Cancel")
+  first.locator("#status").get_by_text("was cancelled").wait_for()
+  wait(first)
+  assert first.locator("#gallery").is_hidden()
+  last.locator("#status").get_by_text("of seed").wait_for()
 
 
 def test_the_page_fits_a_phone(visit, screenshots):
@@ -430,15 +439,14 @@ def test_the_page_fits_a_phone(visit, screenshots):
   tab.screenshot(path=screenshots / "page_phone.png")
 
 
-def _status(address, path, data=None, **headers):
-  request = urllib.request.Request(
-    address + path, data=data, headers=headers, method="POST" if data else "GET"
-  )
+def _ask(address, path, data=None, **headers):
+  """Returns the status and the text of an answer."""
+  request = urllib.request.Request(address + path, data=data, headers=headers)
   try:
-    with urllib.request.urlopen(request, timeout=20) as answer:
-      return answer.status
+    with urllib.request.urlopen(request, timeout=60) as answer:
+      return answer.status, answer.read().decode()
   except urllib.error.HTTPError as error:
-    return error.code
+    return error.code, error.read().decode()
 
 
 @pytest.mark.parametrize(
@@ -452,26 +460,50 @@ def _status(address, path, data=None, **headers):
   ],
 )
 def test_nothing_but_the_page_is_served(address, path):
-  assert _status(address, path) == 404
+  assert _ask(address, path)[0] == 404
 
 
 @pytest.mark.parametrize(
   "path", ["/etc/passwd", "https://example.org/a.png", "../../etc/passwd"]
 )
 def test_an_event_can_name_uploads_only(address, path):
-  event = '{"data": [{"path": "%s", "meta": {"_type": "gradio.FileData"}}]}'
-  status = _status(
+  config = json.loads(_ask(address, "config")[1])
+  ids = {c["props"].get("elem_id"): c["id"] for c in config["components"]}
+  (number,) = (
+    d["id"]
+    for d in config["dependencies"]
+    if [ids["from_image"], "upload"] in d["targets"]
+  )
+  event = {
+    "data": [{"path": path, "meta": {"_type": "gradio.FileData"}}],
+    "fn_index": number,
+    "session_hash": "abc",
+  }
+  status, text = _ask(
     address,
     "gradio_api/queue/join",
-    (event % path).encode(),
+    json.dumps(event).encode(),
     **{"content-type": "application/json"},
   )
-  assert status == 400
+  assert (status, "uploaded here" in text) == (400, True), text
+
+
+def test_an_upload_is_bounded(address):
+  boundary = "----of-the-parts"
+  body = (
+    f"--{boundary}\r\ncontent-disposition: form-data; "
+    'name="files"; filename="a.png"\r\n\r\n'
+  ).encode()
+  body += bytes(limits.Limits().max_upload_bytes + 1)
+  body += f"\r\n--{boundary}--\r\n".encode()
+  kind = f"multipart/form-data; boundary={boundary}"
+  headers = {"content-type": kind}
+  assert _ask(address, "gradio_api/upload", body, **headers)[0] == 413
 
 
 def test_other_sites_cannot_upload(address):
   headers = {"sec-fetch-site": "cross-site", "content-type": "text/plain"}
-  assert _status(address, "gradio_api/upload", b"x", **headers) == 403
+  assert _ask(address, "gradio_api/upload", b"x", **headers)[0] == 403
 
 
 def test_a_failure_is_a_message(visit, tmp_path):
