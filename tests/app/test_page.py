@@ -4,6 +4,7 @@ SANA_JAX_SCREENSHOTS names the directory that gets the pictures of the
 documentation.
 """
 
+import contextlib
 import io
 import json
 import os
@@ -41,7 +42,7 @@ _ROOT = pathlib.Path(__file__).parents[2]
 # Each number of steps is compiled: one beside the checkpoint's 20 will do.
 _STEPS = 30
 _PROMPT = "woman firefighter: medium skin tone"
-_SECONDS = 60_000  # in milliseconds, for a machine that does much else
+_PATIENCE = 180_000  # in milliseconds, for a machine that does much else
 # Keeps what the status has said, since some of it is gone in a moment.
 _WATCH = """() => {
   window.said = [];
@@ -65,7 +66,7 @@ _UNNAMED = """() => [...document.querySelectorAll("input, textarea, button")]
 
 
 def serve(*flags):
-  """Starts a server; returns its process and address."""
+  """Starts a server; returns its process and address when it is ready."""
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     port = free.getsockname()[1]
@@ -76,14 +77,13 @@ def serve(*flags):
     env=environment | {"PYTHONPATH": str(_ROOT)},
   )
   address = f"http://127.0.0.1:{port}/"
-  for _ in range(600):
+  while True:
     assert process.poll() is None, "the server has ended"
-    try:
-      urllib.request.urlopen(address, timeout=5).close()
-      return process, address
-    except OSError:
-      time.sleep(0.2)
-  raise AssertionError("the server does not answer")
+    with contextlib.suppress(OSError):
+      status, text = _ask(address, "health")
+      if status == 200 and json.loads(text)["status"] == "ok":
+        return process, address
+    time.sleep(0.2)
 
 
 def end(process):
@@ -121,7 +121,7 @@ def visit(browser, address):
 
   def open_page(where=address, **options):
     tab = browser.new_context(**options).new_page()
-    tab.set_default_timeout(_SECONDS)
+    tab.set_default_timeout(_PATIENCE)
     asked = []
     tab.on("request", lambda request: asked.append(request.url))
     tab.goto(where)
