@@ -176,8 +176,10 @@ def serve(service: Service, api_key: str | None) -> int:
     port=_PORT.value,
     grace_seconds=_GRACE.value,
   )
-  server.run()
-  service.close()  # if the port could not be opened
+  try:
+    server.run()
+  finally:
+    service.close()  # if the port could not be opened
   logging.info("ended")
   logging.flush()
   if not server.ended_cleanly:

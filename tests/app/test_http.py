@@ -84,7 +84,7 @@ def url_of(address, path=PATH):
 def post(address, content: bytes, **headers):
   headers = {"content-type": "application/json"} | headers
   return httpx.post(
-    url_of(address), content=content, headers=headers, timeout=60
+    url_of(address), content=content, headers=headers, timeout=300
   )
 
 
