@@ -21,7 +21,7 @@ LAYERS = (
   {"pipeline"},
   {"training", "bulk", "precompute"},
   {"evaluation", "plan"},
-  {"tools"},
+  {"tools", "app"},
 )
 FORBIDDEN_NNX = {
   *("jit", "grad", "value_and_grad", "scan", "vmap", "remat", "split_rngs"),

@@ -104,18 +104,28 @@ def read_png(path: epath.PathLike) -> dict[str, Any]:
   with epath.Path(path).open("rb") as file, PIL.Image.open(file) as image:
     # Chunks may come after the pixels.
     image.load()
-    chunk = image.info.get("sana_jax")
+    return read_chunks(image.info, str(path))
+
+
+def read_chunks(chunks: Mapping[Any, Any], name: str) -> dict[str, Any]:
+  """Returns the description among the text chunks of an image.
+
+  Args:
+    name: of the image, for messages.
+
+  Raises:
+    ValueError: there is none, or that of several images.
+  """
   try:
-    description = json.loads(chunk or "")
-  except ValueError as error:
-    raise ValueError(
-      f"{path} does not say how it was made: it is not a PNG of sample.py, or "
-      "was saved again by another program."
-    ) from error
+    description = json.loads(chunks.get("sana_jax") or "")
+  except (ValueError, TypeError, RecursionError) as error:
+    raise ValueError(_undescribed(name)) from error
+  if not isinstance(description, dict):
+    raise ValueError(_undescribed(name))
   expected = {"prompt", "seed", "image_index", "batch_size"}
   if missing := sorted(expected - set(description)):
     raise ValueError(
-      f"{path} does not say its {', '.join(missing)}; it cannot be made again."
+      f"{name} does not say its {', '.join(missing)}; it cannot be made again."
     )
   return description
 
@@ -155,6 +165,13 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     for name, reason in _COMPARED.items()
     if there.get(name) != here.get(name)
   ]
+
+
+def _undescribed(name: str) -> str:
+  return (
+    f"{name} does not say how it was made: it is not a PNG of sample.py, or "
+    "was saved again by another program."
+  )
 
 
 def _same(a: Any, b: Any) -> bool:

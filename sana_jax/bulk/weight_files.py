@@ -32,10 +32,13 @@ def hashes(
     path = sources.resolve_controlnet(loading.controlnet)
     found["controlnet_sha256"] = _hash(_component(path, None))
   if loading.lora:
-    found["lora_sha256"] = [
-      _hash(lora_files.files_of(path)) for path in loading.lora
-    ]
+    found["lora_sha256"] = [adapter_hash(path) for path in loading.lora]
   return found
+
+
+def adapter_hash(path: epath.PathLike) -> str:
+  """Returns the SHA-256 of an adapter's files."""
+  return _hash(lora_files.files_of(path))
 
 
 def of(

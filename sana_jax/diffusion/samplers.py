@@ -5,13 +5,15 @@ from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from sana_jax.diffusion import schedules
 from sana_jax.typing import VelocityFn
 
 # (sample "b ...", sigma "b" of that sample) -> the sample to go on with.
 ProjectFn: TypeAlias = Callable[[Array, Array], Array]
+# (number of the step, its estimate of the data "b ...") -> whether to stop.
+ReportFn: TypeAlias = Callable[[Int[Array, ""], Array], Bool[Array, ""]]
 
 
 class Trajectory(NamedTuple):
@@ -29,6 +31,7 @@ def sample(
   key: Key[Array, ""] | None = None,
   noise: Float[Array, "n b *shape"] | None = None,
   project_fn: ProjectFn | None = None,
+  report_fn: ReportFn | None = None,
 ) -> Float[Array, "b *shape"]:
   """Integrates `latents` along the schedule; returns the last sample.
 
@@ -47,12 +50,21 @@ def sample(
     noise: in place of `key`, the standard normal noise of each step.
     project_fn: called after every step as (x, the sigma it arrived at); what it
       returns goes on, such as x with a part replaced that is known.
+    report_fn: called after every step; once it says stop, the network is not
+      called again, and the sample stays as it is.
 
   Raises:
     ValueError: a stochastic schedule without noise, or superfluous noise.
   """
   return _scan(
-    velocity_fn, latents, schedule, key, noise, project_fn, record=False
+    velocity_fn,
+    latents,
+    schedule,
+    key,
+    noise,
+    project_fn,
+    record=False,
+    report_fn=report_fn,
   )[0]
 
 
@@ -71,7 +83,17 @@ def sample_trajectory(
   )[1]
 
 
-def _scan(velocity_fn, latents, schedule, key, noise, project_fn, *, record):
+def _scan(
+  velocity_fn,
+  latents,
+  schedule,
+  key,
+  noise,
+  project_fn,
+  *,
+  record,
+  report_fn=None,
+):
   _check_noise(schedule, key, noise)
   dtype = jnp.promote_types(latents.dtype, jnp.float32)
   num_steps, num_weights = schedule.update.shape
@@ -97,7 +119,19 @@ def _scan(velocity_fn, latents, schedule, key, noise, project_fn, *, record):
       x += row.noise * given.astype(dtype)
     if project_fn is not None:
       x = project_fn(x, jnp.full((batch,), arrival, jnp.float32)).astype(dtype)
-    return (x, estimates[:-1]), (x, denoised) if record else None
+    return (x, estimates[:-1]), (x, denoised)
+
+  def keep(carry, inputs):
+    carry, outputs = step(carry, inputs)
+    return carry, outputs if record else None
+
+  def report(carry, inputs):
+    def go_on(state):
+      state, (_, denoised) = step(state, inputs)
+      return state, report_fn(inputs[0], denoised)
+
+    state, stopped = carry
+    return jax.lax.cond(stopped, lambda s: (s, stopped), go_on, state), None
 
   rows = jax.tree.map(
     lambda a: jnp.asarray(a, dtype),
@@ -106,11 +140,16 @@ def _scan(velocity_fn, latents, schedule, key, noise, project_fn, *, record):
   x = latents.astype(dtype)
   # Earlier estimates a multistep solver does not have yet; their weight is 0.
   start = (x, (jnp.zeros_like(x),) * (num_weights - 2))
-  (x, _), outputs = jax.lax.scan(
-    step,
-    start,
-    (jnp.arange(num_steps), rows, jnp.asarray(schedule.sigmas[1:]), noise),
+  inputs = (
+    jnp.arange(num_steps),
+    rows,
+    jnp.asarray(schedule.sigmas[1:]),
+    noise,
   )
+  if report_fn is not None:
+    ((x, _), _), _ = jax.lax.scan(report, (start, jnp.bool_(False)), inputs)
+    return x, None
+  (x, _), outputs = jax.lax.scan(keep, start, inputs)
   if not record:
     return x, None
   samples, denoised = outputs

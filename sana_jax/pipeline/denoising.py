@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Real
+from jaxtyping import Array, Bool, Float, Int, Real
 
 from sana_jax.diffusion import flow, guidance, samplers, trigflow
 from sana_jax.diffusion.schedules import Schedule
 from sana_jax.models import controlnet as controlnet_lib
+from sana_jax.pipeline import reports
 from sana_jax.typing import ConditionalVelocityFn, VelocityFn
 
 
@@ -85,6 +86,8 @@ def denoise(
   timestep_scale: float = 1.0,
   guidance_interval: tuple[float, float] | None = None,
   pag_layers: tuple[int, ...] = (),
+  run: Int[Array, ""] | None = None,
+  rows: Int[Array, " b"] | None = None,
   trajectory: bool = False,
 ) -> Any:
   """Samples with a flow model, down to data.
@@ -98,6 +101,8 @@ def denoise(
     controlnet: a branch that steers the transformer by `control`, the latents
       of the control image; see `controlnet.control_residuals`.
     pag_layers: blocks that perturbed-attention guidance perturbs; none: off.
+    run: which is told of every step; see `reports.watch`. None: nobody is.
+    rows: numbers of the samples in the whole batch, for `run`.
     trajectory: True returns the parts of a `samplers.Trajectory`, the batch
       axis first.
 
@@ -128,7 +133,13 @@ def denoise(
   )
   project_fn = None if known is None else _put_back(known, flow.interpolate)
   return _sample(
-    velocity_fn, latents, schedule, noise, project_fn, trajectory=trajectory
+    velocity_fn,
+    latents,
+    schedule,
+    noise,
+    project_fn,
+    report_fn=_report(run, rows, project_fn),
+    trajectory=trajectory,
   )
 
 
@@ -143,6 +154,8 @@ def denoise_sprint(
   known: Known | None = None,
   sigma_data: float,
   guidance_embeds_scale: float,
+  run: Int[Array, ""] | None = None,
+  rows: Int[Array, " b"] | None = None,
   trajectory: bool = False,
 ) -> Any:
   """Samples with a SANA-Sprint model, in units of standard deviation one.
@@ -150,6 +163,7 @@ def denoise_sprint(
   Args:
     latents: as in `denoise`, like `known`.
     scales: the guidance scale is an input of the network.
+    run: as in `denoise`, like `rows`.
     trajectory: as in `denoise`, in the sampler's units (times sigma_data).
   """
   embedded = jnp.full(
@@ -167,12 +181,14 @@ def denoise_sprint(
     return sigma_data * trigflow.interpolate(clean, fresh, angle)
 
   prediction_fn = trigflow.prediction_fn(velocity, sigma_data=sigma_data)
+  project_fn = None if known is None else _put_back(known, mix)
   result = _sample(
     prediction_fn,
     latents * sigma_data,
     schedule,
     noise,
-    None if known is None else _put_back(known, mix),
+    project_fn,
+    report_fn=_report(run, rows, project_fn, unit=sigma_data),
     trajectory=trajectory,
   )
   return result if trajectory else result / sigma_data
@@ -296,14 +312,42 @@ def _put_back(known: Known, mix: Callable[..., Array]) -> samplers.ProjectFn:
   return project
 
 
+def _report(
+  run: Int[Array, ""] | None,
+  rows: Int[Array, " b"] | None,
+  project_fn: samplers.ProjectFn | None,
+  *,
+  unit: float = 1.0,
+) -> samplers.ReportFn | None:
+  """Returns what tells `run` of the estimated data, in units of `unit`."""
+  if run is None:
+    return None
+
+  def report(index, denoised):
+    if project_fn is not None:
+      denoised = project_fn(denoised, jnp.zeros(denoised.shape[0], jnp.float32))
+    return reports.report(run, index, rows, denoised / unit)
+
+  return report
+
+
 def _sample(
-  velocity_fn, latents, schedule, noise, project_fn, *, trajectory: bool
+  velocity_fn,
+  latents,
+  schedule,
+  noise,
+  project_fn,
+  *,
+  report_fn: samplers.ReportFn | None,
+  trajectory: bool,
 ):
   options = {
     "noise": None if noise is None else noise.swapaxes(0, 1),
     "project_fn": project_fn,
   }
   if not trajectory:
-    return samplers.sample(velocity_fn, latents, schedule, **options)
+    return samplers.sample(
+      velocity_fn, latents, schedule, report_fn=report_fn, **options
+    )
   steps = samplers.sample_trajectory(velocity_fn, latents, schedule, **options)
   return tuple(part.swapaxes(0, 1) for part in steps)

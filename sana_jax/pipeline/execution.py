@@ -2,6 +2,7 @@
 
 import contextlib
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -10,6 +11,10 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from sana_jax import sharding
+
+# Compiled programs that are kept: a server is asked for many sizes and numbers
+# of steps, and each has its own.
+_CAPACITY = 64
 
 
 class Progress(NamedTuple):
@@ -38,7 +43,7 @@ class Executor:
 
   def __init__(self, devices: Sequence[jax.Device]):
     self._mesh = sharding.make_mesh({"data": len(devices)}, devices)
-    self._compiled: dict[Any, Callable[..., Any]] = {}
+    self._compiled: OrderedDict[Any, Callable[..., Any]] = OrderedDict()
 
   @property
   def devices(self) -> list[jax.Device]:
@@ -117,6 +122,9 @@ class Executor:
     if key not in self._compiled:
       with _timed(stage, "compile", progress):
         self._compiled[key] = jax.jit(function).lower(*args).compile()
+      if len(self._compiled) > _CAPACITY:
+        self._compiled.popitem(last=False)
+    self._compiled.move_to_end(key)
     with _timed(stage, "run", progress):
       return jax.block_until_ready(self._compiled[key](*args))
 

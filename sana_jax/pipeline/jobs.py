@@ -1,13 +1,21 @@
 """What a call of a pipeline asks for, checked before anything is computed."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import ArrayLike, Float
+from jaxtyping import Array, ArrayLike, Float
 
 from sana_jax.diffusion import schedules
-from sana_jax.pipeline import checks, options, sizes, stages, starts
+from sana_jax.pipeline import (
+  checks,
+  denoising,
+  options,
+  sizes,
+  stages,
+  starts,
+)
 
 if TYPE_CHECKING:
   from sana_jax.pipeline.text_to_image import SanaPipeline
@@ -31,6 +39,32 @@ class Job(NamedTuple):
     """How many pictures are encoded at a time, at most."""
     given = (self.start.image, self.control)
     return max(0 if array is None else len(array) for array in given)
+
+  def begin(
+    self, encode: Callable[[np.ndarray], Array], *, on_circle: bool
+  ) -> tuple[ArrayLike, denoising.Known | None, Array | None]:
+    """Returns the first latents, what of the image stays, and the control.
+
+    Args:
+      encode: images in [0, 1] to latents.
+      on_circle: as in `denoising.add_noise`.
+    """
+
+    def encode_for_all(images):
+      # One picture for all images is encoded once.
+      encoded = encode(images)
+      return jnp.broadcast_to(encoded, (len(self.latents), *encoded.shape[1:]))
+
+    latents, known = self.latents, None
+    if self.start.image is not None:
+      clean = encode_for_all(self.start.image)
+      known = self.start.known(clean, latents)
+      latents = denoising.add_noise(
+        clean, latents, self.schedule, on_circle=on_circle
+      )
+    if self.control is None:
+      return latents, known, None
+    return latents, known, encode_for_all(self.control)
 
 
 def resolve(

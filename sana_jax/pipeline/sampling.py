@@ -1,6 +1,5 @@
 """Runs the denoising of a pipeline's batch, and watches over it."""
 
-import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -9,7 +8,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float
 
 from sana_jax.diffusion import samplers, schedules
-from sana_jax.pipeline import checks, denoising, execution, options
+from sana_jax.pipeline import checks, denoising, execution, options, reports
 
 if TYPE_CHECKING:
   from sana_jax.pipeline.text_to_image import SanaPipeline
@@ -35,6 +34,7 @@ def sample(
   *,
   trajectory: bool,
   progress: execution.ProgressFn | None,
+  on_step: reports.StepFn | None = None,
 ) -> Float[Array, "b h w c"] | samplers.Trajectory:
   """Runs the sampler; `SanaPipeline.denoise` describes it.
 
@@ -52,24 +52,32 @@ def sample(
   if inputs.noise is not None:
     batched["noise"] = jnp.swapaxes(inputs.noise, 0, 1)
   function, static = _program(pipe, settings)
-  run = functools.partial(
-    executor.run,
-    "transformer",
-    function,
-    shared=shared,
-    batched=batched,
-    progress=progress,
-  )
+
+  def run(watching: reports.Watching | None = None, **changes) -> Any:
+    told = ({}, {}) if watching is None else watching
+    return executor.run(
+      "transformer",
+      function,
+      shared=shared | told[0],
+      batched=batched | told[1],
+      static=static | changes,
+      progress=progress,
+    )
 
   def run_trajectory() -> samplers.Trajectory:
-    steps = run(static=static | {"trajectory": True})
+    steps = run(trajectory=True)
     steps = samplers.Trajectory(*(part.swapaxes(0, 1) for part in steps))
     checks.check_steps_finite(steps.samples, schedule)
     return steps
 
   if trajectory:
     return run_trajectory()
-  result = run(static=static)
+  if on_step is None:
+    result = run()
+  else:
+    shape = np.shape(inputs.latents)
+    with reports.watch(on_step, schedule.num_steps, shape) as watching:
+      result = run(watching)
   if not bool(jnp.isfinite(result).all()):
     run_trajectory()  # to say which step broke
     checks.check_finite("transformer", result)

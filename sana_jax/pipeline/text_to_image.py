@@ -1,6 +1,7 @@
 """SanaPipeline: one object for SANA, SANA-1.5 and SANA-Sprint."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any, Unpack
 
@@ -27,6 +28,7 @@ from sana_jax.pipeline import (
   options,
   output,
   pictures,
+  reports,
   sampling,
   sizes,
   stages,
@@ -172,6 +174,7 @@ class SanaPipeline:
     sigmas: Sequence[float] | None = None,
     timesteps: Sequence[float] | None = None,
     progress: execution.ProgressFn | None = None,
+    on_step: reports.StepFn | None = None,
     **changes: Unpack[options.Options],
   ) -> output.SanaOutput:
     """Makes images, those of the first prompt first.
@@ -192,6 +195,7 @@ class SanaPipeline:
       sigmas: custom noise levels; for the flow-Euler solver.
       timesteps: custom angles ending with 0; for Sprint.
       progress: called at the beginning and end of every stage.
+      on_step: called after every step, see `reports`; a program of its own.
       **changes: to the `generation_config`, for this call; its fields are
         num_inference_steps, guidance_scale, height, width and so on.
 
@@ -218,7 +222,7 @@ class SanaPipeline:
     conditions = self._conditions(job, num_images_per_prompt, progress)
     if plan.offload_text_encoder:
       self._offload_text_encoder()
-    latents, known, control = self._start(job, plan.decoding, progress)
+    latents, known, control = self._begin(job, plan.decoding, progress)
     latents = self.denoise(
       latents,
       job.schedule,
@@ -228,6 +232,7 @@ class SanaPipeline:
       known=known,
       control=control,
       progress=progress,
+      on_step=on_step,
     )
     images = self._decode(latents, plan.decoding, job.size, progress)
     if job.settings.composite_pixels:
@@ -341,6 +346,7 @@ class SanaPipeline:
     control: Float[ArrayLike, "b h w c"] | None = None,
     trajectory: bool = False,
     progress: execution.ProgressFn | None = None,
+    on_step: reports.StepFn | None = None,
   ) -> Float[Array, "b h w c"] | samplers.Trajectory:
     """Runs the sampler down to clean latents.
 
@@ -352,6 +358,7 @@ class SanaPipeline:
       known: the part of the picture that stays.
       control: latents of the control image; with a ControlNet only.
       trajectory: return all of the sampler's steps, in its own units.
+      on_step: called after every step; not together with `trajectory`.
 
     Raises:
       FloatingPointError: the latents are not finite.
@@ -367,6 +374,7 @@ class SanaPipeline:
       settings or self.generation_config,
       trajectory=trajectory,
       progress=progress,
+      on_step=on_step,
     )
 
   def decode(
@@ -455,23 +463,9 @@ class SanaPipeline:
       (condition, null_condition),
     )
 
-  def _start(self, job: jobs.Job, how: decoding.Decoding, progress):
-    """Returns the first latents, what of the image stays, and the control."""
-
-    def encode(images):
-      # One picture for all images is encoded once.
-      encoded = self.encode_image(images, how=how, progress=progress)
-      shape = (len(job.latents), *encoded.shape[1:])
-      return jnp.broadcast_to(encoded, shape)
-
-    latents, known = job.latents, None
-    if job.start.image is not None:
-      clean = encode(job.start.image)
-      known = job.start.known(clean, latents)
-      latents = denoising.add_noise(
-        clean, latents, job.schedule, on_circle=self.is_sprint
-      )
-    return latents, known, None if job.control is None else encode(job.control)
+  def _begin(self, job: jobs.Job, how: decoding.Decoding, progress):
+    encode = functools.partial(self.encode_image, how=how, progress=progress)
+    return job.begin(encode, on_circle=self.is_sprint)
 
   def _encode(self, prompts, instruction, settings, progress):
     def encode(input_ids, attention_mask) -> denoising.Condition:

@@ -1,0 +1,1 @@
+"""A pipeline that several people use at once: a queue, a page, an endpoint."""

@@ -1,0 +1,76 @@
+"""JSON from a client that may be slow, wrong or hostile."""
+
+import asyncio
+import json
+from typing import Any
+
+import fastapi
+
+# Prompts, and what else there is; pictures do not come this way.
+MAX_BODY_BYTES = 256 * 1024
+_READ_SECONDS = 20.0
+
+
+class BodyError(ValueError):
+  """A body that is not taken.
+
+  Attributes:
+    status: of the response.
+  """
+
+  def __init__(self, status: int, message: str):
+    super().__init__(message)
+    self.status = status
+
+
+async def read_object(request: fastapi.Request) -> dict[str, Any]:
+  """Reads a JSON object, and never more than `MAX_BODY_BYTES`.
+
+  Raises:
+    BodyError: another type, too large, too slow, or no JSON object.
+  """
+  kind = request.headers.get("content-type", "").partition(";")[0]
+  # Anything else a foreign web page could have a browser send.
+  if kind.strip().lower() != "application/json":
+    raise BodyError(
+      415, f"The content type is {kind[:80]!r}; expected 'application/json'."
+    )
+  try:
+    body = await asyncio.wait_for(_read(request), _READ_SECONDS)
+  except TimeoutError as error:
+    raise BodyError(
+      408, f"The body did not arrive within {_READ_SECONDS:.0f} s."
+    ) from error
+  return _parse(body)
+
+
+async def _read(request: fastapi.Request) -> bytes:
+  too_large = BodyError(
+    413, f"The body is too large; at most {MAX_BODY_BYTES} bytes are read."
+  )
+  said = request.headers.get("content-length", "0")
+  if not said.isdigit() or len(said) > 12 or int(said) > MAX_BODY_BYTES:
+    raise too_large
+  body = bytearray()
+  async for chunk in request.stream():
+    body += chunk
+    if len(body) > MAX_BODY_BYTES:
+      raise too_large
+  return bytes(body)
+
+
+def _parse(body: bytes) -> dict[str, Any]:
+  def refuse(constant: str):
+    raise ValueError(f"{constant} is no JSON number")
+
+  try:
+    value = json.loads(body.decode("utf-8"), parse_constant=refuse)
+  except RecursionError as error:
+    raise BodyError(400, "The body is nested too deeply.") from error
+  except ValueError as error:
+    raise BodyError(
+      400, f"The body is not valid JSON: {str(error)[:200]}."
+    ) from error
+  if not isinstance(value, dict):
+    raise BodyError(400, "The body must be a JSON object.")
+  return value

@@ -1,0 +1,295 @@
+"""The OpenAI images API, as far as a text-to-image model has it.
+
+Source: https://platform.openai.com/docs/api-reference/images/create.
+"""
+
+import asyncio
+import base64
+import hmac
+import re
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import fastapi
+from absl import logging
+from fastapi.responses import JSONResponse
+from starlette import exceptions
+
+from sana_jax.app import bodies, errors, requests
+from sana_jax.app.jobs import Job, Result
+from sana_jax.app.service import Service
+
+# Fields with a meaning of their own; others are those of GenerationRequest.
+_OPENAI_FIELDS = (
+  *("prompt", "model", "n", "size", "response_format", "output_format", "user"),
+)
+EXTENSIONS = (
+  *("negative_prompt", "seed", "num_inference_steps", "guidance_scale"),
+  *("aspect", "pag_scale", "solver", "lora", "lora_scale", "image_index"),
+)
+_PARAMS = {"num_images": "n", "height": "size", "width": "size"}
+_MAX_USER = 256
+_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+
+
+def install(
+  app: fastapi.FastAPI, service: Service, *, api_key: str | None = None
+) -> None:
+  """Adds the API's routes, and its shape of errors.
+
+  Args:
+    api_key: what clients must send as a bearer token; None: nothing.
+  """
+  created = int(time.time())
+  model = {
+    "id": service.model_name,
+    "object": "model",
+    "created": created,
+    "owned_by": "sana_jax",
+  }
+
+  def authorise(request: fastapi.Request) -> None:
+    given = request.headers.get("authorization", "")
+    expected = f"Bearer {api_key}"
+    # Bytes: texts beyond ASCII cannot be compared.
+    if api_key is not None and not hmac.compare_digest(
+      given.encode(), expected.encode()
+    ):
+      raise _ApiError(
+        401,
+        "The API key is missing or wrong; send it as 'Authorization: Bearer "
+        "KEY'.",
+        code="invalid_api_key",
+      )
+
+  protected = [fastapi.Depends(authorise)]
+
+  @app.get("/health")
+  async def health() -> JSONResponse:
+    status = "ok" if service.ready.is_set() else "warming up"
+    if service.closing:
+      status = "closing"
+    return JSONResponse(
+      {"status": status, "waiting": service.num_waiting},
+      503 if service.closing else 200,
+    )
+
+  @app.get("/v1/models", dependencies=protected)
+  async def models() -> JSONResponse:
+    return JSONResponse({"object": "list", "data": [model]})
+
+  @app.get("/v1/models/{name}", dependencies=protected)
+  async def one_model(name: str) -> JSONResponse:
+    _check_model(name, service)
+    return JSONResponse(model)
+
+  @app.post("/v1/images/generations", dependencies=protected)
+  async def generations(request: fastapi.Request) -> JSONResponse:
+    fields = await bodies.read_object(request)
+    asked = _translate(fields, service)
+    client = request.client.host if request.client else ""
+    job = service.submit(asked, client)
+    logging.info(
+      "%s: %d images for %s, user %r",
+      *(job.id, job.request.num_images, client, fields.get("user")),
+    )
+    result = await _result(job, request)
+    return await asyncio.to_thread(_response, result)
+
+  # Else these would be asked of the page.
+  @app.api_route("/v1/{path:path}", methods=list(_METHODS))
+  async def nothing(path: str, request: fastapi.Request) -> None:
+    raise _ApiError(404, f"There is no {request.method} /v1/{path[:100]} here.")
+
+  app.add_exception_handler(_ApiError, _on_error)
+  for kind in (
+    *(bodies.BodyError, errors.InvalidRequestError, errors.BusyError),
+    *(errors.ClosedError, errors.JobError, exceptions.HTTPException),
+    Exception,
+  ):
+    app.add_exception_handler(kind, _on_error)
+
+
+class _ApiError(Exception):
+  """An error as the API says it."""
+
+  def __init__(
+    self,
+    status: int,
+    message: str,
+    *,
+    kind: str = "invalid_request_error",
+    param: str | None = None,
+    code: str | None = None,
+    headers: Mapping[str, str] | None = None,
+  ):
+    super().__init__(message)
+    self.status = status
+    self.kind = kind
+    self.param = param
+    self.code = code
+    self.headers = headers
+
+
+def _translate(
+  fields: Mapping[str, Any], service: Service
+) -> requests.GenerationRequest:
+  """Makes a request of the API's fields.
+
+  Raises:
+    InvalidRequestError: a field that is unknown, or cannot be.
+  """
+  for name in fields:
+    if name not in _OPENAI_FIELDS + EXTENSIONS:
+      raise errors.InvalidRequestError(
+        name[:100],
+        f"Unknown field {name[:100]!r}; there are "
+        f"{', '.join(_OPENAI_FIELDS + EXTENSIONS)}.",
+      )
+  _check_model(fields.get("model"), service)
+  if fields.get("response_format") not in (None, "b64_json"):
+    raise errors.InvalidRequestError(
+      "response_format",
+      "response_format must be 'b64_json': images are not kept here, so there "
+      "is no url.",
+    )
+  if fields.get("output_format") not in (None, "png"):
+    raise errors.InvalidRequestError(
+      "output_format", "output_format must be 'png'."
+    )
+  user = fields.get("user")
+  if user is not None and not (
+    isinstance(user, str) and len(user) <= _MAX_USER
+  ):
+    raise errors.InvalidRequestError(
+      "user", f"user must be a text of at most {_MAX_USER} characters."
+    )
+  values = {name: fields[name] for name in EXTENSIONS if name in fields}
+  # null is the usual value, as in that API.
+  values = {name: value for name, value in values.items() if value is not None}
+  if fields.get("n") is not None:
+    values["num_images"] = fields["n"]
+  if fields.get("prompt") is not None:
+    values["prompt"] = fields["prompt"]
+  return requests.from_mapping(values | _size(fields.get("size")))
+
+
+def _size(size: Any) -> dict[str, int]:
+  if size is None or size == "auto":
+    return {}
+  match = re.fullmatch(
+    r"([0-9]{1,6})x([0-9]{1,6})", size if isinstance(size, str) else ""
+  )
+  if match is None:
+    raise errors.InvalidRequestError(
+      "size", "size must be 'auto', or width and height such as '1024x1024'."
+    )
+  return {"width": int(match[1]), "height": int(match[2])}
+
+
+def _check_model(name: Any, service: Service) -> None:
+  if name is not None and name != service.model_name:
+    raise _ApiError(
+      404,
+      f"There is no model {str(name)[:100]!r} here, only "
+      f"{service.model_name!r}; leave model out, or give that.",
+      param="model",
+      code="model_not_found",
+    )
+
+
+async def _result(job: Job, request: fastapi.Request) -> Result:
+  """Waits for a job, and cancels it when its client has gone."""
+  gone = asyncio.ensure_future(_disconnected(request))
+  made = asyncio.wrap_future(job.future)
+  try:
+    await asyncio.wait({gone, made}, return_when=asyncio.FIRST_COMPLETED)
+    if not made.done():
+      job.cancel()
+    return await made
+  finally:
+    gone.cancel()
+    # The server may give a connection up while we wait.
+    if not job.done:
+      job.cancel()
+
+
+async def _disconnected(request: fastapi.Request) -> None:
+  while (await request.receive())["type"] != "http.disconnect":
+    pass
+
+
+def _response(result: Result) -> JSONResponse:
+  return JSONResponse(
+    {
+      "created": int(time.time()),
+      "data": [
+        {"b64_json": base64.b64encode(png).decode("ascii")}
+        for png in result.pngs
+      ],
+      "output_format": "png",
+      "seed": result.seed,
+    }
+  )
+
+
+async def _on_error(
+  request: fastapi.Request, error: Exception
+) -> fastapi.Response:
+  """Says an error in the API's shape."""
+  told = _told(error)
+  if told.status == 500:
+    logging.error("%s failed", request.url.path, exc_info=error)
+  return JSONResponse(
+    {
+      "error": {
+        "message": str(told),
+        "type": told.kind,
+        "param": told.param,
+        "code": told.code,
+      }
+    },
+    told.status,
+    dict(told.headers or {}),
+  )
+
+
+def _told(error: Exception) -> _ApiError:
+  message = str(error)
+  match error:
+    case _ApiError():
+      return error
+    case errors.InvalidRequestError():
+      param = _PARAMS.get(error.field, error.field)
+      if param == "n":
+        message = message.replace("num_images", "n")
+      return _ApiError(400, message, param=param, code="invalid_value")
+    case bodies.BodyError():
+      # What is left of the body is not worth reading.
+      close = {"Connection": "close"}
+      return _ApiError(error.status, message, headers=close)
+    case errors.BusyError():
+      return _ApiError(
+        429,
+        message,
+        kind="rate_limit_error",
+        code="rate_limit_exceeded",
+        headers={"Retry-After": str(error.retry_after)},
+      )
+    case errors.ClosedError():
+      return _ApiError(503, message, kind="server_error", code="shutting_down")
+    case errors.CancelledError():
+      return _ApiError(499, message, code="cancelled")
+    case errors.JobError():
+      return _ApiError(500, message, kind="server_error")
+    case exceptions.HTTPException():
+      return _ApiError(
+        error.status_code, str(error.detail), headers=error.headers
+      )
+    case _:
+      return _ApiError(
+        500,
+        "Something went wrong; the server's log says what.",
+        kind="server_error",
+      )

@@ -1,0 +1,132 @@
+"""Serves a page and an endpoint over HTTP, until told to stop."""
+
+import signal
+import socket
+import threading
+
+import fastapi
+import uvicorn
+from absl import logging
+from uvicorn.protocols.http import h11_impl
+
+from sana_jax.app import openai_api, page
+from sana_jax.app.service import Service
+
+# For the head of a request to arrive.
+_HEAD_SECONDS = 20.0
+# For answers on their way, once nothing is made any more.
+_LAST_SECONDS = 5
+_MAX_CONNECTIONS = 512
+
+
+def make_app(
+  service: Service, *, api_key: str | None = None, with_page: bool = True
+) -> fastapi.FastAPI:
+  """Returns the ASGI application.
+
+  Args:
+    api_key: see `openai_api.install`; the page needs none.
+    with_page: at "/".
+  """
+  app = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+  openai_api.install(app, service, api_key=api_key)
+  if with_page:
+    page.mount(app, service)
+  return app
+
+
+class Server(uvicorn.Server):
+  """Ends as its service ends: with an answer to everyone who waits.
+
+  Args:
+    port: 0: any that is free.
+    grace_seconds: for requests that wait when SIGTERM or SIGINT comes.
+  """
+
+  def __init__(
+    self,
+    app: fastapi.FastAPI,
+    service: Service,
+    *,
+    host: str,
+    port: int,
+    grace_seconds: float,
+  ):
+    super().__init__(
+      uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        http=_ImpatientProtocol,
+        ws="none",
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        limit_concurrency=_MAX_CONNECTIONS,
+        timeout_graceful_shutdown=_LAST_SECONDS,
+      )
+    )
+    self._service = service
+    self._grace_seconds = grace_seconds
+    self._closer: threading.Thread | None = None
+    self.ended_cleanly = True
+
+  async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+    await super().startup(sockets)
+    for server in self.servers:
+      for open_socket in server.sockets:
+        host, port = open_socket.getsockname()[:2]
+        host = f"[{host}]" if ":" in host else host
+        logging.info("listening at http://%s:%d", host, port)
+
+  def handle_exit(self, sig: int, frame: object) -> None:
+    """Begins to end; a second signal ends at once.
+
+    Until the service has ended, the port stays open, so that late requests are
+    told why they are refused.
+    """
+    del frame
+    if self._closer is not None:
+      self.should_exit = self.force_exit = True
+      return
+    logging.info(
+      "%s: ending, within %.0f s if nothing hangs",
+      signal.Signals(sig).name,
+      self._grace_seconds,
+    )
+    self._closer = threading.Thread(target=self._close, name="closer")
+    self._closer.start()
+
+  def _close(self) -> None:
+    self.ended_cleanly = self._service.close(self._grace_seconds)
+    self.should_exit = True
+
+
+class _ImpatientProtocol(h11_impl.H11Protocol):
+  """Hangs up on clients that do not finish the head of their request."""
+
+  _timer = None
+
+  def connection_made(self, transport) -> None:
+    super().connection_made(transport)
+    self._watch()
+
+  def data_received(self, data: bytes) -> None:
+    super().data_received(data)
+    self._watch()
+
+  def connection_lost(self, exc) -> None:
+    self._stop()
+    super().connection_lost(exc)
+
+  def _watch(self) -> None:
+    at_work = self.cycle is not None and not self.cycle.response_complete
+    if at_work:
+      self._stop()
+    elif self._timer is None:
+      self._timer = self.loop.call_later(_HEAD_SECONDS, self.transport.close)
+
+  def _stop(self) -> None:
+    if self._timer is not None:
+      self._timer.cancel()
+      self._timer = None

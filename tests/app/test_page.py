@@ -1,0 +1,533 @@
+"""The page in Chromium, on a real server with the bundled model.
+
+SANA_JAX_SCREENSHOTS names the directory that gets the pictures of the
+documentation.
+"""
+
+import contextlib
+import io
+import json
+import os
+import pathlib
+import re
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+import zlib
+
+import numpy as np
+import PIL.Image
+import pytest
+
+pytest.importorskip("gradio")
+sync_api = pytest.importorskip("playwright.sync_api")
+
+from safetensors import numpy as safetensors  # noqa: E402
+
+from sana_jax import images as images_lib  # noqa: E402
+from sana_jax import pipeline as pipeline_lib  # noqa: E402
+from sana_jax.app import limits  # noqa: E402
+from sana_jax.bulk import metadata  # noqa: E402
+
+pytestmark = pytest.mark.ui
+
+_CHROMIUM = os.environ.get("SANA_JAX_CHROMIUM", "/usr/bin/chromium")
+_ROOT = pathlib.Path(__file__).parents[2]
+# Each number of steps is compiled: one beside the checkpoint's 20 will do.
+_STEPS = 30
+_PROMPT = "woman firefighter: medium skin tone"
+_PATIENCE = 180_000  # in milliseconds, for a machine that does much else
+# Keeps what the status has said, since some of it is gone in a moment.
+_WATCH = """() => {
+  window.said = [];
+  const note = () => {
+    const line = document.querySelector("#status .message");
+    const bar = document.querySelector("#status .bar");
+    if (!line) return;
+    const now = [line.innerText, bar && bar.getAttribute("aria-valuenow")];
+    if (String(now) !== String(window.said.at(-1))) window.said.push(now);
+  };
+  new MutationObserver(note).observe(
+    document.querySelector("#status"),
+    {subtree: true, childList: true, characterData: true});
+}"""
+_UNNAMED = """() => [...document.querySelectorAll("input, textarea, button")]
+  .filter(e => e.offsetParent && e.type !== "file")
+  .filter(e => !(e.innerText || "").trim() && !e.ariaLabel && !e.title &&
+    !e.getAttribute("aria-labelledby") && !(e.labels || []).length &&
+    !e.querySelector("img[alt]"))
+  .map(e => e.outerHTML.slice(0, 200))"""
+
+
+def serve(*flags):
+  """Starts a server; returns its process and address when it is ready."""
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+  environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+  process = subprocess.Popen(
+    [sys.executable, "-m", "sana_jax.app", f"--port={port}", *flags],
+    cwd=_ROOT,
+    env=environment | {"PYTHONPATH": str(_ROOT)},
+  )
+  address = f"http://127.0.0.1:{port}/"
+  while True:
+    assert process.poll() is None, "the server has ended"
+    with contextlib.suppress(OSError):
+      status, text = _ask(address, "health")
+      if status == 200 and json.loads(text)["status"] == "ok":
+        return process, address
+    time.sleep(0.2)
+
+
+def end(process):
+  process.send_signal(signal.SIGTERM)
+  try:
+    process.wait(30)
+  except subprocess.TimeoutExpired:
+    process.kill()
+
+
+@pytest.fixture(scope="module")
+def address():
+  process, address = serve()
+  yield address
+  end(process)
+
+
+@pytest.fixture(scope="module")
+def browser():
+  with sync_api.sync_playwright() as playwright:
+    browser = playwright.chromium.launch(
+      executable_path=_CHROMIUM, args=["--no-sandbox"]
+    )
+    yield browser
+    browser.close()
+
+
+@pytest.fixture
+def visit(browser, address):
+  """Opens the page for one more visitor; at the end, looks at what was asked.
+
+  A visitor's browser asks no other host, and never sees a stack trace.
+  """
+  tabs = []
+
+  def open_page(where=address, **options):
+    tab = browser.new_context(**options).new_page()
+    tab.set_default_timeout(_PATIENCE)
+    asked = []
+    tab.on("request", lambda request: asked.append(request.url))
+    tab.goto(where)
+    tab.locator("#prompt textarea").wait_for()
+    tab.evaluate(_WATCH)
+    tabs.append((tab, where, asked))
+    return tab
+
+  yield open_page
+  for tab, where, asked in tabs:
+    if not tab.is_closed():
+      assert "Traceback" not in tab.content()
+    tab.context.close()
+    assert asked
+    kept = ("data:", "blob:", where)
+    assert [url for url in asked if not url.startswith(kept)] == []
+
+
+@pytest.fixture
+def screenshots(tmp_path):
+  return pathlib.Path(os.environ.get("SANA_JAX_SCREENSHOTS", tmp_path))
+
+
+def fill(tab, **values):
+  """Fills fields in, by name."""
+  for name, value in values.items():
+    field = tab.locator(
+      f"#{name} :is(textarea, input[type=number], input[type=checkbox])"
+    ).first
+    if isinstance(value, bool):
+      field.set_checked(value)
+    else:
+      field.fill(str(value))
+
+
+def field_values(tab, *names):
+  return [
+    tab.locator(
+      f"#{name} :is(textarea, input[type=number])"
+    ).first.input_value()
+    for name in names
+  ]
+
+
+def choose(tab, name, text):
+  """Takes a choice of a drop-down field."""
+  tab.locator(f"#{name} input").click()
+  tab.get_by_role("option", name=text).click()
+
+
+def press(tab, name):
+  tab.get_by_role("button", name=name, exact=True).click()
+
+
+def generate(tab):
+  """Presses the button, and waits for images; returns what the status said."""
+  before = tab.evaluate("window.said.length")
+  press(tab, "Generate")
+  tab.wait_for_function(
+    "before => window.said.slice(before).some(s => /of seed/.test(s[0]))",
+    arg=before,
+  )
+  wait(tab)
+  return tab.evaluate("window.said")[before:]
+
+
+def wait(tab):
+  tab.get_by_role("button", name="Generate", disabled=False).wait_for()
+
+
+def download(tab):
+  """Returns the file of the image that is shown: pixels and description."""
+  with tab.expect_download() as waiting:
+    tab.get_by_text("Download PNG").click()
+  data = pathlib.Path(waiting.value.path()).read_bytes()
+  assert waiting.value.suggested_filename.endswith(".png")
+  image = PIL.Image.open(io.BytesIO(data))
+  image.load()
+  assert image.format == "PNG"
+  return np.asarray(image), metadata.read_chunks(image.info, "download")
+
+
+def test_an_image_appears_while_progress_is_shown(visit, screenshots):
+  tab = visit(viewport={"width": 1200, "height": 900})
+  assert tab.evaluate(_UNNAMED) == []  # for screen readers
+  fill(tab, prompt="flag: France")
+  generate(tab)
+  fill(tab, prompt=_PROMPT, num_inference_steps=_STEPS, num_images=2)
+  steps = [
+    (int(found[1]), int(bar))
+    for line, bar in generate(tab)
+    if (found := re.match(rf"Step (\d+) of {_STEPS}", line))
+  ]
+  assert len(set(steps)) >= 2
+  assert steps == sorted(steps)
+  assert all(line == bar for line, bar in steps)
+  shown = tab.locator("#picture img")
+  assert shown.evaluate("image => image.naturalWidth") == 64
+  assert tab.locator("#gallery button img").count() == 3
+  pixels, description = download(tab)
+  assert pixels.shape == (64, 64, 3)
+  assert pixels.std() > 20
+  assert description["prompt"] == _PROMPT
+  assert description["num_inference_steps"] == _STEPS
+  details = tab.locator("#details").inner_text()
+  assert _PROMPT in details
+  assert str(description["seed"]) in details
+  tab.screenshot(path=screenshots / "page.png", full_page=True)
+
+
+def test_an_image_can_be_made_again(visit):
+  tab = visit()
+  fill(tab, prompt="flag: France", negative_prompt="red", num_images=2)
+  fill(tab, num_inference_steps=_STEPS, guidance_scale=3.5)
+  choose(tab, "aspect", "1:1")
+  tab.get_by_text("Flow-Euler").click()
+  generate(tab)
+  tab.locator("#gallery button").nth(1).click()
+  tab.locator("#details").get_by_text("1", exact=True).wait_for()
+  pixels, description = download(tab)
+  fill(tab, prompt="something else", negative_prompt="", guidance_scale=9)
+  fill(tab, num_inference_steps=3, seed=1, image_index=0)
+  choose(tab, "aspect", "Automatic")
+  tab.get_by_text("Flow-DPM-Solver++").first.click()
+  press(tab, "Reproduce")
+  tab.get_by_text("The form has the settings").wait_for()
+  names = ("prompt", "negative_prompt", "num_inference_steps", "guidance_scale")
+  assert field_values(tab, *names) == [
+    "flag: France",
+    "red",
+    str(_STEPS),
+    "3.5",
+  ]
+  assert field_values(tab, "seed", "image_index", "num_images") == [
+    str(description["seed"]),
+    "1",
+    "1",
+  ]
+  assert tab.locator("#aspect input").input_value().startswith("1:1")
+  assert tab.get_by_label("Flow-Euler").is_checked()
+  assert not tab.get_by_label("New seed every time").is_checked()
+  generate(tab)
+  again, described = download(tab)
+  assert description["image_index"] == described["image_index"] == 1
+  same = description | {"batch_size": 1}
+  assert described == same
+  # The batch had two images; what that changes is less than a level.
+  assert np.abs(pixels.astype(int) - again).max() <= 1
+  generate(tab)  # the same form again
+  assert (download(tab)[0] == again).all()
+
+
+def test_settings_are_read_from_a_file(visit, tmp_path):
+  tab = visit()
+  fill(tab, prompt="red heart", num_inference_steps=_STEPS)
+  generate(tab)
+  with tab.expect_download() as waiting:
+    tab.get_by_text("Download PNG").click()
+  good = tmp_path / "good.png"
+  waiting.value.save_as(good)
+  seed = metadata.read_png(good)["seed"]
+  other = visit()
+  other.get_by_text("Settings from an image").click()
+  give = other.locator("#from_image input[type=file]")
+  give.set_input_files(good)
+  status = other.locator("#from_image_status")
+  status.get_by_text("The form has the settings").wait_for()
+  assert field_values(other, "prompt", "num_inference_steps", "seed") == [
+    "red heart",
+    str(_STEPS),
+    str(seed),
+  ]
+
+
+def _png(chunks):
+  return images_lib.encode_png(np.zeros((8, 8, 3)), chunks)
+
+
+def _described(text):
+  return _png({"sana_jax": text})
+
+
+def _bomb():
+  """A PNG of a few bytes that says it has more pixels than memory."""
+
+  def chunk(kind, data):
+    code = zlib.crc32(kind + data)
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", code)
+
+  header = struct.pack(">IIBBBBB", 40_000, 40_000, 8, 2, 0, 0, 0)
+  pixels = zlib.compress(bytes(100_000))
+  return (
+    b"\x89PNG\r\n\x1a\n"
+    + chunk(b"IHDR", header)
+    + chunk(b"IDAT", pixels)
+    + chunk(b"IEND", b"")
+  )
+
+
+def test_hostile_files_get_a_message(visit, tmp_path):
+  tab = visit()
+  tab.get_by_text("Settings from an image").click()
+  alert = tab.locator("#from_image_status [role=alert]")
+  impossible = '{"prompt": 3, "seed": -1, "image_index": 0, "batch_size": 1}'
+  for number, (data, message) in enumerate(
+    (
+      (b"import os", "is not a readable picture"),
+      (_described("[" * 100_000), "does not say how it was made"),
+      (_bomb(), "pixels"),
+      (_described(impossible), "cannot be used"),
+      (_described("{}"), "does not say its"),
+      (_png({}), "does not say how it was made"),
+    )
+  ):
+    file = tmp_path / f"{number}.png"
+    file.write_bytes(data)
+    tab.locator("#from_image input[type=file]").set_input_files(file)
+    alert.get_by_text(message).wait_for()
+    tab.locator("#from_image").get_by_label("Clear").click()
+
+
+def test_what_is_wrong_is_said_beside_the_field(visit):
+  tab = visit()
+  fill(tab, prompt="red heart")
+  choose(tab, "aspect", "Width and height")
+  tab.locator("#width").wait_for()
+  fill(tab, width=100_000, height=64)
+  press(tab, "Generate")
+  alert = tab.locator("#status [role=alert]")
+  alert.get_by_text("must be from 1 to").wait_for()
+  wait(tab)
+  refused = tab.locator("#width.refused")
+  assert "must be from 1 to" in refused.inner_text()
+  fill(tab, prompt="")
+  press(tab, "Generate")
+  tab.locator("#prompt.refused").wait_for()
+  assert "The prompt is empty" in alert.inner_text()
+  assert tab.locator(".refused").count() == 1
+  assert tab.locator("#gallery").is_hidden()
+  fill(tab, prompt="red heart", width=64)
+  generate(tab)
+  assert tab.locator(".refused").count() == 0
+
+
+def test_two_visitors_get_their_own_images(visit):
+  prompts = ("red heart", "flag: France")
+  tabs = [visit() for _ in prompts]
+  for tab, prompt in zip(tabs, prompts, strict=True):
+    fill(tab, prompt=prompt, num_inference_steps=_STEPS, randomize=False)
+    fill(tab, seed=3)
+  for tab in tabs:
+    press(tab, "Generate")
+  for tab in tabs:
+    tab.locator("#status").get_by_text("of seed 3").wait_for()
+  results = [download(tab) for tab in tabs]
+  assert [description["prompt"] for _, description in results] == [*prompts]
+  assert np.abs(results[0][0].astype(int) - results[1][0]).mean() > 20
+  for tab in tabs:
+    assert tab.locator("#gallery button img").count() == 1
+    lines = [line for line, _ in tab.evaluate("window.said")]
+    assert any(line.startswith("Step") for line in lines)
+
+
+def test_what_is_painted_over_is_made_anew(visit, tmp_path, rng):
+  known = rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+  PIL.Image.fromarray(known).save(tmp_path / "known.png")
+  tab = visit(viewport={"width": 1200, "height": 1400})
+  fill(tab, prompt="red heart")
+  tab.get_by_text("Begin with an image").click()
+  with tab.expect_file_chooser() as chooser:
+    tab.locator("#image").get_by_role("button", name="Upload").click()
+  chooser.value.set_files(tmp_path / "known.png")
+  tab.locator("#image").get_by_role("button", name="Brush Size").wait_for()
+  fill(tab, strength=1)
+  canvas = tab.locator("#image canvas").first
+  canvas.scroll_into_view_if_needed()
+  box = canvas.bounding_box()
+  x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+  tab.mouse.move(x - 15, y)
+  tab.mouse.down()
+  tab.mouse.move(x + 15, y + 15, steps=10)
+  tab.mouse.up()
+  generate(tab)
+  pixels, description = download(tab)
+  assert description["mask_image"] == "uploaded"
+  changed = (pixels != known).any(axis=-1)
+  assert 0.02 < changed.mean() < 0.9
+  # The painter's own pixels outside of what was painted.
+  assert not changed[:4].any()
+  assert not changed[-4:].any()
+
+
+def test_who_cancels_or_leaves_makes_room(visit):
+  first, leaving, last = (visit() for _ in range(3))
+  # The only ones of this number: compiling gives the others time.
+  fill(first, prompt="red heart", num_inference_steps=100, num_images=3)
+  press(first, "Generate")
+  first.get_by_role("progressbar").or_(first.get_by_text("takes a while")).or_(
+    first.get_by_text("Starting")
+  ).first.wait_for()
+  for tab in (leaving, last):
+    fill(tab, prompt="red heart")
+    press(tab, "Generate")
+    tab.locator("#status").get_by_text("before you").wait_for()
+  last.locator("#status").get_by_text("2 before you").wait_for()
+  leaving.close()
+  last.locator("#status").get_by_text("1 before you").wait_for()
+  press(first, "Cancel")
+  first.locator("#status").get_by_text("was cancelled").wait_for()
+  wait(first)
+  assert first.locator("#gallery").is_hidden()
+  last.locator("#status").get_by_text("of seed").wait_for()
+
+
+def test_the_page_fits_a_phone(visit, screenshots):
+  tab = visit(
+    viewport={"width": 390, "height": 844}, color_scheme="dark", is_mobile=True
+  )
+  fill(tab, prompt="woman: red hair", num_images=2, num_inference_steps=_STEPS)
+  generate(tab)
+  width = tab.evaluate("document.scrollingElement.scrollWidth")
+  assert width == 390
+  tab.screenshot(path=screenshots / "page_phone.png")
+
+
+def _ask(address, path, data=None, **headers):
+  """Returns the status and the text of an answer."""
+  request = urllib.request.Request(address + path, data=data, headers=headers)
+  try:
+    with urllib.request.urlopen(request, timeout=60) as answer:
+      return answer.status, answer.read().decode()
+  except urllib.error.HTTPError as error:
+    return error.code, error.read().decode()
+
+
+@pytest.mark.parametrize(
+  "path",
+  [
+    *("monitoring", "gradio_api/info", "gradio_api/openapi.json"),
+    *("gradio_api/runs", "gradio_api/component_server", "login"),
+    *("gradio_api/proxy=https://example.org/", "gradio_api/deep_link"),
+    *("gradio_api/file=/etc/passwd", "gradio_api/file=https://example.org/"),
+    *("gradio_api/vibe-code", "gradio_api/run/predict", "custom_component/1"),
+  ],
+)
+def test_nothing_but_the_page_is_served(address, path):
+  assert _ask(address, path)[0] == 404
+
+
+@pytest.mark.parametrize(
+  "path", ["/etc/passwd", "https://example.org/a.png", "../../etc/passwd"]
+)
+def test_an_event_can_name_uploads_only(address, path):
+  config = json.loads(_ask(address, "config")[1])
+  ids = {c["props"].get("elem_id"): c["id"] for c in config["components"]}
+  (number,) = (
+    d["id"]
+    for d in config["dependencies"]
+    if [ids["from_image"], "upload"] in d["targets"]
+  )
+  event = {
+    "data": [{"path": path, "meta": {"_type": "gradio.FileData"}}],
+    "fn_index": number,
+    "session_hash": "abc",
+  }
+  status, text = _ask(
+    address,
+    "gradio_api/queue/join",
+    json.dumps(event).encode(),
+    **{"content-type": "application/json"},
+  )
+  assert (status, "uploaded here" in text) == (400, True), text
+
+
+def test_an_upload_is_bounded(address):
+  boundary = "----of-the-parts"
+  body = (
+    f"--{boundary}\r\ncontent-disposition: form-data; "
+    'name="files"; filename="a.png"\r\n\r\n'
+  ).encode()
+  body += bytes(limits.Limits().max_upload_bytes + 1)
+  body += f"\r\n--{boundary}--\r\n".encode()
+  kind = f"multipart/form-data; boundary={boundary}"
+  headers = {"content-type": kind}
+  assert _ask(address, "gradio_api/upload", body, **headers)[0] == 413
+
+
+def test_other_sites_cannot_upload(address):
+  headers = {"sec-fetch-site": "cross-site", "content-type": "text/plain"}
+  assert _ask(address, "gradio_api/upload", b"x", **headers)[0] == 403
+
+
+def test_a_failure_is_a_message(visit, tmp_path):
+  broken = tmp_path / "broken"
+  shutil.copytree(str(pipeline_lib.bundled_checkpoint()), broken)
+  file = broken / "transformer" / "diffusion_pytorch_model.safetensors"
+  weights = safetensors.load_file(file)
+  safetensors.save_file(
+    {name: np.full_like(array, np.nan) for name, array in weights.items()}, file
+  )
+  process, address = serve(f"--checkpoint={broken}", "--nowarm_up")
+  try:
+    tab = visit(address)
+    fill(tab, prompt="red heart")
+    press(tab, "Generate")
+    tab.locator("#status [role=alert]").get_by_text("not finite").wait_for()
+    wait(tab)
+  finally:
+    end(process)

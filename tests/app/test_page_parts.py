@@ -1,0 +1,288 @@
+"""Parts of the page that need no browser."""
+
+import asyncio
+import json
+import os
+
+import numpy as np
+import PIL.Image
+import pytest
+
+pytest.importorskip("gradio")
+
+from sana_jax import images as images_lib  # noqa: E402
+from sana_jax.app import (  # noqa: E402
+  form_from_image,
+  form_values,
+  limits,
+  page,
+  page_events,
+  page_files,
+  page_guard,
+  page_html,
+  service,
+)
+from sana_jax.app.errors import InvalidRequestError  # noqa: E402
+from sana_jax.app.jobs import Update  # noqa: E402
+from sana_jax.diffusion import schedules  # noqa: E402
+from tests import tiny  # noqa: E402
+
+pytestmark = pytest.mark.ui
+
+
+@pytest.fixture(scope="module")
+def tokenizer_directory(tmp_path_factory):
+  directory = tmp_path_factory.mktemp("tokenizer")
+  tiny.make_tokenizer(directory)
+  return directory
+
+
+@pytest.fixture
+def files(monkeypatch):
+  files = page_files.PageFiles(max_bytes=2500)
+  monkeypatch.setenv("GRADIO_TEMP_DIR", str(files.path))
+  yield files
+  asyncio.run(_leave(files))
+  assert not files.path.exists()
+
+
+async def _leave(files):
+  async with files.kept_small():
+    pass
+
+
+@pytest.fixture
+def components(tokenizer_directory, files):
+  """Builds the page of a tiny pipeline; returns its components by id."""
+  services = []
+
+  def build(**options):
+    pipe = tiny.make_pipeline(tokenizer_directory, **options)
+    services.append(service.Service(pipe))
+    blocks = page.build(services[-1], files)
+    assert not blocks.analytics_enabled
+    config = blocks.get_config_file()
+    shown = {d["api_visibility"] for d in config["dependencies"]}
+    assert shown == {"private"}
+    return {
+      c["props"]["elem_id"]: c["props"]
+      for c in config["components"]
+      if c["props"].get("elem_id")
+    }
+
+  yield build
+  for made in services:
+    assert made.close()
+
+
+def test_defaults_are_the_checkpoints(components):
+  found = components()
+  assert found["num_inference_steps"]["value"] == 3
+  assert found["guidance_scale"]["value"] == 4.5
+  assert found["negative_prompt"]["interactive"]
+  values = [value for _, value in found["solver"]["choices"]]
+  assert values == ["FlowDPMSolver", "FlowEuler"]
+  assert "32×32" in found["aspect"]["info"]
+  assert not {"lora", "control_image"} & set(found)
+
+
+def test_sprint_has_neither_negative_prompt_nor_solvers(components):
+  found = components(solver=schedules.SCM())
+  assert found["num_inference_steps"]["value"] == 2
+  assert not found["negative_prompt"]["interactive"]
+  assert "no negative branch" in found["negative_prompt"]["info"]
+  assert "solver" not in found
+
+
+def test_a_controlnet_has_a_field_for_its_picture(components):
+  assert "control_image" in components(controlnet=True)
+
+
+def test_the_oldest_files_go_first(files):
+  paths = [files.add(f"{i}.png", bytes(1000)) for i in range(4)]
+  for age, path in enumerate(reversed(paths)):
+    os.utime(path, (1e9 - age, 1e9 - age))
+  files.trim()
+  assert [os.path.exists(path) for path in paths] == [False, False, True, True]
+  assert len(list(files.path.iterdir())) == 2
+  assert (os.stat(files.path).st_mode & 0o777) == 0o700
+
+
+@pytest.mark.parametrize(
+  ("prompt", "name"),
+  [
+    ("A red apple, on a table!", "a-red-apple-on-a-table-7-2.png"),
+    ("../../etc/passwd\0", "etc-passwd-7-2.png"),
+    ("苹果", "image-7-2.png"),
+    ("x" * 5000, f"{'x' * 48}-7-2.png"),
+  ],
+)
+def test_names_of_files_are_plain(prompt, name):
+  assert page_files.file_name(prompt, 7, 2) == name
+
+
+def test_paths_are_found_however_deep(files):
+  inside = {"path": f"{files.path}/a.png"}
+  assert not page_guard.names_foreign_files(
+    {"data": [inside, "x", 3]}, files.path
+  )
+  for path in (
+    "/etc/passwd",
+    f"{files.path}/../x",
+    f"{files.path}x/a",
+    3,
+    ["a"],
+  ):
+    event = {"data": [{"background": inside, "layers": [{"path": path}]}]}
+    assert page_guard.names_foreign_files(event, files.path)
+
+
+def _form(**changes):
+  values = {
+    "prompt": "a red apple",
+    "negative_prompt": "",
+    "aspect": "automatic",
+    "width": 32,
+    "height": 32,
+    "num_inference_steps": 3,
+    "guidance_scale": 4.5,
+    "seed": 5.0,
+    "image_index": 0,
+    "randomize": False,
+    "num_images": 1,
+    "image": None,
+    "mask_image": None,
+    "strength": 0.5,
+  }
+  return values | changes
+
+
+def test_whole_numbers_of_browsers_are_whole():
+  request = form_values.to_request(_form(), limits.Limits())
+  assert request.seed == 5
+  assert isinstance(request.seed, int)
+  assert request.strength is None  # without an image it has no effect
+
+
+def test_a_new_seed_is_drawn_every_time():
+  form = _form(randomize=True, image_index=3)
+  made = [form_values.to_request(form, limits.Limits()) for _ in range(4)]
+  assert len({request.seed for request in made}) == 4
+  assert {request.image_index for request in made} == {0}
+
+
+@pytest.mark.parametrize(
+  ("changes", "field"),
+  [
+    ({"seed": None}, "seed"),
+    ({"aspect": "custom", "width": None}, "width"),
+    ({"image": {"background": {"path": "/nowhere/x.png"}}}, "image"),
+  ],
+)
+def test_a_form_that_says_too_little_names_the_field(changes, field):
+  with pytest.raises(InvalidRequestError) as caught:
+    form_values.to_request(_form(**changes), limits.Limits())
+  assert caught.value.field == field
+
+
+def _file(path, picture):
+  PIL.Image.fromarray(picture).save(path)
+  return {"path": str(path)}
+
+
+def test_what_is_painted_is_the_mask(tmp_path, rng):
+  background = rng.integers(0, 256, (8, 12, 3), dtype=np.uint8)
+  layer = np.zeros((8, 12, 4), np.uint8)
+  layer[2:5, 3:9] = (225, 29, 72, 255)
+  drawing = {
+    "background": _file(tmp_path / "b.png", background),
+    "layers": [_file(tmp_path / "l.png", layer)],
+  }
+  request = form_values.to_request(_form(image=drawing), limits.Limits())
+  assert (np.asarray(request.image) == background).all()
+  expected = np.zeros((8, 12), bool)
+  expected[2:5, 3:9] = True
+  assert (np.asarray(request.mask_image) == expected).all()
+  layer[:] = 0
+  drawing["layers"] = [_file(tmp_path / "l.png", layer)]
+  request = form_values.to_request(_form(image=drawing), limits.Limits())
+  assert request.mask_image is None
+
+
+def test_a_mask_needs_an_image(tmp_path):
+  mask = _file(tmp_path / "m.png", np.full((8, 8), 255, np.uint8))
+  with pytest.raises(InvalidRequestError, match="no image") as caught:
+    form_values.to_request(_form(mask_image=mask), limits.Limits())
+  assert caught.value.field == "image"
+
+
+def test_what_an_image_says_beyond_the_form_is_told(tokenizer_directory):
+  pipe = tiny.make_pipeline(tokenizer_directory)
+  description = {
+    **pipe.generation_config.to_dict(),
+    **{"prompt": "a red apple", "seed": 4, "image_index": 1, "batch_size": 1},
+    **{"guidance_scale": 2.0, "guidance_interval": [0.2, 0.8]},
+    **{
+      "solver": "FlowEuler",
+      "checkpoint_sha256": "other",
+      "image": "uploaded",
+    },
+    **{"lora": ["style"], "lora_scale": [0.7]},
+  }
+  made_with = {"checkpoint_sha256": "own"}
+  values, notes = form_from_image.values(
+    json.loads(json.dumps(description)), pipe, ("style",), made_with
+  )
+  assert values["guidance_scale"] == 2
+  assert values["solver"] == "FlowEuler"
+  assert (values["lora"], values["lora_scale"]) == ("style", 0.7)
+  assert (values["seed"], values["image_index"]) == (4, 1)
+  told = "; ".join(notes)
+  for part in ("another checkpoint", "another image", "guidance_interval"):
+    assert part in told
+  _, notes = form_from_image.values(description, pipe, (), made_with)
+  assert "does not have its LoRA" in "; ".join(notes)
+
+
+def test_an_own_image_is_read_however_large(tmp_path, rng):
+  pixels = rng.random((64, 64, 3), np.float32)
+  said = {"prompt": "a", "seed": 1, "image_index": 0, "batch_size": 1}
+  png = images_lib.encode_png(pixels, {"sana_jax": json.dumps(said)})
+  path = tmp_path / "own.png"
+  path.write_bytes(png)
+  assert form_from_image.read_own(str(path)) == said
+  small = limits.Limits(max_upload_bytes=100)
+  with pytest.raises(InvalidRequestError, match="at most 100"):
+    form_from_image.read(png, small)
+  path.unlink()
+  with pytest.raises(InvalidRequestError, match="any more"):
+    form_from_image.read_own(str(path))
+
+
+@pytest.mark.parametrize(
+  ("update", "text"),
+  [
+    (Update("queued", 2), "Waiting: 2 before you."),
+    (Update("queued", 0), "You are next."),
+    (Update("encode"), "Reading the prompt."),
+    (Update("denoise", 0, 3, 20), "Step 3 of 20."),
+    (Update("denoise", 0, 0, 0, None, compiling=True), "takes a while once"),
+    (Update("decode"), "Finishing."),
+  ],
+)
+def test_a_visitor_is_told_where_a_job_stands(update, text):
+  assert text in page_events.describe(update, is_ready=True)
+
+
+def test_nothing_of_a_prompt_is_markup():
+  shown = page_html.settings({"prompt": '<img src=x onerror="alert(1)">'})
+  assert "<img" not in shown
+  assert "<b>" not in page_html.message("<b>", kind="error")
+
+
+def test_a_preview_keeps_its_shape(rng):
+  preview = rng.integers(0, 256, (8, 24, 3), dtype=np.uint8)
+  shown = page_html.progress("Step 1 of 4.", 1, 4, preview)
+  assert 'aria-valuenow="1"' in shown
+  assert "width: 25.0%" in shown
+  assert "1140px" in shown  # three times as wide as it is high
