@@ -56,7 +56,7 @@ class Maker:
     self._pipe = pipe
     self._adapters = adapters
     self._solvers = solvers.of(pipe.solver)
-    self._base = pipe.transformer, pipe.solver
+    self._own_solver = type(pipe.solver).__name__
     self.made_with = made_with or metadata.describe_run(
       pipe, epath.Path("unknown"), {"checkpoint_sha256": "unknown"}, {}
     )
@@ -130,25 +130,22 @@ class Maker:
       shown = None if self._preview is None else self._preview(latents)
       advance(step=step, num_steps=num_steps, preview=shown)
 
+    # Set for every request, so that nothing of the one before is left.
     pipe.transformer = self._adapters.transformer(
       request.lora, request.lora_scale
     )
-    if request.solver is not None:
-      pipe.solver = self._solvers[request.solver]
-    try:
-      return pipe(
-        request.prompt,
-        negative_prompt=request.negative_prompt,
-        seed=request.seed,
-        image_index=request.image_index,
-        num_images_per_prompt=request.num_images,
-        progress=on_progress,
-        on_step=on_step,
-        **request.pictures(),
-        **request.changes(),
-      )
-    finally:
-      pipe.transformer, pipe.solver = self._base
+    pipe.solver = self._solvers[request.solver or self._own_solver]
+    return pipe(
+      request.prompt,
+      negative_prompt=request.negative_prompt,
+      seed=request.seed,
+      image_index=request.image_index,
+      num_images_per_prompt=request.num_images,
+      progress=on_progress,
+      on_step=on_step,
+      **request.pictures(),
+      **request.changes(),
+    )
 
   def _describe(self, request: requests.GenerationRequest) -> dict[str, Any]:
     pictures = request.pictures()
@@ -172,7 +169,7 @@ class Maker:
       {
         **self.made_with,
         **self._adapters.describe(request.lora, request.lora_scale),
-        "solver": request.solver or type(self._pipe.solver).__name__,
+        "solver": request.solver or self._own_solver,
         decodings.NAME: decodings.describe(planned.decoding.tiling),
         "batch_size": request.num_images,
       },
