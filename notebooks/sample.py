@@ -49,7 +49,7 @@ jax.devices()
 def show(rows, labels):
   """Draws rows of pictures, each row with a label."""
   pictures = [np.asarray(picture) for row in rows for picture in row]
-  columns, (height, width, _) = len(rows[0]), pictures[0].shape
+  columns, height = len(rows[0]), pictures[0].shape[0]
   plt.figure(figsize=(1.6 + columns, len(rows)))
   plt.imshow(images_lib.grid(pictures, columns=columns))
   plt.yticks(height * (np.arange(len(rows)) + 0.5), labels)
@@ -200,7 +200,7 @@ masked = face * (1 - mask[..., None])
 show([[face, masked, *output.images]], ["the lower half anew"])
 
 # %% [markdown]
-# The upper half is given at every step, with the noise that belongs to it. So the
+# The upper half is given at every step, with the noise that belongs to it. The
 # transformer sees it, and the new mouth fits the old eyes and the outline.
 #
 # ## Save, with everything it takes to make it again
