@@ -38,9 +38,10 @@ import jax
 import matplotlib.pyplot as plt
 import numpy as np
 import PIL.Image
+from absl import logging
 
 import sana_jax
-from sana_jax import checkpoint, compilation_cache
+from sana_jax import compilation_cache
 from sana_jax import config as config_lib
 from sana_jax import images as images_lib
 from sana_jax.data import emoji, sources
@@ -51,7 +52,7 @@ from sana_jax.training import loop, text_to_image
 plt.rcParams["figure.dpi"] = 72
 os.chdir(tempfile.mkdtemp())  # everything is written there
 compilation_cache.enable(None, os.environ)
-checkpoint.quiet_orbax()
+logging.set_verbosity(logging.ERROR)
 jax.devices()
 
 # %% [markdown]
@@ -103,11 +104,12 @@ settings = diagnosis.Settings.load(
 examined = diagnosis.examine_all(source, settings, num_threads=2)
 found = diagnosis.sort(source.name, examined, settings)
 report = diagnosis.summarize(source, examined, found, settings)
-report |= {"config": None, "tokenizer": "the bundled one"}
-print("\n".join(doctor.lines(report)))
+report |= {"config": "see below", "tokenizer": "the bundled one"}
+print("\n".join(doctor.lines(report)).replace(f"{os.getcwd()}/", ""))
 
 # %% [markdown]
-# SEEN1
+# Nothing is wrong that matters: six emoji are so much like others that they may
+# be copies. With photographs, look at those it names.
 #
 # ## The cache
 #
@@ -127,12 +129,13 @@ sorted(path.name for path in pathlib.Path("cache").iterdir())
 # %% [markdown]
 # ## Before
 #
-# Three prompts are in the folder, the other five are not: there are no people
-# and no things in it.
+# Two prompts are captions of the folder. The other six are not: there are only
+# faces in it.
 
 # %%
-inside = ["grinning face", "angry face", "red heart"]
+inside = ["grinning face", "crying face"]
 outside = [
+  "red heart",
   "woman firefighter: dark skin tone",
   "man astronaut: light skin tone",
   "thumbs up: medium skin tone",
@@ -163,7 +166,7 @@ config = config_lib.TextToImageConfig(
   flow=config_lib.FlowConfig(shift=5.0, null_mask="own"),
   data=config_lib.DataConfig(cache="cache"),
   batch_size=16,
-  num_steps=120,
+  num_steps=80,
   optim=config_lib.OptimConfig(
     peak_lr=5e-4, warmup_steps=20, b2=0.99, clip_norm=1.0
   ),
@@ -171,8 +174,8 @@ config = config_lib.TextToImageConfig(
   dtype="float32",
   remat="none",
   log_every=5,
-  checkpoint=config_lib.CheckpointConfig(every=40, keep=3),
-  sample_every=120,
+  checkpoint=config_lib.CheckpointConfig(every=20, keep=4),
+  sample_every=80,
   sample_prompts=tuple(inside),
 )
 loop.train(config, "run", text_to_image.make_recipe(config, "run"))
@@ -192,7 +195,7 @@ plt.show()
 
 # %%
 rows = {"before": before}
-for step in (40, 80, 120):
+for step in (20, 40, 80):
   tuned = sana_jax.SanaPipeline.from_pretrained("run", step=step)
   rows[f"step {step}"] = tuned([*inside, *outside], seed=1).images
 plt.figure(figsize=(9, 4.4))
@@ -204,8 +207,13 @@ plt.xticks(
   rotation=60,
   fontsize=8,
 )
-plt.axvline(3 * 64, color="black")
+plt.axvline(2 * 64, color="black")
 plt.show()
 
 # %% [markdown]
-# SEEN2
+# The style is learned within 20 to 40 steps: faces become blue, and mouths lose
+# their red. It is learned as an exchange of colours, not by heart: the red heart
+# turns to pink, the blue square to brown, and people change, too, though none of
+# them was in the folder. Some are spoiled on the way. A folder of one kind of
+# picture pulls all of the model with it: stop early, or mix in other pictures
+# (`data.sources` takes several folders, with weights).

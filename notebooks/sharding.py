@@ -32,7 +32,7 @@ if importlib.util.find_spec("sana_jax") is None:
 import os
 
 # Read when jax starts; it has no effect on devices other than CPUs.
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 
 import jax
 import matplotlib.pyplot as plt
@@ -161,7 +161,15 @@ plt.show()
 
 # %% [markdown]
 # A row is a mesh. Numbers are the devices that hold a piece; several numbers
-# are copies. SEEN1
+# are copies.
+#
+# - `data=8`: each device has two samples and all parameters.
+# - `fsdp=8`: the same samples, and an eighth of every parameter.
+# - `tensor=2`: `q` is cut in columns and `out` in rows, so the heads of a device
+#   stay on it from one to the other. `qkv` has three parts side by side; it is
+#   cut along its input while it is stored, and moved when it is used.
+# - `sequence=2`: two devices have the same parameters, and each has one half of
+#   the rows of the same pictures.
 #
 # JAX draws such pictures, too, of an array that exists:
 
@@ -250,7 +258,16 @@ plt.gca().invert_yaxis()
 plt.show()
 
 # %% [markdown]
-# SEEN2
+# - `data`: gradients are summed, and that is all.
+# - `fsdp`: parameters are gathered where they are used, and gradients summed. It
+#   is more than copies send, for an eighth of the memory.
+# - `tensor`: activations travel, twice in a block and more. It sends least here,
+#   where the batch of a device is small.
+# - `sequence`: gradients are summed, and so are the states of the linear
+#   attention, which do not grow with the picture. What is permuted is the row
+#   beside the cut, for the 3 x 3 convolutions.
+#
+# How these compare depends on the sizes: this model is tiny. Ask for yours.
 #
 # ## The same losses
 #
@@ -291,7 +308,8 @@ for name, step, program in zip(names, steps, programs, strict=True):
   print(f"{name:28}", *(f"{loss:.6f}" for loss in losses))
 
 # %% [markdown]
-# SEEN3
+# Four steps, and the losses agree in every digit that is shown. What may differ
+# is float32 rounding: sums are taken in another order.
 #
 # For chips that are not there, `python -m sana_jax.plan --config=FILE
 # --topology=v5e:16x16` compiles the step of a real run, and says all this.

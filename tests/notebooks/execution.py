@@ -54,6 +54,7 @@ def execute(notebook: Any, directory: pathlib.Path) -> None:
     "JAX_COMPILATION_CACHE_DIR": str(CACHE),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
     "PYTHONPATH": str(ROOT),
+    "TQDM_DISABLE": "1",
   }
   # A reader's machine has one device, not the eight of the tests.
   environment.pop("XLA_FLAGS", None)
