@@ -212,8 +212,8 @@ plt.show()
 
 # %% [markdown]
 # The style is learned within 20 to 40 steps: faces become blue, and mouths lose
-# their red. It is learned as an exchange of colours, not by heart: the red heart
-# turns to pink, the blue square to brown, and people change, too, though none of
-# them was in the folder. Some are spoiled on the way. A folder of one kind of
+# their red. It is learned as an exchange of colours: the red heart turns to
+# pink, the blue square to brown, and people change, too, though none of them
+# was in the folder. Some are spoiled on the way. A folder of one kind of
 # picture pulls all of the model with it: stop early, or mix in other pictures
 # (`data.sources` takes several folders, with weights).

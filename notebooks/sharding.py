@@ -165,9 +165,9 @@ plt.show()
 #
 # - `data=8`: each device has two samples and all parameters.
 # - `fsdp=8`: the same samples, and an eighth of every parameter.
-# - `tensor=2`: `q` is cut in columns and `out` in rows, so the heads of a device
-#   stay on it from one to the other. `qkv` has three parts side by side; it is
-#   cut along its input while it is stored, and moved when it is used.
+# - `tensor=2`: `q` is cut in columns and `out` in rows, so the heads of a
+#   device stay on it from one to the other. `qkv` has three parts side by side;
+#   it is cut along its input while it is stored, and moved when it is used.
 # - `sequence=2`: two devices have the same parameters, and each has one half of
 #   the rows of the same pictures.
 #
@@ -259,10 +259,9 @@ plt.show()
 
 # %% [markdown]
 # - `data`: gradients are summed, and that is all.
-# - `fsdp`: parameters are gathered where they are used, and gradients summed. It
-#   is more than copies send, for an eighth of the memory.
-# - `tensor`: activations travel, twice in a block and more. It sends least here,
-#   where the batch of a device is small.
+# - `fsdp`: parameters are gathered where they are used, and gradients summed.
+#   It is more than copies send, for an eighth of the memory.
+# - `tensor`: activations travel besides. The mixed mesh sends least here.
 # - `sequence`: gradients are summed, and so are the states of the linear
 #   attention, which do not grow with the picture. What is permuted is the row
 #   beside the cut, for the 3 x 3 convolutions.

@@ -169,7 +169,7 @@ plt.show()
 # The uniform law trains more on little noise: its error is smaller there, and
 # larger beyond 0.6. The pictures say which matters: they are paler, and some
 # people are not to be recognised yet. What a picture shows is decided at high
-# noise levels. Errors of different noise levels cannot be weighed by their size.
+# noise levels. The errors of two noise levels do not weigh by their size.
 #
 # ## A sampler
 #
