@@ -48,6 +48,7 @@ from sana_jax import images as images_lib
 from sana_jax.models import sana_block
 
 plt.rcParams["figure.dpi"] = 72
+jax.config.update("jax_default_matmul_precision", "highest")
 pipe = sana_jax.SanaPipeline.from_pretrained(sana_jax.bundled_checkpoint())
 model = pipe.transformer
 print(f"{model.num_layers} blocks of width {model.width}")
@@ -160,6 +161,7 @@ found = [
 found = jax.tree.map(lambda *leaves: np.stack(leaves), *found)
 print("sigma, layer, picture, head, query, key:", found["weights"].shape)
 print(f"largest difference to the linear form: {found['error'].max():.0e}")
+np.testing.assert_allclose(found["error"], 0, atol=1e-3)
 
 # %% [markdown]
 # ## Where patches look, by layer

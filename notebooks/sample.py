@@ -117,7 +117,7 @@ show(guided, [f"guidance scale {scale}" for scale in scales])
 
 # %% [markdown]
 # With a larger scale colours become stronger and edges harder. At 10 it is too
-# much: colours burn, and white corners get dirt.
+# much: colours burn, white corners get dirt, and the firefighter falls apart.
 #
 # ## Steps
 #
@@ -153,8 +153,8 @@ away = [
 show(away, [f"not: {negative}" for negative in negatives])
 
 # %% [markdown]
-# Away from yellow is blue, away from black is yellow and bright. A negative
-# prompt is a direction, not a filter: it moves all of the picture.
+# Away from red is cyan, away from yellow is blue, away from black is bright. A
+# negative prompt is a direction, not a filter: it moves all of the picture.
 #
 # ## Image to image
 #
@@ -180,10 +180,10 @@ schedule = pipe.make_schedule(strength=0.4)
 print(f"strength 0.4 begins at sigma = {schedule.sigmas[0]:.2f}")
 
 # %% [markdown]
-# With little strength the picture stays what it was. In between it is a mix: a
-# face, a heart and a square in the firefighter's colours. At 0.4 nothing is
-# left of her: this model moves its noise levels so far towards noise (flow
-# shift 5) that 40 % of the steps begin with little but noise.
+# With little strength the picture stays what it was. In between it is a mix: the
+# heart at 0.2 still has a face, and the square is still red. At 0.4 nothing is
+# left of the firefighter: this model moves its noise levels so far towards
+# noise (flow shift 5) that 40 % of the steps begin with little else.
 #
 # ## Inpainting
 #
@@ -201,7 +201,9 @@ show([[face, masked, *output.images]], ["the lower half anew"])
 
 # %% [markdown]
 # The upper half is given at every step, with the noise that belongs to it. The
-# transformer sees it, and the new mouth fits the old eyes and the outline.
+# transformer sees it, and what is new fits the old outline. The medical mask is
+# what was asked for. Crying and angry faces come out the same: what would tell
+# them apart are eyes and brows, and these are given.
 #
 # ## Save, with everything it takes to make it again
 #
@@ -222,7 +224,7 @@ images_lib.write_png(
 with PIL.Image.open("astronaut.png") as saved:
   read = json.loads(saved.text["settings"])
   again = np.asarray(pipe(**read).pil()[0])
-  print("the same:", np.array_equal(again, saved))
+  np.testing.assert_array_equal(again, saved)
 print(read)
 show([[image, again / 255]], ["made, and made again"])
 

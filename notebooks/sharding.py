@@ -293,6 +293,7 @@ def place(values, abstract):
   )
 
 
+curves = []
 for name, step, program in zip(names, steps, programs, strict=True):
   state = place(start, step.program.state)
   frozen = place(
@@ -305,6 +306,8 @@ for name, step, program in zip(names, steps, programs, strict=True):
     state, scalars = program(state, frozen, key, place(batch, step.batch))
     losses.append(float(scalars["loss"]))
   print(f"{name:28}", *(f"{loss:.6f}" for loss in losses))
+  curves.append(losses)
+np.testing.assert_allclose(curves, curves[:1] * len(curves), rtol=1e-3)
 
 # %% [markdown]
 # Four steps, and the losses agree in every digit that is shown. What may differ
