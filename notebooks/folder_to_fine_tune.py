@@ -211,9 +211,10 @@ plt.axvline(2 * 64, color="black")
 plt.show()
 
 # %% [markdown]
-# The style is learned within 20 to 40 steps: faces become blue, and mouths lose
-# their red. It is learned as an exchange of colours: the red heart turns to
-# pink, the blue square to brown, and people change, too, though none of them
-# was in the folder. Some are spoiled on the way. A folder of one kind of
-# picture pulls all of the model with it: stop early, or mix in other pictures
-# (`data.sources` takes several folders, with weights).
+# After 20 steps the faces are blue, but blurred; after 80 they have eyes and
+# mouths again. What was not in the folder follows later: the red heart turns to
+# pink, the blue square to brown. It is an exchange of colours that was learned,
+# not blue faces alone. People change unevenly, and the thumb is spoiled.
+#
+# A folder of one kind of picture pulls all of the model with it: stop early, or
+# mix in other pictures (`data.sources` takes several folders, with weights).

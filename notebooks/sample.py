@@ -180,9 +180,9 @@ schedule = pipe.make_schedule(strength=0.4)
 print(f"strength 0.4 begins at sigma = {schedule.sigmas[0]:.2f}")
 
 # %% [markdown]
-# With little strength the picture stays what it was. In between it is a mix: the
-# heart at 0.2 still has a face, and the square is still red. At 0.4 nothing is
-# left of the firefighter: this model moves its noise levels so far towards
+# With little strength the picture stays what it was. In between it is a mix:
+# the heart at 0.2 still has a face, and the square is still red. At 0.4 nothing
+# is left of the firefighter: this model moves its noise levels so far towards
 # noise (flow shift 5) that 40 % of the steps begin with little else.
 #
 # ## Inpainting

@@ -181,7 +181,7 @@ plot_loss()
 
 # %% [markdown]
 # The curve has no jump at step 160: nothing was forgotten. It is noisy because
-# every batch has other noise levels, and those near 1 are harder.
+# every batch has other noise levels, and the loss differs much between them.
 #
 # ## The samples
 #
@@ -206,11 +206,13 @@ for axis, (name, picture) in zip(axes, pictures.items(), strict=True):
 plt.show()
 
 # %% [markdown]
-# After 80 steps there are people, all about the same. Then come the colours of
-# the clothes, then hats and helmets, then tools and hair. At the end most are
-# who they should be. With 80 pictures, this is learning by heart. What a model
-# does with captions that it has not seen is another question: the bundled one
-# was trained on 3575 other pictures, and was asked for these 80
+# After 80 steps there are people, hardly to be told apart. Then come uniforms
+# and the yellow helmet, then the judge's hammer, then goggles and the white
+# helmet. At the end most are who they should be.
+#
+# With 80 pictures, this is learning by heart. What a model does with captions
+# that it has not seen is another question: the bundled one was trained on 3575
+# other pictures, and was asked for these 80
 # (`python -m sana_jax.evaluation.emoji_retrieval`).
 #
 # `run/export` has the averaged model in the layout of diffusers;
