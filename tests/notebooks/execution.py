@@ -43,29 +43,33 @@ def read_text(path: pathlib.Path) -> Any:
   return notebook
 
 
-def execute(notebook: Any, directory: pathlib.Path) -> None:
+def execute(notebook: Any) -> None:
   """Runs all cells in a fresh kernel, and keeps their outputs.
+
+  What they write is gone afterwards.
 
   Raises:
     nbclient.exceptions.CellExecutionError: a cell raised something.
   """
-  environment = os.environ | {
-    "JAX_PLATFORMS": "cpu",
-    "JAX_COMPILATION_CACHE_DIR": str(CACHE),
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
-    "PYTHONPATH": str(ROOT),
-    "TQDM_DISABLE": "1",
-  }
-  # A reader's machine has one device, not the eight of the tests.
-  environment.pop("XLA_FLAGS", None)
-  client = nbclient.NotebookClient(
-    notebook,
-    timeout=TIMEOUT,
-    kernel_name="python3",
-    record_timing=False,
-    resources={"metadata": {"path": str(directory)}},
-  )
-  client.execute(env=environment)
+  with tempfile.TemporaryDirectory() as directory:
+    environment = os.environ | {
+      "JAX_PLATFORMS": "cpu",
+      "JAX_COMPILATION_CACHE_DIR": str(CACHE),
+      "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
+      "PYTHONPATH": str(ROOT),
+      "TMPDIR": directory,
+      "TQDM_DISABLE": "1",
+    }
+    # A reader's machine has one device, not the eight of the tests.
+    environment.pop("XLA_FLAGS", None)
+    client = nbclient.NotebookClient(
+      notebook,
+      timeout=TIMEOUT,
+      kernel_name="python3",
+      record_timing=False,
+      resources={"metadata": {"path": directory}},
+    )
+    client.execute(env=environment)
 
 
 def shrink(notebook: Any) -> None:
@@ -86,8 +90,7 @@ def main(names: list[str]) -> None:
     notebook = read_text(path)
     start = time.monotonic()
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    with tempfile.TemporaryDirectory() as directory:
-      execute(notebook, pathlib.Path(directory))
+    execute(notebook)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = sum(
       getattr(after, name) - getattr(before, name)

@@ -56,12 +56,12 @@ def test_paths_of_machines_are_found():
 
 @pytest.mark.notebooks
 @of_each
-def test_notebooks_run_and_show_what_is_stored(path, tmp_path):
+def test_notebooks_run_and_show_what_is_stored(path):
   from tests.notebooks import execution  # noqa: PLC0415 (an extra)
 
   notebook = execution.read_text(path)
   stored = pairs.read(path.with_suffix(".ipynb"))
   # By jupytext's reading of the text, too.
   assert pairs.cells_of_notebook(notebook) == pairs.cells_of_notebook(stored)
-  execution.execute(notebook, tmp_path)
+  execution.execute(notebook)
   assert pairs.count_pictures(notebook) >= pairs.count_pictures(stored)
