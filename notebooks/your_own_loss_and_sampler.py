@@ -263,5 +263,5 @@ plt.show()
 # paths of a rectified flow are meant to be straight. At 8 calls only the
 # astronaut tells the methods apart, and Heun's has green stains.
 #
-# To use a solver of your own in the pipeline, write it as a `Schedule`, if it is
-# a weighted sum of estimates; or decode its latents, as was done here.
+# A solver whose steps are weighted sums of what the network says is a
+# `Schedule`, a table of numbers: hand yours to `pipe.denoise`.
