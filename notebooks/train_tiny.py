@@ -3,7 +3,7 @@
 #
 # A small transformer is trained from random numbers on 80 emoji of people at
 # work. As for the large models, autoencoder and text encoder are trained
-# already and stay fixed. It takes a minute or two on a CPU.
+# already and stay fixed. A CPU is enough.
 
 # %%
 # Installs the package where it is missing, as on Colab, with what jax needs for
