@@ -1,0 +1,109 @@
+"""Runs the notebooks: python -m tests.notebooks.execution [NAME ...].
+
+Writes each .ipynb anew, from its .py and with what running it shows, and says
+what that took. Needs the extra `notebooks`.
+"""
+
+import base64
+import io
+import os
+import pathlib
+import resource
+import sys
+import tempfile
+import time
+from typing import Any
+
+import jupytext
+import nbclient
+import nbformat
+import PIL.Image
+
+from tests.notebooks import pairs
+
+TIMEOUT = 900  # seconds, of a cell; loaded machines are slow
+CACHE = pathlib.Path(tempfile.gettempdir()) / "sana_jax_test_cache"
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def read_text(path: pathlib.Path) -> Any:
+  """Returns a text as a notebook without outputs, the same every time."""
+  notebook = jupytext.read(path, fmt="py:percent")
+  notebook.metadata = {
+    "kernelspec": {
+      "display_name": "Python 3",
+      "language": "python",
+      "name": "python3",
+    },
+    "language_info": {"name": "python"},
+  }
+  for number, cell in enumerate(notebook.cells):
+    cell.id = f"cell-{number:02d}"
+    cell.metadata = {}
+  return notebook
+
+
+def execute(notebook: Any) -> None:
+  """Runs all cells in a fresh kernel, and keeps their outputs.
+
+  What they write is gone afterwards.
+
+  Raises:
+    nbclient.exceptions.CellExecutionError: a cell raised something.
+  """
+  with tempfile.TemporaryDirectory() as directory:
+    environment = os.environ | {
+      "JAX_PLATFORMS": "cpu",
+      "JAX_COMPILATION_CACHE_DIR": str(CACHE),
+      "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
+      "PYTHONPATH": str(ROOT),
+      "TMPDIR": directory,
+      "TQDM_DISABLE": "1",
+    }
+    # A reader's machine has one device, not the eight of the tests.
+    environment.pop("XLA_FLAGS", None)
+    client = nbclient.NotebookClient(
+      notebook,
+      timeout=TIMEOUT,
+      kernel_name="python3",
+      record_timing=False,
+      resources={"metadata": {"path": directory}},
+    )
+    client.execute(env=environment)
+
+
+def shrink(notebook: Any) -> None:
+  """Stores pictures with 256 colours: they are there to be looked at."""
+  for output in pairs.outputs(notebook):
+    data = output.get("data", {})
+    if "image/png" in data:
+      picture = PIL.Image.open(io.BytesIO(base64.b64decode(data["image/png"])))
+      buffer = io.BytesIO()
+      picture.convert("RGB").quantize(256).save(buffer, "PNG", optimize=True)
+      data["image/png"] = base64.b64encode(buffer.getvalue()).decode()
+
+
+def main(names: list[str]) -> None:
+  for path in pairs.TEXTS:
+    if names and path.stem not in names:
+      continue
+    notebook = read_text(path)
+    start = time.monotonic()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    execute(notebook)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = sum(
+      getattr(after, name) - getattr(before, name)
+      for name in ("ru_utime", "ru_stime")
+    )
+    shrink(notebook)
+    nbformat.write(notebook, path.with_suffix(".ipynb"))
+    size = path.with_suffix(".ipynb").stat().st_size
+    sys.stdout.write(
+      f"{path.stem}: {cpu:.0f} s of CPU time, "
+      f"{time.monotonic() - start:.0f} s in all, {size // 1000} kB\n"
+    )
+
+
+if __name__ == "__main__":
+  main(sys.argv[1:])
