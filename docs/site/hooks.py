@@ -29,6 +29,8 @@ FROM_ELSEWHERE = {
 }
 # An inline link or picture; code has no brackets before parentheses.
 _LINK = re.compile(r"(!?\[(?:[^\[\]]|\[[^\]]*\]\([^)]*\))*\]\()([^)\s]+)(\))")
+# The first page has its own table of contents, and no neighbours.
+_HOME = "---\nhide:\n  - navigation\n---\n\n"
 _FORMULA = re.compile(
   r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL
 )
@@ -41,6 +43,8 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
     content = path.read_bytes()
     if path.suffix == ".md":
       content = moved(content.decode(), source, target)
+    if target == "index.md":
+      content = _HOME + content
     files.append(File.generated(config, target, content=content))
   return files
 
