@@ -19,8 +19,8 @@ def draw(directory: pathlib.Path) -> None:
   side = SIDE // autoencoder.spatial_compression
   latents = f"{side} x {side} x {config.in_channels}"
   hidden = int(config.mlp_ratio * config.width)
-  made, (panel,) = style.figure(9, 4.4)
-  panel.set(xlim=(0, 100), ylim=(0, 49))
+  made, (panel,) = style.figure(9, 3.9)
+  panel.set(xlim=(0, 100), ylim=(5, 49))
   panel.axis("off")
   top = 41
   boxes = (

@@ -95,4 +95,6 @@ def place_of(path: str) -> str:
 
 def _mathml(match: re.Match) -> str:
   display = "inline" if match[2] == "(" else "block"
-  return latex2mathml.converter.convert(html.unescape(match[3]), display)
+  return latex2mathml.converter.convert(
+    html.unescape(match[3]), display=display
+  )
