@@ -72,9 +72,15 @@ def commands(page: pathlib.Path) -> Iterator[Command]:
   shell = [block.text for block in blocks(page) if block.language == "sh"]
   shell += _INDENTED.findall(_FENCE.sub("", text(page)))
   for line in "\n".join(shell).replace("\\\n", " ").splitlines():
-    for part in re.split(r"\s+#\s.*$|;|&&", line):
-      if _OURS.search(f"{part} "):
-        yield _command(name(page), part)
+    for part in commands_in(line):
+      yield _command(name(page), part)
+
+
+def commands_in(line: str) -> Iterator[str]:
+  """Yields what of a line of shell is a command of this project."""
+  for part in re.split(r"\s+#\s.*$|;|&&", line):
+    if _OURS.search(f"{part} "):
+      yield part
 
 
 def _command(page: str, line: str) -> Command:

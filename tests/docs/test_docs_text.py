@@ -11,7 +11,7 @@ import pytest
 
 from sana_jax import config as config_lib
 from sana_jax.weights import zoo
-from tests.docs import reading
+from tests.docs import reading, running
 
 pages = pytest.mark.parametrize("page", reading.PAGES, ids=reading.name)
 # Flags of other programs that the documents speak of.
@@ -213,3 +213,23 @@ def test_the_zoo_page_is_the_table_of_the_package():
   autoencoders = [[each.repo, each.licence] for each in zoo.AUTOENCODERS]
   assert rows == transformers + controls + autoencoders
   assert zoo.TEXT_ENCODER_LICENCE in " ".join(text.split())
+
+
+@pages
+def test_every_line_of_shell_is_run_or_has_a_reason(page):
+  if page.name == "CHANGELOG.md":
+    return
+  targets = re.findall(
+    r"^([\w-]+):", (reading.ROOT / "Makefile").read_text(), re.MULTILINE
+  )
+  for block in reading.blocks(page):
+    if block.language != "sh":
+      continue
+    for line in block.text.replace("\\\n", " ").splitlines():
+      if not line.strip() or any(reading.commands_in(line)):
+        continue
+      if found := re.match(r"make ([\w-]+)", line):
+        assert found[1] in targets, line
+        if found[1] == "demo":
+          continue
+      assert any(re.search(other, line) for other in running.OTHERS), line
