@@ -26,9 +26,9 @@ NOT_RUN = {
   r"sana_jax\.plan ": "compiles for minutes; tests/plan, bench/plan.py",
   r"bench\.(memory|plan) ": "compiles for a TPU; tests/bench",
   r"_diffusers|=Sana_|=DIR .*--runner": "needs the hub, or Beam",
-  r"RECORDED\.safetensors": "needs PyTorch; tests/test_checkpoints_doc.py",
+  r"RECORDED\.safetensors": "needs PyTorch; tests/docs/test_checkpoints_doc.py",
   r"checkpoints\.md: sana_jax\.tools\.(inspect|convert)": "run by "
-  "tests/test_checkpoints_doc.py",
+  "tests/docs/test_checkpoints_doc.py",
   r"checkpoints\.md: sample\.py": "reads what those made",
   r"=runs/wide": "needs 8 devices; tests/test_train.py has such a run",
   r"emoji_model/README\.md: train|README\.md: train\.py .*=runs/emoji":
@@ -116,7 +116,9 @@ def make_workspace(root: pathlib.Path) -> pathlib.Path:
   for name in ("train.py", "sample.py", "Makefile"):
     shutil.copy(reading.ROOT / name, root)
   (root / "pictures").mkdir()
-  for i, record in enumerate(emoji.load("heldout")[:8]):
+  source = emoji.load("heldout")
+  for i in range(8):
+    record = source[i]
     picture = PIL.Image.fromarray(np.asarray(record["image"]))
     picture.save(root / "pictures" / f"{i}.png")
     (root / "pictures" / f"{i}.txt").write_text(record["name"])

@@ -27,7 +27,7 @@ import PIL.Image
 photo, mask = PIL.Image.open("photo.png"), PIL.Image.open("mask.png")
 my_score = lambda images, prompts: images.mean((1, 2, 3))
 """,
-  "docs/memory.md": _PIPE + "from sana_jax.pipeline import memory",
+  "docs/memory.md": _PIPE + "from sana_jax.pipeline import memory\n",
   "docs/data.md": """
 from sana_jax import config as config_lib
 config = config_lib.TextToImageConfig()
@@ -38,7 +38,7 @@ REPLACED = {
   '"Sana_1600M_1024px_BF16"': "sana_jax.bundled_checkpoint()",
   "image_size=1024, max_sequence_length=300": "image_size=64",
 }
-# Its recipe needs PyTorch; tests/test_checkpoints_doc.py runs it.
+# Its recipe needs PyTorch; tests/docs/test_checkpoints_doc.py runs it.
 PYTHON_NOT_RUN = ("docs/checkpoints.md",)
 
 COMMANDS = {
