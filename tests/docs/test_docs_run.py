@@ -65,10 +65,11 @@ def to_run(page: str) -> list[reading.Command]:
 )
 def test_commands_and_python_of_a_page_run(page, tmp_path):
   root = running.make_workspace(tmp_path)
-  for block in reading.blocks(reading.ROOT / page):
+  blocks = reading.blocks(reading.ROOT / page)
+  for block in blocks:
     if block.language == "json":
       (root / "prompts.jsonl").write_text(block.text)
-  if "make demo" in reading.text(reading.ROOT / page):
+  if any(b.text.startswith("make demo") for b in blocks):
     binaries = sys.prefix + "/bin"
     run(root, ["make", "--assume-old=setup", "demo", f"BIN={binaries}"])
   for command in to_run(page):
