@@ -46,6 +46,12 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
     if target == "index.md":
       content = _HOME + content
     files.append(File.generated(config, target, content=content))
+  # To be downloaded; their folder is what it is in the repository.
+  for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+    content = path.read_bytes()
+    files.append(
+      File.generated(config, f"notebooks/{path.name}", content=content)
+    )
   return files
 
 

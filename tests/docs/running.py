@@ -25,7 +25,8 @@ NOT_RUN = {
   r"configs/(stages_)?sana(15)?_": "needs TPUs or GPUs",
   r"sana_jax\.plan ": "compiles for minutes; tests/plan, bench/plan.py",
   r"bench\.(memory|plan) ": "compiles for a TPU; tests/bench",
-  r"_diffusers|=Sana_|=DIR .*--runner": "needs the hub, or Beam",
+  r"_diffusers|=Sana_|=DIR .*--runner|sana_jax\.app ":
+    "needs the hub, or Beam, or serves until it is stopped",
   r"RECORDED\.safetensors": "needs PyTorch; tests/docs/test_checkpoints_doc.py",
   r"checkpoints\.md: sana_jax\.tools\.(inspect|convert)": "run by "
   "tests/docs/test_checkpoints_doc.py",
@@ -62,6 +63,7 @@ OTHERS = {
   r"make (test|check|format|setup)": "this test is part of it",
   r"make (docs|docs-serve|figures)": "tests/docs/test_site.py",
   r"pip install|python3 -m (venv|uv)|git clone": "needs a network",
+  r"curl |hf ": "needs a server",
   r"gcloud|xpk|srun|#SBATCH|#!/bin/bash|cd sana_jax|--command|--accelerator":
     "needs a cloud or a cluster",
   r"V=|rm docs/plan": "belongs to what is not run",

@@ -38,8 +38,8 @@ REPLACED = {
   '"Sana_1600M_1024px_BF16"': "sana_jax.bundled_checkpoint()",
   "image_size=1024, max_sequence_length=300": "image_size=64",
 }
-# Its recipe needs PyTorch; tests/docs/test_checkpoints_doc.py runs it.
-PYTHON_NOT_RUN = ("docs/checkpoints.md",)
+# These need PyTorch (tests/docs/test_checkpoints_doc.py), and a server.
+PYTHON_NOT_RUN = ("docs/checkpoints.md", "docs/serving.md")
 
 COMMANDS = {
   reading.name(page): list(reading.commands(page)) for page in reading.PAGES
