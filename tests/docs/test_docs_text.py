@@ -73,11 +73,11 @@ def test_the_text_names_only_flags_that_exist(page):
   if page.name == "CHANGELOG.md":  # speaks of what was, too
     return
   programs = {
-    *("train.py", "sample.py", "sana_jax.plan", "sana_jax.precompute"),
-    *("sana_jax.tools.doctor", "sana_jax.tools.inspect"),
-    *("sana_jax.tools.convert", "sana_jax.tools.parity", "bench.data"),
-    *("sana_jax.precompute.finalise",),
+    command.program
+    for every in reading.PAGES
+    for command in reading.commands(every)
   }
+  programs.add("sana_jax.precompute.finalise")
   known = set().union(*map(reading.flags_of, programs)) | _OF_OTHERS
   known |= {"help", "verbosity", "pre"}
   for span in re.findall(r"`[^`\n]+`", reading.prose(page)):
