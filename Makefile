@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test check format
+.PHONY: setup demo test check format docs docs-serve docs-setup figures
 
 setup: $(VENV)/.installed
 
@@ -28,3 +28,23 @@ check: setup
 format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# The documentation: `make docs` builds it into site/, `make docs-serve` shows it
+# at http://127.0.0.1:8000 and again whenever a page changes.
+MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
+
+docs-setup: $(VENV)/.installed-docs
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	touch $@
+
+docs: docs-setup
+	$(MKDOCS) build --strict
+
+docs-serve: docs-setup
+	$(MKDOCS) serve
+
+# Draws the figures of the documentation anew.
+figures: docs-setup
+	JAX_PLATFORMS=cpu $(BIN)/python -m docs.figures

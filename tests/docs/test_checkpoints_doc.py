@@ -12,7 +12,7 @@ from sana_jax.tools import convert, inspect, parity, recognition
 from sana_jax.weights import components, opening, zoo
 from tests import tiny
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 TEXT = (ROOT / "docs" / "checkpoints.md").read_text(encoding="utf-8")
 
 

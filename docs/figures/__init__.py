@@ -1,0 +1,1 @@
+"""Figures of the documentation, drawn from the package's own code."""
