@@ -3,7 +3,7 @@
 import asyncio
 import dataclasses
 import pathlib
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent import futures
 from typing import Any
 
@@ -147,18 +147,18 @@ class Events:
     if selected is None:
       return {}
     path, _ = images[selected]
-    return self._fill(pathlib.Path(path).read_bytes(), self.parts.status)
+    status = self.parts.status
+    return self._fill(lambda: form_from_image.read_own(path), status)
 
   def read_image(self, file: Mapping[str, Any] | None) -> Updates:
     """Fills the form with the settings of an image that is handed in."""
-    status = self.parts.from_image_status
-    try:
-      data = form_values.upload_bytes(
-        file, form_from_image.FIELD, self._service.limits
-      )
-      return {} if data is None else self._fill(data, status)
-    except InvalidRequestError as error:
-      return {status: page_html.message(error.message, kind="error")}
+    limits = self._service.limits
+
+    def read() -> dict[str, Any]:
+      data = form_values.upload_bytes(file, form_from_image.FIELD, limits)
+      return form_from_image.read(data or b"", limits)
+
+    return self._fill(read, self.parts.from_image_status)
 
   def show_size(self, aspect: str) -> Updates:
     """Shows the fields for width and height if they are used."""
@@ -192,7 +192,8 @@ class Events:
       )
       for i, png in enumerate(result.pngs)
     ]
-    images = [*made, *images][:_MAX_IMAGES]
+    kept = [image for image in images if pathlib.Path(image[0]).exists()]
+    images = [*made, *kept][:_MAX_IMAGES]
     count = len(made)
     return self._look(images, 0) | {
       self.parts.images: images,
@@ -208,14 +209,12 @@ class Events:
     parts = self.parts
     path, _ = images[number]
     try:
-      data = pathlib.Path(path).read_bytes()
-    except FileNotFoundError:
-      text = "This image is no longer kept by the server."
+      description = form_from_image.read_own(path)
+    except InvalidRequestError as error:
       return {
-        parts.details: page_html.message(text, kind="error"),
+        parts.details: page_html.message(error.message, kind="error"),
         parts.selected: None,
       }
-    description = form_from_image.read(data, self._service.limits)
     return {
       parts.selected: number,
       parts.chosen: gradio.update(visible=True),
@@ -224,13 +223,14 @@ class Events:
       parts.download: path,
     }
 
-  def _fill(self, data: bytes, status: gradio.HTML) -> Updates:
+  def _fill(
+    self, read: Callable[[], dict[str, Any]], status: gradio.HTML
+  ) -> Updates:
     """Returns the form as an image says, or what is wrong with the image."""
     service = self._service
     try:
-      description = form_from_image.read(data, service.limits)
       values, notes = form_from_image.values(
-        description, service.pipe, service.lora_names, service.made_with
+        read(), service.pipe, service.lora_names, service.made_with
       )
     except InvalidRequestError as error:
       return {status: page_html.message(error.message, kind="error")}

@@ -5,7 +5,6 @@ import contextlib
 import pathlib
 import re
 import secrets
-import shutil
 import tempfile
 from collections.abc import AsyncIterator
 
@@ -21,8 +20,11 @@ class PageFiles:
 
   def __init__(self, max_bytes: int = 2**30):
     self.max_bytes = max_bytes
-    made = tempfile.mkdtemp(prefix="sana_jax_page_")
-    self.path = pathlib.Path(made).resolve()
+    # Removed when the process ends, if not before.
+    self._directory = tempfile.TemporaryDirectory(
+      prefix="sana_jax_page_", ignore_cleanup_errors=True
+    )
+    self.path = pathlib.Path(self._directory.name).resolve()
 
   def add(self, name: str, data: bytes) -> str:
     """Writes a file and returns its path.
@@ -64,7 +66,7 @@ class PageFiles:
       task.cancel()
       with contextlib.suppress(asyncio.CancelledError):
         await task
-      shutil.rmtree(self.path, ignore_errors=True)
+      self._directory.cleanup()
 
   async def _trim_always(self, seconds: float) -> None:
     while True:

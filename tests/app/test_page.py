@@ -4,6 +4,7 @@ SANA_JAX_SCREENSHOTS names the directory that gets the pictures of the
 documentation.
 """
 
+import contextlib
 import io
 import json
 import os
@@ -16,7 +17,6 @@ import struct
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 import zlib
 
@@ -31,7 +31,6 @@ from safetensors import numpy as safetensors  # noqa: E402
 
 from sana_jax import images as images_lib  # noqa: E402
 from sana_jax import pipeline as pipeline_lib  # noqa: E402
-from sana_jax.app import limits  # noqa: E402
 from sana_jax.bulk import metadata  # noqa: E402
 
 pytestmark = pytest.mark.ui
@@ -41,7 +40,7 @@ _ROOT = pathlib.Path(__file__).parents[2]
 # Each number of steps is compiled: one beside the checkpoint's 20 will do.
 _STEPS = 30
 _PROMPT = "woman firefighter: medium skin tone"
-_SECONDS = 60_000  # in milliseconds, for a machine that does much else
+_PATIENCE = 180_000  # in milliseconds, for a machine that does much else
 # Keeps what the status has said, since some of it is gone in a moment.
 _WATCH = """() => {
   window.said = [];
@@ -65,7 +64,7 @@ _UNNAMED = """() => [...document.querySelectorAll("input, textarea, button")]
 
 
 def serve(*flags):
-  """Starts a server; returns its process and address."""
+  """Starts a server; returns its process and address when it is ready."""
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     port = free.getsockname()[1]
@@ -76,14 +75,15 @@ def serve(*flags):
     env=environment | {"PYTHONPATH": str(_ROOT)},
   )
   address = f"http://127.0.0.1:{port}/"
-  for _ in range(600):
+  while True:
     assert process.poll() is None, "the server has ended"
-    try:
-      urllib.request.urlopen(address, timeout=5).close()
-      return process, address
-    except OSError:
-      time.sleep(0.2)
-  raise AssertionError("the server does not answer")
+    with (
+      contextlib.suppress(OSError),
+      urllib.request.urlopen(f"{address}health", timeout=60) as answer,
+    ):
+      if json.load(answer)["status"] == "ok":
+        return process, address
+    time.sleep(0.2)
 
 
 def end(process):
@@ -121,7 +121,7 @@ def visit(browser, address):
 
   def open_page(where=address, **options):
     tab = browser.new_context(**options).new_page()
-    tab.set_default_timeout(_SECONDS)
+    tab.set_default_timeout(_PATIENCE)
     asked = []
     tab.on("request", lambda request: asked.append(request.url))
     tab.goto(where)
@@ -445,73 +445,6 @@ def test_the_page_fits_a_phone(visit, screenshots):
   width = tab.evaluate("document.scrollingElement.scrollWidth")
   assert width == 390
   tab.screenshot(path=screenshots / "page_phone.png")
-
-
-def _ask(address, path, data=None, **headers):
-  """Returns the status and the text of an answer."""
-  request = urllib.request.Request(address + path, data=data, headers=headers)
-  try:
-    with urllib.request.urlopen(request, timeout=60) as answer:
-      return answer.status, answer.read().decode()
-  except urllib.error.HTTPError as error:
-    return error.code, error.read().decode()
-
-
-@pytest.mark.parametrize(
-  "path",
-  [
-    *("monitoring", "gradio_api/info", "gradio_api/openapi.json"),
-    *("gradio_api/runs", "gradio_api/component_server", "login"),
-    *("gradio_api/proxy=https://example.org/", "gradio_api/deep_link"),
-    *("gradio_api/file=/etc/passwd", "gradio_api/file=https://example.org/"),
-    *("gradio_api/vibe-code", "gradio_api/run/predict", "custom_component/1"),
-  ],
-)
-def test_nothing_but_the_page_is_served(address, path):
-  assert _ask(address, path)[0] == 404
-
-
-@pytest.mark.parametrize(
-  "path", ["/etc/passwd", "https://example.org/a.png", "../../etc/passwd"]
-)
-def test_an_event_can_name_uploads_only(address, path):
-  config = json.loads(_ask(address, "config")[1])
-  ids = {c["props"].get("elem_id"): c["id"] for c in config["components"]}
-  (number,) = (
-    d["id"]
-    for d in config["dependencies"]
-    if [ids["from_image"], "upload"] in d["targets"]
-  )
-  event = {
-    "data": [{"path": path, "meta": {"_type": "gradio.FileData"}}],
-    "fn_index": number,
-    "session_hash": "abc",
-  }
-  status, text = _ask(
-    address,
-    "gradio_api/queue/join",
-    json.dumps(event).encode(),
-    **{"content-type": "application/json"},
-  )
-  assert (status, "uploaded here" in text) == (400, True), text
-
-
-def test_an_upload_is_bounded(address):
-  boundary = "----of-the-parts"
-  body = (
-    f"--{boundary}\r\ncontent-disposition: form-data; "
-    'name="files"; filename="a.png"\r\n\r\n'
-  ).encode()
-  body += bytes(limits.Limits().max_upload_bytes + 1)
-  body += f"\r\n--{boundary}--\r\n".encode()
-  kind = f"multipart/form-data; boundary={boundary}"
-  headers = {"content-type": kind}
-  assert _ask(address, "gradio_api/upload", body, **headers)[0] == 413
-
-
-def test_other_sites_cannot_upload(address):
-  headers = {"sec-fetch-site": "cross-site", "content-type": "text/plain"}
-  assert _ask(address, "gradio_api/upload", b"x", **headers)[0] == 403
 
 
 def test_a_failure_is_a_message(visit, tmp_path):

@@ -10,6 +10,7 @@ import pytest
 
 pytest.importorskip("gradio")
 
+from sana_jax import images as images_lib  # noqa: E402
 from sana_jax.app import (  # noqa: E402
   form_from_image,
   form_values,
@@ -241,6 +242,21 @@ def test_what_an_image_says_beyond_the_form_is_told(tokenizer_directory):
     assert part in told
   _, notes = form_from_image.values(description, pipe, (), made_with)
   assert "does not have its LoRA" in "; ".join(notes)
+
+
+def test_an_own_image_is_read_however_large(tmp_path, rng):
+  pixels = rng.random((64, 64, 3), np.float32)
+  said = {"prompt": "a", "seed": 1, "image_index": 0, "batch_size": 1}
+  png = images_lib.encode_png(pixels, {"sana_jax": json.dumps(said)})
+  path = tmp_path / "own.png"
+  path.write_bytes(png)
+  assert form_from_image.read_own(str(path)) == said
+  small = limits.Limits(max_upload_bytes=100)
+  with pytest.raises(InvalidRequestError, match="at most 100"):
+    form_from_image.read(png, small)
+  path.unlink()
+  with pytest.raises(InvalidRequestError, match="any more"):
+    form_from_image.read_own(str(path))
 
 
 @pytest.mark.parametrize(

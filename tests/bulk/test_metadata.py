@@ -98,6 +98,12 @@ def test_images_that_do_not_say_enough_are_refused(tmp_path):
     metadata.read_png(tmp_path / "b.png")
 
 
+@pytest.mark.parametrize("text", ["7", "[1]", '"a"', "null", "[" * 100_000])
+def test_hostile_chunks_say_nothing(tmp_path, text):
+  with pytest.raises(ValueError, match="does not say how it was made"):
+    metadata.read_png(png(tmp_path, sana_jax=text))
+
+
 def test_text_chunks_are_those_of_other_tools(pipe):
   description, _ = describe(pipe, {"guidance_scale": 3.0})
   chunks = metadata.png_chunks(description | {"negative_prompt": "x"}, (6, 8))
