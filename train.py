@@ -14,7 +14,13 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
 
-from sana_jax import checkpoint, compilation_cache, presets, sharding
+from sana_jax import (
+  checkpoint,
+  compilation_cache,
+  host_memory,
+  presets,
+  sharding,
+)
 from sana_jax import config as config_lib
 from sana_jax.training import (
   autoencoder,
@@ -146,6 +152,8 @@ def _run() -> None:
     jax.device_count(),
     jax.default_backend(),
   )
+  if jax.default_backend() == "cpu":
+    host_memory.keep_freed()
 
   def train(config: config_lib.Config, workdir: epath.PathLike):
     return loop.train(config, workdir, _make_recipe(config, workdir), options)

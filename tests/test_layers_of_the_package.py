@@ -11,7 +11,7 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "sana_jax"
 LAYERS = (
   {
     *("config", "typing", "tree", "compilation_cache", "storage"),
-    *("termination", "hardware"),
+    *("termination", "hardware", "host_memory"),
   },
   {"sharding", "resolution", "flops", "presets"},
   {"ops"},
