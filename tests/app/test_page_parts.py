@@ -11,19 +11,16 @@ import pytest
 pytest.importorskip("gradio")
 
 from sana_jax import images as images_lib  # noqa: E402
-from sana_jax.app import (  # noqa: E402
-  form_from_image,
-  form_values,
-  limits,
-  page,
-  page_events,
-  page_files,
-  page_guard,
-  page_html,
-  service,
-)
+from sana_jax.app import limits, page, service  # noqa: E402
 from sana_jax.app.errors import InvalidRequestError  # noqa: E402
 from sana_jax.app.jobs import Update  # noqa: E402
+from sana_jax.app.page import (  # noqa: E402
+  form_from_image,
+  form_values,
+  guard,
+  markup,
+  own_files,
+)
 from sana_jax.diffusion import schedules  # noqa: E402
 from tests import tiny  # noqa: E402
 
@@ -39,7 +36,7 @@ def tokenizer_directory(tmp_path_factory):
 
 @pytest.fixture
 def files(monkeypatch):
-  files = page_files.PageFiles(max_bytes=2500)
+  files = own_files.PageFiles(max_bytes=2500)
   monkeypatch.setenv("GRADIO_TEMP_DIR", str(files.path))
   yield files
   asyncio.run(_leave(files))
@@ -118,14 +115,12 @@ def test_the_oldest_files_go_first(files):
   ],
 )
 def test_names_of_files_are_plain(prompt, name):
-  assert page_files.file_name(prompt, 7, 2) == name
+  assert own_files.file_name(prompt, 7, 2) == name
 
 
 def test_paths_are_found_however_deep(files):
   inside = {"path": f"{files.path}/a.png"}
-  assert not page_guard.names_foreign_files(
-    {"data": [inside, "x", 3]}, files.path
-  )
+  assert not guard.names_foreign_files({"data": [inside, "x", 3]}, files.path)
   for path in (
     "/etc/passwd",
     f"{files.path}/../x",
@@ -134,7 +129,7 @@ def test_paths_are_found_however_deep(files):
     ["a"],
   ):
     event = {"data": [{"background": inside, "layers": [{"path": path}]}]}
-    assert page_guard.names_foreign_files(event, files.path)
+    assert guard.names_foreign_files(event, files.path)
 
 
 def _form(**changes):
@@ -271,18 +266,18 @@ def test_an_own_image_is_read_however_large(tmp_path, rng):
   ],
 )
 def test_a_visitor_is_told_where_a_job_stands(update, text):
-  assert text in page_events.describe(update, is_ready=True)
+  assert text in handlers.describe(update, is_ready=True)
 
 
 def test_nothing_of_a_prompt_is_markup():
-  shown = page_html.settings({"prompt": '<img src=x onerror="alert(1)">'})
+  shown = markup.settings({"prompt": '<img src=x onerror="alert(1)">'})
   assert "<img" not in shown
-  assert "<b>" not in page_html.message("<b>", kind="error")
+  assert "<b>" not in markup.message("<b>", kind="error")
 
 
 def test_a_preview_keeps_its_shape(rng):
   preview = rng.integers(0, 256, (8, 24, 3), dtype=np.uint8)
-  shown = page_html.progress("Step 1 of 4.", 1, 4, preview)
+  shown = markup.progress("Step 1 of 4.", 1, 4, preview)
   assert 'aria-valuenow="1"' in shown
   assert "width: 25.0%" in shown
   assert "1140px" in shown  # three times as wide as it is high

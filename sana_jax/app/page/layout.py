@@ -12,13 +12,7 @@ import fastapi
 import gradio
 
 from sana_jax import pipeline as pipeline_lib
-from sana_jax.app import (
-  page_events,
-  page_files,
-  page_guard,
-  page_html,
-  settings_form,
-)
+from sana_jax.app.page import form, guard, handlers, markup, own_files
 from sana_jax.app.service import Service
 
 _CSS = pathlib.Path(__file__).with_name("page.css")
@@ -50,7 +44,7 @@ _EVENT: dict[str, Any] = {
 
 def mount(app: fastapi.FastAPI, service: Service) -> None:
   """Serves the page at "/"; routes that `app` has already come first."""
-  files = page_files.PageFiles()
+  files = own_files.PageFiles()
   # Gradio asks for this when components are made, and when uploads come.
   os.environ["GRADIO_TEMP_DIR"] = str(files.path)
   gradio.mount_gradio_app(
@@ -67,7 +61,7 @@ def mount(app: fastapi.FastAPI, service: Service) -> None:
     css_paths=_CSS,
   )
   mounted = app.routes[-1]
-  mounted.app = page_guard.guard(mounted.app, files.path)
+  mounted.app = guard.guard(mounted.app, files.path)
   inner = app.router.lifespan_context
 
   @contextlib.asynccontextmanager
@@ -78,7 +72,7 @@ def mount(app: fastapi.FastAPI, service: Service) -> None:
   app.router.lifespan_context = lifespan
 
 
-def build(service: Service, files: page_files.PageFiles) -> gradio.Blocks:
+def build(service: Service, files: own_files.PageFiles) -> gradio.Blocks:
   """Makes the page for a service."""
   with gradio.Blocks(
     title=f"{service.model_name} · sana_jax",
@@ -87,7 +81,7 @@ def build(service: Service, files: page_files.PageFiles) -> gradio.Blocks:
     fill_width=True,
   ) as blocks:
     fields, parts = _layout(service)
-    _connect(blocks, page_events.Events(service, files, fields, parts))
+    _connect(blocks, handlers.Events(service, files, fields, parts))
   slots = service.limits.max_waiting + 16
   blocks.max_threads = slots  # the number of events at a time
   blocks.queue(max_size=2 * slots)
@@ -96,26 +90,26 @@ def build(service: Service, files: page_files.PageFiles) -> gradio.Blocks:
 
 def _layout(
   service: Service,
-) -> tuple[settings_form.Fields, page_events.Parts]:
+) -> tuple[form.Fields, handlers.Parts]:
   """Places everything: what is made on one side, how on the other."""
   pipe, limits = service.pipe, service.limits
   made_by = f"<p>{html.escape(service.model_name)}</p>"
   gradio.HTML(f"<h1>sana_jax</h1>{made_by}", elem_id="title", padding=False)
   with gradio.Row(equal_height=False):
     with gradio.Column(scale=3, min_width=320):
-      fields = settings_form.texts(pipe, limits)
+      fields = form.texts(pipe, limits)
       _examples(pipe, fields["prompt"])
       results = _results()
     with gradio.Column(scale=2, min_width=300, elem_id="settings"):
-      sizes, sides = settings_form.sizes(pipe)
+      sizes, sides = form.sizes(pipe)
       fields |= sizes
-      fields |= settings_form.sampling(pipe, limits)
-      fields |= settings_form.seeds(limits)
-      fields |= settings_form.adapters(service.lora_names)
+      fields |= form.sampling(pipe, limits)
+      fields |= form.seeds(limits)
+      fields |= form.adapters(service.lora_names)
       with gradio.Accordion("Begin with an image", open=False):
-        fields |= settings_form.pictures(pipe)
+        fields |= form.pictures(pipe)
       if pipe.controlnet is not None:
-        fields |= settings_form.control()
+        fields |= form.control()
       with gradio.Accordion("Settings from an image", open=False):
         from_image = gradio.File(
           label="A PNG that was made here, or by sample.py",
@@ -124,7 +118,7 @@ def _layout(
           elem_id="from_image",
         )
         status = gradio.HTML(elem_id="from_image_status")
-  parts = page_events.Parts(
+  parts = handlers.Parts(
     **results,
     sides=sides,
     from_image=from_image,
@@ -141,7 +135,7 @@ def _results() -> dict[str, gradio.blocks.Block]:
     generate = gradio.Button("Generate", variant="primary", scale=3)
     cancel = gradio.Button("Cancel", visible=False, scale=1, min_width=90)
   status = gradio.HTML(
-    page_html.message(page_events.READY), elem_id="status", padding=False
+    markup.message(handlers.READY), elem_id="status", padding=False
   )
   with gradio.Column(visible=False, elem_id="chosen") as chosen:
     picture = gradio.Image(
@@ -194,7 +188,7 @@ def _examples(
   )
 
 
-def _connect(blocks: gradio.Blocks, events: page_events.Events) -> None:
+def _connect(blocks: gradio.Blocks, events: handlers.Events) -> None:
   """Says what happens when."""
   fields, parts = events.fields, events.parts
   everything = [

@@ -8,8 +8,9 @@ import PIL.Image
 
 from sana_jax import pipeline as pipeline_lib
 from sana_jax.app import limits as limits_lib
-from sana_jax.app import settings_form, solvers, uploads
+from sana_jax.app import solvers, uploads
 from sana_jax.app.errors import InvalidRequestError
+from sana_jax.app.page import form
 from sana_jax.bulk import metadata
 
 FIELD = "from_image"
@@ -99,7 +100,7 @@ def _size(
   """Returns the size by the choice that gives it, or by its numbers."""
   size = pipe.image_size(pipe.generation_config.replace(given))
   sides = (size.width, size.height)
-  aspect = settings_form.presets(pipe).get(sides, settings_form.CUSTOM)
+  aspect = form.presets(pipe).get(sides, form.CUSTOM)
   return {"aspect": aspect, "width": size.width, "height": size.height}
 
 
@@ -119,7 +120,7 @@ def _choices(
     notes.append(f"this checkpoint has no solver {str(solver)[:40]!r}")
   used, scales = description.get("lora"), description.get("lora_scale")
   if loras:
-    found["lora"] = settings_form.NONE
+    found["lora"] = form.NONE
   if used:
     if isinstance(used, list) and len(used) == 1 and used[0] in loras:
       found["lora"] = used[0]

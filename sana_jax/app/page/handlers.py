@@ -10,12 +10,6 @@ from typing import Any
 import gradio
 from absl import logging
 
-from sana_jax.app import (
-  form_from_image,
-  form_values,
-  page_html,
-  settings_form,
-)
 from sana_jax.app.errors import (
   BusyError,
   CancelledError,
@@ -24,7 +18,8 @@ from sana_jax.app.errors import (
   JobError,
 )
 from sana_jax.app.jobs import Job, Result, Update
-from sana_jax.app.page_files import PageFiles, file_name
+from sana_jax.app.page import form, form_from_image, form_values, markup
+from sana_jax.app.page.own_files import PageFiles, file_name
 from sana_jax.app.service import Service
 
 # Images that a visitor's gallery keeps.
@@ -69,7 +64,7 @@ class Events:
     self,
     service: Service,
     files: PageFiles,
-    fields: settings_form.Fields,
+    fields: form.Fields,
     parts: Parts,
   ):
     self._service = service
@@ -86,17 +81,17 @@ class Events:
   ) -> AsyncIterator[Updates]:
     """Makes what the form says, and shows how far it is."""
     parts = self.parts
-    form = dict(zip(self.fields, values, strict=True))
+    filled = dict(zip(self.fields, values, strict=True))
     yield form_values.start_over(self.fields) | {
       parts.generate: gradio.update(interactive=False),
       parts.cancel: gradio.update(visible=True),
-      parts.status: page_html.message("Sending the request."),
+      parts.status: markup.message("Sending the request."),
       parts.chosen: gradio.update(visible=False),
     }
     session = str(request.session_hash)
     host = request.client.host if request.client else ""
     try:
-      job = await asyncio.to_thread(self._submit, form, host)
+      job = await asyncio.to_thread(self._submit, filled, host)
       self._jobs[session] = job
       try:
         async for update in self._follow(job):
@@ -109,13 +104,13 @@ class Events:
       outcome = await asyncio.to_thread(self._show, result, images)
     except InvalidRequestError as error:
       outcome = form_values.refuse(self.fields, error)
-      outcome[parts.status] = page_html.message(error.message, kind="error")
+      outcome[parts.status] = markup.message(error.message, kind="error")
     except (BusyError, ClosedError, CancelledError, JobError) as error:
       kind = "note" if isinstance(error, CancelledError) else "error"
-      outcome = {parts.status: page_html.message(str(error), kind=kind)}
+      outcome = {parts.status: markup.message(str(error), kind=kind)}
     except Exception:  # a visitor sees no stack traces, whatever happens
       logging.exception("an event of the page failed")
-      outcome = {parts.status: page_html.message(_UNEXPECTED, kind="error")}
+      outcome = {parts.status: markup.message(_UNEXPECTED, kind="error")}
     # What was looked at before is shown again if nothing new was made.
     yield (
       {parts.chosen: gradio.update(visible=bool(images))}
@@ -129,7 +124,7 @@ class Events:
   def cancel(self, request: gradio.Request) -> Updates:
     """Gives up what the visitor's session is waiting for."""
     self._cancel(str(request.session_hash))
-    return {self.parts.status: page_html.message("Cancelling.")}
+    return {self.parts.status: markup.message("Cancelling.")}
 
   def leave(self, request: gradio.Request) -> None:
     """Gives up what nobody waits for any more."""
@@ -162,11 +157,11 @@ class Events:
 
   def show_size(self, aspect: str) -> Updates:
     """Shows the fields for width and height if they are used."""
-    visible = aspect == settings_form.CUSTOM
+    visible = aspect == form.CUSTOM
     return {self.parts.sides: gradio.update(visible=visible)}
 
-  def _submit(self, form: Mapping[str, Any], host: str) -> Job:
-    request = form_values.to_request(form, self._service.limits)
+  def _submit(self, values: Mapping[str, Any], host: str) -> Job:
+    request = form_values.to_request(values, self._service.limits)
     return self._service.submit(request, client=host)
 
   async def _follow(self, job: Job) -> AsyncIterator[Update]:
@@ -198,7 +193,7 @@ class Events:
     return self._look(images, 0) | {
       self.parts.images: images,
       self.parts.gallery: gradio.update(value=images, visible=True),
-      self.parts.status: page_html.message(
+      self.parts.status: markup.message(
         f"{count} image{'s' if count > 1 else ''} of seed {result.seed}."
       ),
       self.fields["seed"]: result.seed,
@@ -212,14 +207,14 @@ class Events:
       description = form_from_image.read_own(path)
     except InvalidRequestError as error:
       return {
-        parts.details: page_html.message(error.message, kind="error"),
+        parts.details: markup.message(error.message, kind="error"),
         parts.selected: None,
       }
     return {
       parts.selected: number,
       parts.chosen: gradio.update(visible=True),
       parts.picture: path,
-      parts.details: page_html.settings(description),
+      parts.details: markup.settings(description),
       parts.download: path,
     }
 
@@ -233,7 +228,7 @@ class Events:
         read(), service.pipe, service.lora_names, service.made_with
       )
     except InvalidRequestError as error:
-      return {status: page_html.message(error.message, kind="error")}
+      return {status: markup.message(error.message, kind="error")}
     text = "The form has the settings of the image."
     if notes:
       text += f" It may come out differently: {'; '.join(notes)}."
@@ -242,7 +237,7 @@ class Events:
       for name, value in values.items()
       if name in self.fields
     }
-    return filled | {status: page_html.message(text)}
+    return filled | {status: markup.message(text)}
 
 
 def describe(update: Update, *, is_ready: bool) -> str:
@@ -268,7 +263,7 @@ def describe(update: Update, *, is_ready: bool) -> str:
     text = "Starting."
   else:
     text = "Finishing."
-  return page_html.progress(text, step, total, update.preview)
+  return markup.progress(text, step, total, update.preview)
 
 
 def _caption(prompt: str) -> str:

@@ -10,8 +10,9 @@ import numpy as np
 import PIL.Image
 
 from sana_jax.app import limits as limits_lib
-from sana_jax.app import requests, settings_form, uploads
+from sana_jax.app import requests, uploads
 from sana_jax.app.errors import InvalidRequestError
+from sana_jax.app.page import form
 
 _MAX_SEED = 2**32 - 1
 # Of 255: what is painted differs from the white around it by so much at least.
@@ -56,7 +57,7 @@ def to_request(
   )
 
 
-def start_over(fields: settings_form.Fields) -> dict[Any, Any]:
+def start_over(fields: form.Fields) -> dict[Any, Any]:
   """Returns updates that take all messages off the fields."""
   return {
     field: gradio.update(info=field.info, elem_classes=[])
@@ -65,9 +66,7 @@ def start_over(fields: settings_form.Fields) -> dict[Any, Any]:
   }
 
 
-def refuse(
-  fields: settings_form.Fields, error: InvalidRequestError
-) -> dict[Any, Any]:
+def refuse(fields: form.Fields, error: InvalidRequestError) -> dict[Any, Any]:
   """Returns the update that says what is wrong with a field."""
   field = fields.get(error.field or "")
   if field is None or not hasattr(field, "info"):
@@ -77,9 +76,9 @@ def refuse(
 
 def _size(values: Mapping[str, Any]) -> dict[str, Any]:
   aspect = values["aspect"]
-  if aspect == settings_form.AUTOMATIC:
+  if aspect == form.AUTOMATIC:
     return {}
-  if aspect != settings_form.CUSTOM:
+  if aspect != form.CUSTOM:
     return {"aspect": aspect}
   size = {name: _number(values[name]) for name in ("width", "height")}
   for name, side in size.items():
@@ -169,7 +168,7 @@ def upload_bytes(
 
 
 def _adapter(values: Mapping[str, Any]) -> dict[str, Any]:
-  if values.get("lora", settings_form.NONE) == settings_form.NONE:
+  if values.get("lora", form.NONE) == form.NONE:
     return {}
   return {"lora": values["lora"], "lora_scale": _number(values["lora_scale"])}
 

@@ -10,7 +10,7 @@ import numpy as np
 import PIL.Image
 from jaxtyping import UInt8
 
-from sana_jax.app import settings_form
+from sana_jax.app.page import form
 
 _PREVIEW_HEIGHT = 380
 # In this order; the rest is in the file, for programs.
@@ -82,8 +82,8 @@ def _readable(description: Mapping[str, Any]) -> list[tuple[str, Any]]:
   known = dict(description)
   if width and height:
     known["size"] = f"{width}×{height}"
-  if (solver := description.get("solver")) in settings_form.SOLVER_NAMES:
-    known["solver"] = settings_form.SOLVER_NAMES[solver]
+  if (solver := description.get("solver")) in form.SOLVER_NAMES:
+    known["solver"] = form.SOLVER_NAMES[solver]
   return [
     (label, known[name])
     for name, label in _LABELS.items()
