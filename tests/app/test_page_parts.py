@@ -18,6 +18,7 @@ from sana_jax.app.page import (  # noqa: E402
   form_from_image,
   form_values,
   guard,
+  handlers,
   markup,
   own_files,
 )
