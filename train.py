@@ -152,8 +152,6 @@ def _run() -> None:
     jax.device_count(),
     jax.default_backend(),
   )
-  if jax.default_backend() == "cpu":
-    host_memory.keep_freed()
 
   def train(config: config_lib.Config, workdir: epath.PathLike):
     return loop.train(config, workdir, _make_recipe(config, workdir), options)
@@ -167,6 +165,9 @@ def _run() -> None:
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"Unexpected arguments: {argv[1:]}.")
+  if jax.config.jax_platforms == "cpu":
+    # Before JAX starts its threads, which is when it looks for devices.
+    host_memory.keep_freed()
   compilation_cache.enable(_CACHE.value, os.environ)
   checkpoint.quiet_orbax()
   try:

@@ -16,8 +16,8 @@ def keep_freed() -> bool:
   call then pays for the first touch of each page again. Kept, they are there
   for the next call, and the process stays as large as it once was.
 
-  Only glibc can be told; elsewhere this does nothing. To be called early:
-  threads that have a heap of their own by then go on with it.
+  Only glibc can be told; elsewhere this does nothing. To be called before JAX
+  looks for devices: threads that have a heap of their own go on with it.
   """
   try:
     mallopt = ctypes.CDLL(None).mallopt
