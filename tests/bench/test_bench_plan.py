@@ -20,7 +20,7 @@ def test_kept_records_are_of_their_rows_and_gather_no_activation(path):
   assert record["gathered_activations"] == []
 
 
-# The record is from before gradients were scattered where fsdp is the only
+# Its record is older than the scattering of gradients where fsdp is the only
 # axis: compile it again.
 _TOO_MUCH = pytest.mark.xfail(strict=True, reason="an old record: 1.40")
 _FEW_SHARDS = [
