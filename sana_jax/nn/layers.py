@@ -231,19 +231,29 @@ def product(
   batch = sharding.RULES["batch"]
 
   def local(x, kernel):
-    kernel = sharding.gather_shards(kernel, fsdp, dim)
+    kernel = sharding.gather_shards(kernel, fsdp, dim).astype(x.dtype)
     kernel = sharding.constrain(kernel, in_use)
     return jnp.tensordot(x, checkpoint_name(kernel, GATHERED), 1)
 
   # Of samples and shards every device sees its own. Left to itself, the
   # compiler might move activations, or sum gradients whole on every device.
-  return jax.shard_map(
+  multiply = jax.shard_map(
     local,
     in_specs=(PartitionSpec(batch), PartitionSpec(*(None,) * dim, fsdp)),
     out_specs=PartitionSpec(batch),
     axis_names=set(batch),
     check_vma=False,
-  )(x, sharding.constrain(kernel, axes))
+  )
+  kernel = sharding.constrain(kernel, axes)
+  if kernel.dtype == jnp.float32:
+    return multiply(x, kernel)
+  return jax.lax.platform_dependent(
+    x,
+    kernel,
+    # XLA:CPU ends the process at a sum over devices of anything narrower.
+    cpu=lambda x, kernel: multiply(x, kernel.astype(jnp.float32)),
+    default=multiply,
+  )
 
 
 def sinusoidal_embedding(
