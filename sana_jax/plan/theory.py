@@ -65,10 +65,13 @@ def gathered_activations(
     image_elements: of the residual stream of one image on a device; what is
       smaller, such as time embeddings, is left out.
   """
+  fsdp, tensor = mesh.get("fsdp", 1), mesh.get("tensor", 1)
+  # Of what is gathered in two steps, the first makes a part.
+  parts = [n for n in range(1, fsdp) if fsdp % n == 0] or [1]
   sizes = set()
   for leaf in jax.tree.leaves(params):
     depth = leaf.shape[0] if leaf.ndim else 1
-    for cut in (1, mesh.get("tensor", 1)):
+    for cut in (n * m for n in parts for m in (1, tensor)):
       # Blocks are stacked: one at a time is gathered.
       sizes |= {leaf.size // cut, leaf.size // depth // cut}
   return [

@@ -229,3 +229,14 @@ def test_gathering_what_is_no_parameter_is_told():
   found = collectives.collectives(text, mesh.shape)
   told = theory.gathered_activations(found, w, mesh.shape, image_elements=2048)
   assert [one.op_name for one in told] == ["jit(f)/dot"]
+
+
+def test_parts_of_a_parameter_between_two_steps_are_no_activations():
+  _, w, mesh = compiled_stack({"data": 1, "fsdp": 8})
+  text = program(
+    f"%half = f32[8,4] all-gather(%a), {FSDP}",
+    f"%more = f32[8,5] all-gather(%a), {FSDP}",
+  )
+  found = collectives.collectives(text, mesh.shape)
+  told = theory.gathered_activations(found, w, mesh.shape, image_elements=16)
+  assert [one.arrays[0].elements for one in told] == [40]
