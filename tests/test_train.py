@@ -310,6 +310,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run(config, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_text_to_image_trains_and_its_export_makes_images(tmp_path):
   tiny.make_tokenizer(tmp_path / "made")
   pipe = tiny.make_pipeline(

@@ -149,6 +149,7 @@ def test_a_run_on_a_cache_moves_from_one_process_to_two(base, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_training_from_a_cache_has_the_losses_of_training_from_pictures(
   base, tmp_path
 ):

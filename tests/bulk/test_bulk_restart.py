@@ -173,6 +173,7 @@ def test_a_run_that_is_killed_again_and_again_makes_the_same_files(
   assert indices == [i for i in range(201) if i != 10]
 
 
+@pytest.mark.long
 def test_two_hosts_make_what_one_makes(command, whole, tmp_path):
   expected, _ = whole("png")
   processes = [
@@ -191,6 +192,7 @@ def test_two_hosts_make_what_one_makes(command, whole, tmp_path):
     np.testing.assert_array_equal(image, theirs[name])
 
 
+@pytest.mark.long
 def test_processes_of_a_slurm_job_share_the_work(command, whole, tmp_path):
   expected, _ = whole("png")
   # What a job of two tasks on one node has in its environment.
@@ -223,6 +225,7 @@ def test_processes_of_a_slurm_job_share_the_work(command, whole, tmp_path):
     np.testing.assert_array_equal(image, theirs[name])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("batch_size", "devices"), [(7, 1), (16, 8)])
 def test_an_image_depends_on_neither_batch_nor_devices(
   command, whole, tmp_path, batch_size, devices

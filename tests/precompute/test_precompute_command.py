@@ -123,6 +123,7 @@ def test_the_command_makes_a_cache_with_a_report(whole):
   assert "does not know such pictures" in report["warning"]
 
 
+@pytest.mark.long
 def test_some_pictures_are_compared_unless_that_was_done(
   command, whole, tmp_path
 ):
@@ -169,6 +170,7 @@ def test_a_run_that_is_killed_again_and_again_makes_the_same_bytes(
   assert contents(tmp_path) == contents(expected)
 
 
+@pytest.mark.long
 def test_two_hosts_at_once_make_what_one_makes(command, whole, tmp_path):
   hosts = [
     start(command, f"--output={tmp_path}", "--num_hosts=2", f"--host_index={i}")

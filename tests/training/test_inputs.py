@@ -478,6 +478,7 @@ def test_a_folder_of_broken_files_is_trained_from(checkpoint, tmp_path, rng):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_emoji_go_through_a_cache_to_training(checkpoint, tmp_path):
   cached = make_cache(
     checkpoint,

@@ -38,6 +38,7 @@ def test_synthetic_checkpoints_have_the_published_files(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("devices", [1, 8])
 def test_peak_memory_is_little_more_than_the_parameters(tmp_path, devices):
   synthetic.write_transformer(tmp_path, small(), max_shard_bytes=5 * 10**8)
