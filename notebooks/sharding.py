@@ -10,11 +10,19 @@
 # Installs the package where it is missing, as on Colab, with what jax needs for
 # the device that it was installed for.
 import importlib.util
+import pathlib
 import subprocess
 import sys
 
-SOURCE = ".."  # a clone of the repository; on Colab: "git+https://..."
-if importlib.util.find_spec("sana_jax") is None:
+SOURCE = ".."  # a clone of the repository, or "git+https://..." of it
+spec = importlib.util.find_spec("sana_jax")
+if spec is None or spec.origin is None:  # a folder of that name has none
+  clone = pathlib.Path(SOURCE).resolve()
+  if "://" not in SOURCE and not (clone / "sana_jax/__init__.py").exists():
+    raise FileNotFoundError(
+      f"SOURCE is {SOURCE!r}, which is no clone of the repository: clone it "
+      "and set SOURCE to its folder, or set SOURCE to git+https://... of it."
+    )
   plugins = {
     "libtpu": "tpu",
     "jax_cuda12_plugin": "cuda12",
@@ -23,7 +31,8 @@ if importlib.util.find_spec("sana_jax") is None:
   extras = [
     extra for name, extra in plugins.items() if importlib.util.find_spec(name)
   ]
-  needed = [SOURCE, f"jax[{','.join(extras)}]", "matplotlib"]
+  source = SOURCE if "://" in SOURCE else str(clone)
+  needed = [source, f"jax[{','.join(extras)}]", "matplotlib"]
   subprocess.run(
     [sys.executable, "-m", "pip", "install", "--quiet", *needed], check=True
   )
@@ -146,7 +155,7 @@ def arrays(step):
   return {
     "latents: samples, rows": step.batch["latents"],
     "q of cross-attention": blocks.cross_attention.q.kernel.get_value(),
-    "out of self-attention": blocks.self_attention.out.kernel.get_value(),
+    "out of cross-attention": blocks.cross_attention.out.kernel.get_value(),
     "qkv of self-attention": blocks.self_attention.qkv.kernel.get_value(),
   }
 
@@ -164,7 +173,8 @@ plt.show()
 # are copies.
 #
 # - `data=8`: each device has two samples and all parameters.
-# - `fsdp=8`: the same samples, and an eighth of every parameter.
+# - `fsdp=8`: the same samples, and an eighth of every matrix. Biases and scales
+#   (`None` in the table above) and depthwise kernels are whole: they are small.
 # - `tensor=2`: `q` is cut in columns and `out` in rows, so the heads of a
 #   device stay on it from one to the other. `qkv` has three parts side by side;
 #   it is cut along its input while it is stored, and moved when it is used.
@@ -259,12 +269,16 @@ plt.show()
 
 # %% [markdown]
 # - `data`: gradients are summed, and that is all.
-# - `fsdp`: parameters are gathered where they are used, and gradients summed.
-#   It is more than copies send, for an eighth of the memory.
-# - `tensor`: activations travel besides. The mixed mesh sends least here.
+# - `fsdp`: matrices are gathered where they are used, and their gradients are
+#   scattered as they are summed: every device gets the sum of its own eighth.
+#   Each of the two is half of a sum that all get, so here it is as much as
+#   copies send, for an eighth of the memory. (TPUs gather twice: the backward
+#   pass does so again.) What is summed whole is what is not cut.
+# - `tensor`: activations travel besides, and `qkv` moves to its heads' devices.
 # - `sequence`: gradients are summed, and so are the states of the linear
 #   attention, which do not grow with the picture. What is permuted is the row
-#   beside the cut, for the 3 x 3 convolutions.
+#   beside the cut, for the 3 x 3 convolutions. How gradients are summed over
+#   `fsdp` is left to the compiler here; that for CPUs sums them whole.
 #
 # How these compare depends on the sizes: this model is tiny. Ask for yours.
 #

@@ -9,11 +9,19 @@
 # Installs the package where it is missing, as on Colab, with what jax needs for
 # the device that it was installed for.
 import importlib.util
+import pathlib
 import subprocess
 import sys
 
-SOURCE = ".."  # a clone of the repository; on Colab: "git+https://..."
-if importlib.util.find_spec("sana_jax") is None:
+SOURCE = ".."  # a clone of the repository, or "git+https://..." of it
+spec = importlib.util.find_spec("sana_jax")
+if spec is None or spec.origin is None:  # a folder of that name has none
+  clone = pathlib.Path(SOURCE).resolve()
+  if "://" not in SOURCE and not (clone / "sana_jax/__init__.py").exists():
+    raise FileNotFoundError(
+      f"SOURCE is {SOURCE!r}, which is no clone of the repository: clone it "
+      "and set SOURCE to its folder, or set SOURCE to git+https://... of it."
+    )
   plugins = {
     "libtpu": "tpu",
     "jax_cuda12_plugin": "cuda12",
@@ -22,7 +30,8 @@ if importlib.util.find_spec("sana_jax") is None:
   extras = [
     extra for name, extra in plugins.items() if importlib.util.find_spec(name)
   ]
-  needed = [SOURCE, f"jax[{','.join(extras)}]", "matplotlib"]
+  source = SOURCE if "://" in SOURCE else str(clone)
+  needed = [source, f"jax[{','.join(extras)}]", "matplotlib"]
   subprocess.run(
     [sys.executable, "-m", "pip", "install", "--quiet", *needed], check=True
   )

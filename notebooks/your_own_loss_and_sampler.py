@@ -8,11 +8,19 @@
 # Installs the package where it is missing, as on Colab, with what jax needs for
 # the device that it was installed for.
 import importlib.util
+import pathlib
 import subprocess
 import sys
 
-SOURCE = ".."  # a clone of the repository; on Colab: "git+https://..."
-if importlib.util.find_spec("sana_jax") is None:
+SOURCE = ".."  # a clone of the repository, or "git+https://..." of it
+spec = importlib.util.find_spec("sana_jax")
+if spec is None or spec.origin is None:  # a folder of that name has none
+  clone = pathlib.Path(SOURCE).resolve()
+  if "://" not in SOURCE and not (clone / "sana_jax/__init__.py").exists():
+    raise FileNotFoundError(
+      f"SOURCE is {SOURCE!r}, which is no clone of the repository: clone it "
+      "and set SOURCE to its folder, or set SOURCE to git+https://... of it."
+    )
   plugins = {
     "libtpu": "tpu",
     "jax_cuda12_plugin": "cuda12",
@@ -21,7 +29,8 @@ if importlib.util.find_spec("sana_jax") is None:
   extras = [
     extra for name, extra in plugins.items() if importlib.util.find_spec(name)
   ]
-  needed = [SOURCE, f"jax[{','.join(extras)}]", "matplotlib"]
+  source = SOURCE if "://" in SOURCE else str(clone)
+  needed = [source, f"jax[{','.join(extras)}]", "matplotlib"]
   subprocess.run(
     [sys.executable, "-m", "pip", "install", "--quiet", *needed], check=True
   )
@@ -169,7 +178,8 @@ plt.show()
 # The uniform law trains more on little noise: its error is smaller there, and
 # larger beyond 0.6. The pictures say which matters: its clothes are paler, and
 # the helmet is not yellow yet. What a picture shows is decided at high noise
-# levels. The errors of two noise levels do not weigh by their size.
+# levels. A small error at one level can matter more than a large one at
+# another.
 #
 # ## A sampler
 #
@@ -259,9 +269,11 @@ plt.show()
 # Heun's method is the worst of the three here, and counting says why: for as
 # many calls it takes half as many steps, and with so few, its second order does
 # not pay. Flow-DPM-Solver++ has a second order, too, but gets it from what
-# earlier steps have seen, without another call. Euler's method keeps up: the
-# paths of a rectified flow are meant to be straight. At 8 calls only the
-# astronaut tells the methods apart, and Heun's has green stains.
+# earlier steps have seen, without another call. Euler's method keeps up: with
+# so few steps the order says little. On straight paths each of the three would
+# be exact; paths bend, because the network predicts an average, and all three
+# err. At 8 calls only the astronaut tells the methods apart, and Heun's has
+# green stains.
 #
 # A solver whose steps are weighted sums of what the network says is a
 # `Schedule`, a table of numbers: hand yours to `pipe.denoise`.
