@@ -94,7 +94,8 @@ def make_plan(config: config_lib.Config) -> tuple[str, dict[str, Any]]:
   getattr(config, "seed", None)
   training.check_config(config)
   devices = topology.describe(_TOPOLOGY.value, num_slices=_NUM_SLICES.value)
-  training.complete(config, devices)
+  given = flags.FLAGS["config"].override_values
+  training.complete(config, devices, given)
   config.freeze()
   common = {
     "height": _HEIGHT.value,

@@ -175,14 +175,28 @@ def test_other_recipes_are_refused():
 def test_what_a_plan_can_do_without_is_filled_in():
   config = make_config(mesh=config_lib.TextToImageConfig().mesh)
   config.data.synthetic = False
-  training.complete(config, host_devices())
+  training.complete(config, host_devices(), {})
   assert config.data.synthetic
   assert config.hardware.preset == "v5e-8"
   assert config.mesh["data"] * config.mesh["fsdp"] == 8
   config = make_config()
-  training.complete(config, host_devices())
+  training.complete(config, host_devices(), {})
   assert config.hardware.preset is None
   assert config.mesh == {"data": 2, "fsdp": 4}
+
+
+def test_a_preset_leaves_what_flags_gave():
+  alone = config_lib.TextToImageConfig().mesh
+  config = make_config(mesh=alone, remat="offload")
+  given = {"remat": "offload", "optim.accumulation": 2}
+  config.optim.accumulation = 2
+  training.complete(config, host_devices(), given)
+  assert config.hardware.preset == "v5e-8"
+  assert (config.remat, config.optim.accumulation) == ("offload", 2)
+  # A size that happens to be the default was given all the same.
+  config = make_config(mesh=alone)
+  training.complete(config, host_devices(), {"mesh.fsdp": 1})
+  assert (config.hardware.preset, config.mesh) == (None, alone)
 
 
 def test_pictures_must_be_whole_latents():
