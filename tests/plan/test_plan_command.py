@@ -88,13 +88,13 @@ def test_flags_are_kept_beside_the_preset_of_the_chips():
     [
       *(sys.executable, "-c", COMMAND),
       *("--config=configs/sana_1600m_1024.py", "--topology=v5e:2x4"),
-      *("--config.remat=offload", "--config.optim.accumulation=32"),
+      *("--config.remat=offload", "--config.optim.accumulation=64"),
     ],
     capture_output=True,
     text=True,
     check=False,
   )
-  assert done.stdout.split() == ["v5e-8", "offload", "32"], done.stderr
+  assert done.stdout.split() == ["v5e-8", "offload", "64"], done.stderr
 
 
 @pytest.mark.tpu_aot
