@@ -90,6 +90,7 @@ def _make_recipe(config: config_lib.Config, workdir: str) -> recipe_lib.Recipe:
     )
   config.freeze()
   # Before any work: a mesh that does not fit the devices is an error.
+  presets.check_devices(config, jax.device_count())
   mesh = sharding.make_mesh(config.mesh)
   logging.info("%s", presets.describe(config, mesh.shape))
   return _RECIPES[type(config)](config, workdir)

@@ -90,7 +90,8 @@ def complete(
       config has already; a preset leaves them.
 
   Raises:
-    ValueError: the batch does not spread over the chips.
+    ValueError: the batch does not spread over the chips, or the config has
+      the preset of another number of them.
   """
   if not config.data.places and not config.data.cache:
     config.data.synthetic = True
@@ -104,6 +105,7 @@ def complete(
     presets.apply(config, f"{devices.chip}-{name}")
     for path, value in given.items():
       config_path.set_value(path, config, value)
+  presets.check_devices(config, len(devices.devices))
 
 
 def latents_of(

@@ -199,6 +199,13 @@ def test_a_preset_leaves_what_flags_gave():
   assert (config.hardware.preset, config.mesh) == (None, alone)
 
 
+def test_a_preset_for_other_chips_is_refused():
+  config = make_config(mesh={"data": 2, "fsdp": 8})
+  config.hardware.preset = "v5e-16"
+  with pytest.raises(ValueError, match="'v5e-16' is for 16 devices, got 8"):
+    training.complete(config, host_devices(), {})
+
+
 def test_pictures_must_be_whole_latents():
   config = make_config()
   assert training.latents_of(config, None, 1024) == (4, 32)
