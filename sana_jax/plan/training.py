@@ -64,6 +64,11 @@ def check_config(config: config_lib.Config) -> None:
   Raises:
     ValueError: another recipe, or one that trains on tokens.
   """
+  if isinstance(config, config_lib.StagesConfig):
+    raise ValueError(
+      f"plan is for one run, got a StagesConfig of {', '.join(config.stages)}: "
+      "plan each by a config of its own, such as configs/sana_1600m_1024.py."
+    )
   if not isinstance(config, config_lib.TextToImageConfig):
     raise ValueError(
       f"plan is for runs of TextToImageConfig, got {type(config).__name__}."

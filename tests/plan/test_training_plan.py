@@ -170,6 +170,9 @@ def test_runs_on_tokens_are_refused():
 def test_other_recipes_are_refused():
   with pytest.raises(ValueError, match="got AutoencoderConfig"):
     training.check_config(config_lib.AutoencoderConfig())
+  stages = config_lib.StagesConfig(stages={"small": make_config()})
+  with pytest.raises(ValueError, match="of small: plan each by a config of"):
+    training.check_config(stages)
 
 
 def test_what_a_plan_can_do_without_is_filled_in():
