@@ -12,11 +12,11 @@ import sys
 import jax
 from absl import app, flags, logging
 from etils import epath
-from ml_collections import config_flags
 
 from sana_jax import (
   checkpoint,
   compilation_cache,
+  config_flag,
   host_memory,
   presets,
   sharding,
@@ -33,9 +33,7 @@ from sana_jax.training import (
 )
 from sana_jax.training import recipe as recipe_lib
 
-_CONFIG = config_flags.DEFINE_config_file(
-  "config", None, "File with get_config(); fields: --config.batch_size=8."
-)
+_CONFIG = config_flag.define()
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Directory for checkpoints, metrics, samples and the export."
 )
@@ -79,23 +77,11 @@ _RECIPES = {
   ),
 }
 
-
-def _parse_flags(argv: list[str]) -> list[str]:
-  """Parses the flags, and makes one line of what a config file gets wrong."""
-  try:
-    return app.parse_flags_with_usage(argv)
-  except (KeyError, AttributeError, OSError) as error:
-    # Of a KeyError, str() is the representation of its message.
-    text = error.args[0] if isinstance(error, KeyError) else str(error)
-    if " " not in text:
-      text = f"there is no field or key {text!r}."
-    return sys.exit(f"train.py: --config: {' '.join(text.split())}")
+_parse_flags = config_flag.parser("train.py")
 
 
 def _make_recipe(config: config_lib.Config, workdir: str) -> recipe_lib.Recipe:
   if type(config) not in _RECIPES:
-    # Where the file could not be read, any access raises an OSError saying why.
-    getattr(config, "seed", None)
     kinds = [*_RECIPES, config_lib.StagesConfig]
     raise ValueError(
       f"get_config() of --config must return one of "
@@ -104,6 +90,7 @@ def _make_recipe(config: config_lib.Config, workdir: str) -> recipe_lib.Recipe:
     )
   config.freeze()
   # Before any work: a mesh that does not fit the devices is an error.
+  presets.check_devices(config, jax.device_count())
   mesh = sharding.make_mesh(config.mesh)
   logging.info("%s", presets.describe(config, mesh.shape))
   return _RECIPES[type(config)](config, workdir)

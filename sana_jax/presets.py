@@ -179,6 +179,26 @@ def lay_out(config: config_lib.TextToImageConfig, target: Hardware) -> Layout:
   )
 
 
+def check_devices(config: config_lib.TrainConfig, devices: int) -> None:
+  """Refuses a preset for other devices than there are.
+
+  Raises:
+    ValueError: there is a preset, and its mesh does not fit `devices`.
+  """
+  name = config.hardware.preset
+  known = math.prod(size for size in config.mesh.values() if size != -1)
+  free = -1 in config.mesh.values()
+  if name is None or known == devices or (free and devices % known == 0):
+    return
+  target = parse(name)
+  raise ValueError(
+    f"preset {name!r} is for {target.chips * target.slices} devices, got "
+    f"{devices}: begin with a preset for {devices} (--config=FILE:KIND-"
+    f"{devices}), with none (--config=FILE), or set all axes of the mesh, now "
+    f"{dict(config.mesh)} (--config.mesh.data=N and its like)."
+  )
+
+
 def state_bytes(config: config_lib.TextToImageConfig) -> float:
   """Estimates parameters, average, gradients and moments, in all."""
   each = _STATE_BYTES + _MOMENT_BYTES[config.optim.name]

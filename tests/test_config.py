@@ -262,7 +262,8 @@ def test_a_complete_training_config_is_valid():
     ),
     (
       config_lib.DataConfig(crop="random", caption_method="random"),
-      "data.crop, data.caption_method have no effect on the bundled emoji, ",
+      r"^no data given: set data.cache \(docs/data.md\), .*bundled emoji, on "
+      "which data.crop, data.caption_method have no effect",
     ),
     (
       config_lib.DataConfig(cache="c", random_flip=True),

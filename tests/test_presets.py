@@ -113,6 +113,21 @@ def test_a_preset_is_a_beginning_that_flags_change():
   assert "mesh data=4 fsdp=2, batch 2048 in 8 part" in line
 
 
+def test_a_preset_for_other_devices_is_named():
+  config = get("sana_1600m_1024", "v5e-256")
+  presets.check_devices(config, 256)
+  with pytest.raises(
+    ValueError, match=r"preset 'v5e-256' is for 256 devices, got 1: .*KIND-1\)"
+  ):
+    presets.check_devices(config, 1)
+  config.mesh["data"] = -1
+  presets.check_devices(config, 24)
+  with pytest.raises(ValueError, match="is for 256 devices, got 12"):
+    presets.check_devices(config, 12)
+  # Without one, it is the mesh that is wrong.
+  presets.check_devices(get("sana_1600m_1024"), 12)
+
+
 def test_the_mesh_is_described_with_the_sizes_that_it_has():
   config = get("sana_1600m_1024")
   assert config.mesh["data"] == -1

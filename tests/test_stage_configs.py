@@ -74,7 +74,7 @@ def test_a_stage_is_valid_with_any_data(name, data):
 
 def test_a_stage_without_data_says_what_to_give():
   with pytest.raises(
-    ValueError, match=r"bundled emoji, which are .*data\.synthetic: set one of"
+    ValueError, match=r"^no data given: set data\.cache \(docs/data\.md\)"
   ):
     get("sana_1600m_1024").freeze()
 

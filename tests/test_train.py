@@ -370,7 +370,7 @@ MISTAKES = {
     ["--config.mesh.data=3"],
     "mesh {'data': 3, 'fsdp': 4} does not fit 8 devices",
   ),
-  "no such config": ("{dir}/none.py", [], "No such file or directory"),
+  "no such config": ("{dir}/none.py", [], "there is no file"),
   "no get_config": ("{dir}/empty.py", [], "no attribute 'get_config'"),
   "misspelled in the file": (
     "{dir}/misspelled.py",

@@ -38,9 +38,9 @@ _NO_EFFECT = {
   # timed on noise, with nothing changed but this.
   "synthetic": _OF_EMOJI,
 }
-_THE_EMOJI = (
-  "the bundled emoji, which are trained on without data.path, data.sources, "
-  "data.cache or data.synthetic: set one of these, or leave out"
+_NO_DATA = (
+  "no data given: set data.cache (docs/data.md), or data.path, data.sources or "
+  "data.synthetic; without, it is the bundled emoji, on which "
 )
 _ORIGINS = tuple(name for name in _NO_EFFECT if name != "emoji")
 
@@ -162,9 +162,11 @@ class DataConfig(Config):
       if getattr(self, name) != getattr(defaults, name)
     ]
     if idle:
-      what = f"data.{of}: leave out" if given else _THE_EMOJI
-      verb = "have" if idle[1:] else "has"
-      yield f"{', '.join(idle)} {verb} no effect on {what}"
+      effect = f"{', '.join(idle)} {'have' if idle[1:] else 'has'} no effect"
+      if of == "emoji":
+        yield f"{_NO_DATA}{effect}"
+      else:
+        yield f"{effect} on data.{of}: leave out"
     yield from self._misplaced_of_captions(of)
     for number, source in enumerate(self.sources):
       name = f"data.sources[{number}]"

@@ -12,14 +12,12 @@ from typing import Any
 import jax
 from absl import app, flags
 from etils import epath
-from ml_collections import config_flags
 
 from sana_jax import config as config_lib
+from sana_jax import config_flag
 from sana_jax.plan import report, sampling, topology, training
 
-_CONFIG = config_flags.DEFINE_config_file(
-  "config", None, "File with get_config(); fields: --config.batch_size=8."
-)
+_CONFIG = config_flag.define()
 _TOPOLOGY = flags.DEFINE_string(
   "topology", None, "Chips, such as v5e:16x16, v5p:4x4x4, v6e:8x8 or h100:8."
 )
@@ -47,6 +45,8 @@ _IMAGES_PER_CHIP = flags.DEFINE_integer(
 _STEPS = flags.DEFINE_integer("steps", 20, "Of the sampler.", 1)
 _JSON = flags.DEFINE_string("json", None, "File for the record of the plan.")
 flags.mark_flags_as_required(["config", "topology"])
+
+_parse_flags = config_flag.parser("plan")
 
 
 def main(argv: list[str]) -> None:
@@ -79,22 +79,12 @@ def _check_flags() -> None:
     )
 
 
-def _parse_flags(argv: list[str]) -> list[str]:
-  """Parses the flags, and makes one line of a field that is not there."""
-  try:
-    return app.parse_flags_with_usage(argv)
-  except (KeyError, AttributeError, OSError) as error:
-    text = error.args[0] if isinstance(error, KeyError) else str(error)
-    return sys.exit(f"plan: --config: {' '.join(str(text).split())}")
-
-
 def make_plan(config: config_lib.Config) -> tuple[str, dict[str, Any]]:
   """Plans what the flags ask for; returns a page to read, and a record."""
-  # Where the file could not be read, any access raises an OSError saying why.
-  getattr(config, "seed", None)
   training.check_config(config)
   devices = topology.describe(_TOPOLOGY.value, num_slices=_NUM_SLICES.value)
-  training.complete(config, devices)
+  given = flags.FLAGS["config"].override_values
+  training.complete(config, devices, given)
   config.freeze()
   common = {
     "height": _HEIGHT.value,

@@ -1,6 +1,10 @@
 """Plans the training step of a run."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import jax
+from ml_collections.config_flags import config_path
 
 from sana_jax import config as config_lib
 from sana_jax import hardware, presets, sharding
@@ -60,6 +64,11 @@ def check_config(config: config_lib.Config) -> None:
   Raises:
     ValueError: another recipe, or one that trains on tokens.
   """
+  if isinstance(config, config_lib.StagesConfig):
+    raise ValueError(
+      f"plan is for one run, got a StagesConfig of {', '.join(config.stages)}: "
+      "plan each by a config of its own, such as configs/sana_1600m_1024.py."
+    )
   if not isinstance(config, config_lib.TextToImageConfig):
     raise ValueError(
       f"plan is for runs of TextToImageConfig, got {type(config).__name__}."
@@ -72,24 +81,36 @@ def check_config(config: config_lib.Config) -> None:
 
 
 def complete(
-  config: config_lib.TextToImageConfig, devices: topology.Topology
+  config: config_lib.TextToImageConfig,
+  devices: topology.Topology,
+  given: Mapping[str, Any],
 ) -> None:
   """Fills in what a plan can do without, and a run cannot.
 
   Where no data are named, none are needed; where the mesh was left alone, it is
   the preset's for these chips, as `configs/x.py:v5e-256` would set it.
 
+  Args:
+    given: values of flags by path, such as {"optim.accumulation": 4}, that the
+      config has already; a preset leaves them.
+
   Raises:
-    ValueError: the batch does not spread over the chips.
+    ValueError: the batch does not spread over the chips, or the config has
+      the preset of another number of them.
   """
   if not config.data.places and not config.data.cache:
     config.data.synthetic = True
-  untouched = config.mesh == config_lib.TextToImageConfig().mesh
+  untouched = config.mesh == config_lib.TextToImageConfig().mesh and not any(
+    path.startswith("mesh.") for path in given
+  )
   if config.hardware.preset is None and untouched:
     chips, slices = len(devices.devices), devices.num_slices
     per_slice = topology.platform_of(devices.chip) == "tpu" and slices > 1
     name = f"{chips // slices}x{slices}" if per_slice else f"{chips}"
     presets.apply(config, f"{devices.chip}-{name}")
+    for path, value in given.items():
+      config_path.set_value(path, config, value)
+  presets.check_devices(config, len(devices.devices))
 
 
 def latents_of(

@@ -60,6 +60,43 @@ def test_fields_of_the_config_are_set_and_checked(tmp_path):
   assert "train_text_encoder must be False" in done.stderr
 
 
+# The command as far as the plan, of which it prints settings.
+COMMAND = """\
+import os
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+import jax
+from absl import app
+
+from sana_jax.plan import __main__ as command
+
+def describe(name, num_slices):
+  return command.topology.Topology(name, "v5e", tuple(jax.devices()), 1)
+
+def plan(config, devices, **_):
+  print(config.hardware.preset, config.remat, config.optim.accumulation)
+  raise ValueError("no more")
+
+command.topology.describe = describe
+command.training.plan = plan
+app.run(command.main, flags_parser=command._parse_flags)
+"""
+
+
+def test_flags_are_kept_beside_the_preset_of_the_chips():
+  done = subprocess.run(
+    [
+      *(sys.executable, "-c", COMMAND),
+      *("--config=configs/sana_1600m_1024.py", "--topology=v5e:2x4"),
+      *("--config.remat=offload", "--config.optim.accumulation=64"),
+    ],
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.stdout.split() == ["v5e-8", "offload", "64"], done.stderr
+
+
 @pytest.mark.tpu_aot
 def test_a_small_step_for_tpus_gathers_kernels_and_scatters_gradients(
   tmp_path,

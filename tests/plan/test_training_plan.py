@@ -170,19 +170,43 @@ def test_runs_on_tokens_are_refused():
 def test_other_recipes_are_refused():
   with pytest.raises(ValueError, match="got AutoencoderConfig"):
     training.check_config(config_lib.AutoencoderConfig())
+  stages = config_lib.StagesConfig(stages={"small": make_config()})
+  with pytest.raises(ValueError, match="of small: plan each by a config of"):
+    training.check_config(stages)
 
 
 def test_what_a_plan_can_do_without_is_filled_in():
   config = make_config(mesh=config_lib.TextToImageConfig().mesh)
   config.data.synthetic = False
-  training.complete(config, host_devices())
+  training.complete(config, host_devices(), {})
   assert config.data.synthetic
   assert config.hardware.preset == "v5e-8"
   assert config.mesh["data"] * config.mesh["fsdp"] == 8
   config = make_config()
-  training.complete(config, host_devices())
+  training.complete(config, host_devices(), {})
   assert config.hardware.preset is None
   assert config.mesh == {"data": 2, "fsdp": 4}
+
+
+def test_a_preset_leaves_what_flags_gave():
+  alone = config_lib.TextToImageConfig().mesh
+  config = make_config(mesh=alone, remat="offload")
+  given = {"remat": "offload", "optim.accumulation": 2}
+  config.optim.accumulation = 2
+  training.complete(config, host_devices(), given)
+  assert config.hardware.preset == "v5e-8"
+  assert (config.remat, config.optim.accumulation) == ("offload", 2)
+  # A size that happens to be the default was given all the same.
+  config = make_config(mesh=alone)
+  training.complete(config, host_devices(), {"mesh.fsdp": 1})
+  assert (config.hardware.preset, config.mesh) == (None, alone)
+
+
+def test_a_preset_for_other_chips_is_refused():
+  config = make_config(mesh={"data": 2, "fsdp": 8})
+  config.hardware.preset = "v5e-16"
+  with pytest.raises(ValueError, match="'v5e-16' is for 16 devices, got 8"):
+    training.complete(config, host_devices(), {})
 
 
 def test_pictures_must_be_whole_latents():
