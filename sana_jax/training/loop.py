@@ -400,8 +400,9 @@ class _Run:
         f"step {self._step}: {settings.rollback_after} bad steps in a row "
         f"after {self._watch.rollbacks} rollbacks; the run stops. {path} names "
         f"the batches. The checkpoints are intact: lower optim.peak_lr or "
-        f"optim.clip_norm, set dtype='float32', mend the data, or raise "
-        f"anomalies.max_rollbacks, and run the same command again."
+        f"optim.clip_norm, set dtype='float32', mend the data (and set "
+        f"data.allow_changed=True), or raise anomalies.max_rollbacks; with "
+        f"that, the same command goes on."
       )
     self._checkpointer.wait()
     target = anomalies.rollback_target(
