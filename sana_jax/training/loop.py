@@ -65,11 +65,15 @@ def train(
   workdir: epath.PathLike,
   recipe: recipe_lib.Recipe,
   options: Options = Options(),  # noqa: B008 (immutable)
+  stop: preemption.StopRequest | None = None,
 ) -> step_lib.TrainState:
   """Trains until `config.num_steps`, continuing what `workdir` holds.
 
   With several processes, an error ends this one at once, so that the others,
   which cannot go on without it, end soon.
+
+  Args:
+    stop: what may ask it to stop; None: SIGTERM, from here to its end.
 
   Raises:
     ValueError: `workdir` has checkpoints of another config, or other data.
@@ -88,7 +92,7 @@ def train(
   with contextlib.ExitStack() as stack:
     if jax.process_index() == 0:
       stack.enter_context(run_record.logging_to(workdir / "run.log"))
-    stop = stack.enter_context(preemption.stop_request())
+    stop = stop or stack.enter_context(preemption.stop_request())
     try:
       run = _Run(config, workdir, recipe, plan, options, stop, stack)
       run.make_steps()
