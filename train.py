@@ -188,4 +188,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+  profiling.ignore_signal()
   app.run(main, flags_parser=_parse_flags)
