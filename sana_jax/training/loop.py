@@ -41,7 +41,7 @@ from sana_jax.training import step as step_lib
 from sana_jax.training import workdir as workdir_lib
 
 _KINDS = {
-  "skipped": "loss or gradient is not finite, the update is skipped",
+  "skipped": "loss, gradient or update is not finite, the step is skipped",
   "spike": "the loss is a spike",
 }
 

@@ -64,7 +64,7 @@ def test_a_bad_batch_is_named_and_changes_nothing(tmp_path, caplog):
   (message,) = [
     r.getMessage() for r in caplog.records if "skipped" in r.msg % r.args
   ]
-  assert "step 6: loss or gradient is not finite" in message
+  assert "step 6: loss, gradient or update is not finite" in message
   assert "not finite in the batch: source: 5.5; batch of source: 5.0" in message
   assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
 
