@@ -17,8 +17,8 @@ fewer pictures: the same --config.batch_size on more devices, or a smaller
      one, which is another run"""
 _MORE_PARTS = """\
 the batch in more parts, one after the other; what is learned stays, and a
-     run may go on so: more --config.optim.accumulation (now {accumulation}, which
-     leaves a device {pictures} pictures of a part)"""
+     run may go on so: more --config.optim.accumulation (now {accumulation},
+     which leaves a device {pictures} pictures of a part)"""
 _FEWER_ACTIVATIONS = "fewer activations: {remats} (now {remat!r})"
 _SMALLER_SHARE = """\
 a smaller share of the state per device: more --config.mesh.fsdp (now
