@@ -26,6 +26,7 @@ from sana_jax.training import (
   autoencoder,
   launch,
   loop,
+  preemption,
   profiling,
   stages,
   text_to_image,
@@ -140,8 +141,13 @@ def _run() -> None:
     jax.default_backend(),
   )
 
-  def train(config: config_lib.Config, workdir: epath.PathLike):
-    return loop.train(config, workdir, _make_recipe(config, workdir), options)
+  def train(
+    config: config_lib.Config,
+    workdir: epath.PathLike,
+    stop: preemption.StopRequest | None = None,
+  ):
+    recipe = _make_recipe(config, workdir)
+    return loop.train(config, workdir, recipe, options, stop)
 
   if isinstance(config, config_lib.StagesConfig):
     stages.train(config, _WORKDIR.value, train)
@@ -169,4 +175,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+  profiling.ignore_signal()
   app.run(main, flags_parser=_parse_flags)

@@ -9,8 +9,8 @@ from sana_jax.config.base import Config, require
 class AnomalyConfig(Config):
   """How many bad steps are borne, and what is worth a line.
 
-  A step is bad whose loss or gradient is not finite: it changes nothing. A
-  spike is written down with its batch, and that is all.
+  A step is bad whose loss, gradient or update is not finite: it changes
+  nothing. A spike is written down with its batch, and that is all.
 
   Args:
     rollback_after: bad steps in a row after which the parameters return to the

@@ -1,10 +1,10 @@
 """Steps that go wrong: counted, named, and answered by going back.
 
-A step whose loss or gradient is not finite changes nothing but its count (see
-`step.py`); after several in a row, the run goes back. A spike is a finite loss
-far above the recent ones: it is written down, and never a reason to go back.
-What happened is kept in `anomalies.jsonl`, and the recent losses in every
-checkpoint, so that a resumed run goes on as the uninterrupted one would.
+A step whose loss, gradient or update is not finite changes nothing but its
+count (see `step.py`); after several in a row, the run goes back. A spike is a
+finite loss far above the recent ones: it is written down, and never a reason to
+go back. What happened is kept in `anomalies.jsonl`, and the recent losses in
+every checkpoint, so that a resumed run goes on as the uninterrupted one would.
 """
 
 import collections

@@ -41,7 +41,7 @@ from sana_jax.training import step as step_lib
 from sana_jax.training import workdir as workdir_lib
 
 _KINDS = {
-  "skipped": "loss or gradient is not finite, the update is skipped",
+  "skipped": "loss, gradient or update is not finite, the step is skipped",
   "spike": "the loss is a spike",
 }
 
@@ -65,11 +65,15 @@ def train(
   workdir: epath.PathLike,
   recipe: recipe_lib.Recipe,
   options: Options = Options(),  # noqa: B008 (immutable)
+  stop: preemption.StopRequest | None = None,
 ) -> step_lib.TrainState:
   """Trains until `config.num_steps`, continuing what `workdir` holds.
 
   With several processes, an error ends this one at once, so that the others,
   which cannot go on without it, end soon.
+
+  Args:
+    stop: what may ask it to stop; None: SIGTERM, from here to its end.
 
   Raises:
     ValueError: `workdir` has checkpoints of another config, or other data.
@@ -88,7 +92,7 @@ def train(
   with contextlib.ExitStack() as stack:
     if jax.process_index() == 0:
       stack.enter_context(run_record.logging_to(workdir / "run.log"))
-    stop = stack.enter_context(preemption.stop_request())
+    stop = stop or stack.enter_context(preemption.stop_request())
     try:
       run = _Run(config, workdir, recipe, plan, options, stop, stack)
       run.make_steps()
@@ -400,8 +404,9 @@ class _Run:
         f"step {self._step}: {settings.rollback_after} bad steps in a row "
         f"after {self._watch.rollbacks} rollbacks; the run stops. {path} names "
         f"the batches. The checkpoints are intact: lower optim.peak_lr or "
-        f"optim.clip_norm, set dtype='float32', mend the data, or raise "
-        f"anomalies.max_rollbacks, and run the same command again."
+        f"optim.clip_norm, set dtype='float32', mend the data (and set "
+        f"data.allow_changed=True), or raise anomalies.max_rollbacks; with "
+        f"that, the same command goes on."
       )
     self._checkpointer.wait()
     target = anomalies.rollback_target(

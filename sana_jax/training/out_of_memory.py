@@ -13,11 +13,13 @@ from sana_jax.training import step as step_lib
 
 _GIB = 2**30
 _FEWER_PICTURES = """\
-fewer pictures at a time: a smaller --config.batch_size, or the same one
-     on more devices"""
-_FEWER_ACTIVATIONS = """\
-fewer activations: --config.remat=full, or offload, which keeps them in the
-     host's memory (now {remat!r})"""
+fewer pictures: the same --config.batch_size on more devices, or a smaller
+     one, which is another run"""
+_MORE_PARTS = """\
+the batch in more parts, one after the other; what is learned stays, and a
+     run may go on so: more --config.optim.accumulation (now {accumulation},
+     which leaves a device {pictures} pictures of a part)"""
+_FEWER_ACTIVATIONS = "fewer activations: {remats} (now {remat!r})"
 _SMALLER_SHARE = """\
 a smaller share of the state per device: more --config.mesh.fsdp (now
      {fsdp}), an optimiser with a smaller state (--config.optim.name), or
@@ -35,7 +37,8 @@ class What(NamedTuple):
 
   Attributes:
     name: the subject of a sentence, with its verb.
-    knobs: what to turn, cheapest first.
+    knobs: what to turn, cheapest first; those with nothing left to turn are
+      not offered.
   """
 
   name: str
@@ -43,7 +46,8 @@ class What(NamedTuple):
 
 
 STEP = What(
-  "the step does", (_FEWER_PICTURES, _FEWER_ACTIVATIONS, _SMALLER_SHARE)
+  "the step does",
+  (_MORE_PARTS, _FEWER_ACTIVATIONS, _FEWER_PICTURES, _SMALLER_SHARE),
 )
 STATE = What(
   "the state of the run does", (_SMALLER_SHARE, _NO_AVERAGE, _NOTHING_ELSE)
@@ -74,14 +78,15 @@ def explained(
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
-    now = {
-      "remat": config.remat,
-      "fsdp": mesh.shape.get("fsdp", 1),
-      "ema_decay": config.ema_decay,
+    now = _now(config, mesh)
+    exhausted = {
+      _MORE_PARTS: now["pictures"] <= 1,
+      _FEWER_ACTIVATIONS: not now["remats"],
     }
+    offered = [knob for knob in what.knobs if not exhausted.get(knob)]
     knobs = [
       f"  {number}. {knob.format(**now)}"
-      for number, knob in enumerate(what.knobs, 1)
+      for number, knob in enumerate(offered, 1)
     ]
     lines = [
       describe(what.name, str(error), parts()),
@@ -89,6 +94,26 @@ def explained(
       *knobs,
     ]
     raise MemoryError("\n".join(lines)) from error
+
+
+def _now(
+  config: config_lib.TrainConfig, mesh: jax.sharding.Mesh
+) -> dict[str, Any]:
+  """Returns what knobs say of a run: how they are turned, and how far."""
+  offload = "offload, which\n     keeps them in the host's memory"
+  parts = config.optim.accumulation
+  copies = mesh.shape.get("data", 1) * mesh.shape.get("fsdp", 1)
+  return {
+    "accumulation": parts,
+    "pictures": config.batch_size // (copies * parts),
+    "remat": config.remat,
+    "remats": {
+      "full": f"--config.remat={offload}",
+      "offload": "",
+    }.get(config.remat, f"--config.remat=full, or {offload}"),
+    "fsdp": mesh.shape.get("fsdp", 1),
+    "ema_decay": config.ema_decay,
+  }
 
 
 def of_step(state: Any, frozen: Any, batch: Any) -> dict[str, int]:

@@ -29,6 +29,15 @@ def parse_steps(text: str) -> tuple[int, int]:
   return first, last
 
 
+def ignore_signal() -> None:
+  """Lets SIGUSR1 do nothing where no `Profiler` listens.
+
+  It would end the process, and there is nothing to profile before the first
+  step, or between two stages.
+  """
+  signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+
+
 class Profiler:
   """Writes traces to `workdir/profile`; SIGUSR1 asks for one.
 

@@ -9,14 +9,16 @@ from absl import logging
 from etils import epath
 
 from sana_jax import config as config_lib
+from sana_jax.training import preemption
 from sana_jax.training import step as step_lib
 
 _FINISHED = "finished.json"
 
 TrainFn = Callable[
-  [config_lib.TextToImageConfig, epath.Path], step_lib.TrainState
+  [config_lib.TextToImageConfig, epath.Path, preemption.StopRequest],
+  step_lib.TrainState,
 ]
-"""(config, work directory) -> the state when the run ended, or was stopped."""
+"""(config, work directory, what may ask it to stop) -> the state at its end."""
 
 
 def train(
@@ -24,25 +26,40 @@ def train(
 ) -> None:
   """Trains all stages, continuing what `workdir` holds.
 
-  A stage that is finished is passed over. One that was stopped, by SIGTERM,
-  ends this too; the same call goes on with it.
+  A stage that is finished is passed over. SIGTERM ends the one that runs, and
+  no other begins, even where it comes after the last step, while that is saved
+  or exported; the same call goes on from there.
 
   Raises:
     ValueError: a stage cannot be trained as it is described.
   """
   config.freeze()
+  # One for all: what comes at the end of a stage is not lost with it.
+  with preemption.stop_request() as stop:
+    _train(config, epath.Path(workdir), train_one, stop)
+
+
+def _train(
+  config: config_lib.StagesConfig,
+  workdir: epath.Path,
+  train_one: TrainFn,
+  stop: preemption.StopRequest,
+) -> None:
   before: epath.Path | None = None
   for number, (name, stage) in enumerate(config.stages.items(), 1):
-    directory = epath.Path(workdir) / name
+    directory = workdir / name
     what = f"stage {name} ({number} of {len(config.stages)})"
     if _finished_step(directory) >= stage.num_steps:
       logging.info("%s is finished", what)
+    elif stop.is_set():
+      logging.warning("asked to stop: %s is not begun", what)
+      return
     else:
       logging.info("%s", what)
       if stage.init_from is None and before is not None:
         stage = dataclasses.replace(stage, init_from=str(before))
       # Not kept: the next stage needs the room.
-      step = int(train_one(stage, directory).step)
+      step = int(train_one(stage, directory, stop).step)
       if step < stage.num_steps:
         logging.warning("%s was stopped at step %d", what, step)
         return

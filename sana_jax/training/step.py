@@ -63,9 +63,10 @@ def make_train_step(
   parameters, with a decay of min(ema_decay, (1 + t) / (10 + t)) so that it
   forgets the initialisation early. A state without an average stays without.
 
-  When the loss or the norm of the gradient is not finite, parameters, optimiser
-  and average stay as they are; the step and `skipped` go on. (A choice between
-  old and new for every array; under lax.cond XLA keeps more of them at once.)
+  When the loss, or the norm of the gradient or of the update, is not finite,
+  parameters, optimiser and average stay as they are; the step and `skipped` go
+  on. (A choice between old and new for every array; under lax.cond XLA keeps
+  more of them at once.)
 
   Scalars: `loss`, `learning_rate` of this update, `skipped` (0 or 1),
   `param_norm` before the update, `grad_norm` before clipping and
@@ -86,8 +87,10 @@ def make_train_step(
     step_key = jax.random.fold_in(key, state.step)
     (loss, aux), grads = grad_fn(state.params, fixed, step_key, batch)
     grad_norm = optax.tree.norm(grads)
-    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    # A finite gradient is not enough: an optimiser divides, and multiplies.
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    finite &= jnp.isfinite(optax.tree.norm(updates))
     params = optax.apply_updates(state.params, updates)
     ema = None
     if state.ema is not None:

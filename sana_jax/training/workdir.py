@@ -34,6 +34,9 @@ _MAY_CHANGE = frozenset(
     *("data.verify", "data.allow_changed"),
   }
 )
+# These may, too, with a warning: what is learned changes, what a checkpoint
+# holds does not. They are the way out of a run that gave up.
+_MAY_CHANGE_LEARNING = frozenset({"dtype", "optim.clip_norm", "optim.peak_lr"})
 
 
 def claim(
@@ -59,17 +62,27 @@ def claim(
     # A run of an earlier version had what are the defaults of newer fields.
     theirs = _flatten(json.loads(type(config)().to_json()))
     theirs |= _flatten(json.loads(path.read_text()))
-    differing = [
-      f"{name} ({theirs.get(name)} there, {ours.get(name)} here)"
+    changed = [
+      name
       for name in sorted(ours.keys() | theirs.keys())
       if re.sub(r"\.\d+\.", ".*.", name) not in _MAY_CHANGE
       and not name.startswith(("hardware.", "mesh."))
       and ours.get(name) != theirs.get(name)
     ]
+    differing = [
+      f"{name} ({theirs.get(name)} there, {ours.get(name)} here)"
+      for name in changed
+      if name not in _MAY_CHANGE_LEARNING
+    ]
     if differing:
       raise ValueError(
         f"{workdir} holds a run with another config; differing: "
         f"{', '.join(differing)}. Use another --workdir, or the same values."
+      )
+    for name in changed:
+      logging.warning(
+        "%s was %s, now %s: the run learns otherwise from here on",
+        *(name, theirs[name], ours[name]),
       )
     before = theirs["num_steps"]
     if before != config.num_steps and config.optim.schedule == "cosine":

@@ -1,7 +1,9 @@
 """Bad steps: skipped, named, answered by going back, and at last by an end."""
 
+import dataclasses
 import itertools
 import json
+import re
 
 import jax
 import numpy as np
@@ -62,7 +64,7 @@ def test_a_bad_batch_is_named_and_changes_nothing(tmp_path, caplog):
   (message,) = [
     r.getMessage() for r in caplog.records if "skipped" in r.msg % r.args
   ]
-  assert "step 6: loss or gradient is not finite" in message
+  assert "step 6: loss, gradient or update is not finite" in message
   assert "not finite in the batch: source: 5.5; batch of source: 5.0" in message
   assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
 
@@ -150,6 +152,35 @@ def test_a_failure_that_persists_ends_the_run_with_a_report(tmp_path):
   state = loop.train(config, tmp_path, make_recipe())
   assert int(state.step) == 40
   assert int(state.skipped) == 0
+
+
+def test_a_run_that_gave_up_goes_on_as_its_message_says(tmp_path, caplog):
+  """Other values are taken of what it names (tests of data: test_ledger)."""
+  with pytest.raises(FloatingPointError) as info:
+    loop.train(
+      make_config(num_steps=40), tmp_path, make_recipe(bad=range(5, 100))
+    )
+  fields = r"(?:optim|data|anomalies)\.[a-z_]+|dtype"
+  named = set(re.findall(fields, str(info.value).split("intact")[1]))
+  config = make_config(num_steps=40)
+  config.optim.peak_lr /= 2
+  config.optim.clip_norm /= 4
+  config.dtype = "float32"
+  config.anomalies = dataclasses.replace(LIMITS, max_rollbacks=3)
+  assert named == {
+    *("optim.peak_lr", "optim.clip_norm", "dtype", "data.allow_changed"),
+    "anomalies.max_rollbacks",
+  }
+  state = loop.train(config, tmp_path, make_recipe())
+  assert (int(state.step), int(state.skipped)) == (40, 0)
+  for change in (
+    "optim.peak_lr was 0.05, now 0.025: the run learns",
+    "optim.clip_norm was 0.1, now 0.025: the run learns",
+    "dtype was bfloat16, now float32: the run learns",
+  ):
+    assert change in caplog.text
+  with pytest.raises(ValueError, match=r"differing: seed \(0 there, 1 here\)"):
+    loop.train(dataclasses.replace(config, seed=1), tmp_path, make_recipe())
 
 
 def test_without_a_checkpoint_a_rollback_returns_to_the_start(tmp_path):

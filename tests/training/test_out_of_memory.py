@@ -1,4 +1,4 @@
-"""Memory that runs out ends in a budget and three things to try."""
+"""Memory that runs out ends in a budget and a few things to try."""
 
 import jax
 import jax.numpy as jnp
@@ -30,12 +30,51 @@ def test_a_step_that_does_not_fit_is_explained(tmp_path):
   assert text.startswith("the step does not fit the memory of a device")
   for part in (
     *("parameters", "average", "optimiser", "gradients", "fixed parts"),
-    *("batch", "--config.batch_size", "--config.remat=full"),
+    *("batch", "--config.batch_size", "--config.remat=offload"),
     *("(now 'full')", "--config.hardware.offload"),
     *("--config.mesh.fsdp", "XLA: RESOURCE_EXHAUSTED"),
   ):
     assert part in text
   assert len(text.splitlines()) < 20
+
+
+def advice(batch_size, accumulation, remat):
+  """What is offered when a step of this config does not fit two devices."""
+  config = test_loop.make_config(batch_size=batch_size, remat=remat)
+  config.optim.accumulation = accumulation
+  mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("data",))
+  step = out_of_memory.STEP
+  with (
+    pytest.raises(MemoryError) as info,
+    out_of_memory.explained(step, lambda: {"all": 1}, config, mesh),
+  ):
+    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: too much")
+  return str(info.value).split("cheapest first:\n")[1]
+
+
+def test_what_changes_nothing_in_a_run_is_offered_first():
+  first, *_ = advice(16, 2, "none").split("  2. ")
+  assert "--config.optim.accumulation (now 2," in first
+  assert "4 pictures of a part" in first
+  assert "batch_size" not in first
+
+
+@pytest.mark.parametrize(
+  ("remat", "offered"),
+  [
+    ("none", ("=full", "offload,")),
+    ("dots", ("=full", "offload,")),
+    ("full", ("=offload",)),
+    ("offload", ()),
+  ],
+)
+def test_what_is_turned_already_is_not_offered(remat, offered):
+  text = advice(16, 2, remat)
+  assert all(option in text for option in offered)
+  assert ("remat=full" in text) == ("=full" in offered)
+  assert ("--config.remat" in text) == bool(offered)
+  # One picture a part: no more parts can be.
+  assert "accumulation" not in advice(16, 8, remat)
 
 
 def test_a_state_that_does_not_fit_is_explained(tmp_path):

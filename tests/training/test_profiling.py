@@ -1,12 +1,17 @@
 """Profiles of the steps that were asked for, and of no others."""
 
 import os
+import pathlib
 import signal
+import subprocess
+import sys
 
 import pytest
 
 from sana_jax.training import loop, profiling
 from tests.training import test_loop
+
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 def traces(path):
@@ -46,6 +51,30 @@ def test_a_signal_asks_for_the_next_steps(tmp_path, caplog):
   assert 2 <= first <= 6
   assert last == first + 2
   assert signal.getsignal(signal.SIGUSR1) == before
+
+
+def test_a_signal_before_the_first_step_is_ignored(tmp_path):
+  """As early as the config is read; that has no fields is what ends train."""
+  config = tmp_path / "signals.py"
+  config.write_text(
+    "import os, signal\n"
+    "def get_config():\n"
+    "  os.kill(os.getpid(), signal.SIGUSR1)\n"
+    "  return 'no config'\n"
+  )
+  done = subprocess.run(
+    [
+      *(sys.executable, "train.py", f"--config={config}"),
+      f"--workdir={tmp_path}",
+    ],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    timeout=120,
+    check=False,
+  )
+  assert done.returncode == 1, done.stderr
+  assert "get_config() of --config must return one of" in done.stderr
 
 
 @pytest.mark.parametrize("text", ["", "3", "0:2", "5:4", "a:b", "1:2:3"])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import signal
 
 import jax
 import numpy as np
@@ -13,6 +14,7 @@ from sana_jax import config as config_lib
 from sana_jax.training import loop, program, stages, text_to_image
 from sana_jax.training import step as step_lib
 from tests import tiny
+from tests.training import test_loop, test_preemption
 
 FIELDS = len(step_lib.TrainState._fields)
 
@@ -43,17 +45,18 @@ def make_config(**last) -> config_lib.StagesConfig:
   )
 
 
-def train_one(config, workdir):
-  return loop.train(config, workdir, text_to_image.make_recipe(config))
+def train_one(config, workdir, stop):
+  recipe = text_to_image.make_recipe(config)
+  return loop.train(config, workdir, recipe, stop=stop)
 
 
 def stop_at(step: int):
   """Trains as `train_one` does, but is stopped in the second stage."""
 
-  def train(config, workdir):
+  def train(config, workdir, stop):
     if workdir.name == "large":
       config = dataclasses.replace(config, num_steps=step)
-    return train_one(config, workdir)
+    return train_one(config, workdir, stop)
 
   return train
 
@@ -79,7 +82,7 @@ def assert_equal(found, expected):
 def ending(calls, **steps):
   """A way to train that notes what it is given, and ends at these steps."""
 
-  def train(config, workdir):
+  def train(config, workdir, stop):
     calls.append((workdir.name, config.init_from))
     workdir.mkdir(parents=True, exist_ok=True)
     step = steps.get(workdir.name, config.num_steps)
@@ -113,6 +116,28 @@ def test_a_stage_that_is_stopped_or_made_longer_is_trained(tmp_path):
   assert calls[3:] == [("large", "elsewhere")]
 
 
+def test_asked_to_stop_while_a_stage_exports_no_other_begins(tmp_path, caplog):
+  """The toy run of the loop's tests stands for every stage."""
+  begun = []
+
+  def train(config, workdir, stop):
+    begun.append(workdir.name)
+    recipe = test_loop.make_recipe()._replace(
+      export=lambda *_: test_preemption.ask_to_stop()
+    )
+    toy = test_loop.make_config(num_steps=config.num_steps)
+    return loop.train(toy, workdir, recipe, stop=stop)
+
+  before = signal.getsignal(signal.SIGTERM)
+  stages.train(make_config(), tmp_path, train)
+  assert begun == ["small"]
+  assert "asked to stop: stage large (2 of 2) is not begun" in caplog.text
+  assert (tmp_path / "small" / "finished.json").exists()
+  assert signal.getsignal(signal.SIGTERM) == before
+  stages.train(make_config(), tmp_path, train)
+  assert begun == ["small", "large"]
+
+
 @pytest.mark.long
 def test_a_stopped_chain_goes_on_and_ends_as_an_undisturbed_one(tmp_path):
   stages.train(make_config(), tmp_path / "whole", train_one)
@@ -120,9 +145,9 @@ def test_a_stopped_chain_goes_on_and_ends_as_an_undisturbed_one(tmp_path):
   assert not (tmp_path / "stopped" / "large" / "finished.json").exists()
   calls = []
 
-  def train(config, workdir):
+  def train(config, workdir, stop):
     calls.append((workdir.name, config.init_from))
-    return train_one(config, workdir)
+    return train_one(config, workdir, stop)
 
   stages.train(make_config(), tmp_path / "stopped", train)
   assert calls == [("large", str(tmp_path / "stopped" / "small"))]

@@ -116,6 +116,25 @@ def test_a_loss_that_is_not_finite_with_a_finite_gradient_is_skipped():
   np.testing.assert_array_equal(new.params["w"], np.ones(2))
 
 
+def test_an_update_that_is_not_finite_with_a_finite_gradient_is_skipped():
+  """An optimiser that divides by zero; one with a state, which stays, too."""
+  divide = optax.stateless(
+    lambda updates, _: jax.tree.map(lambda u: u / jnp.arange(2.0), updates)
+  )
+  tx = optax.chain(optax.trace(0.5), divide)
+  state = step_lib.init_state({"w": jnp.ones(2)}, tx)
+  new, told = jax.jit(make_step(tx))(
+    state, jnp.float32(0), jax.random.key(0), jnp.array([3.0, 4.0])
+  )
+  assert float(told["loss"]) == 7
+  assert float(told["grad_norm"]) == 5
+  assert (int(new.step), int(new.skipped), int(told["skipped"])) == (1, 1, 1)
+  for part in ("params", "ema", "opt_state"):
+    jax.tree.map(
+      np.testing.assert_array_equal, getattr(state, part), getattr(new, part)
+    )
+
+
 def quadratic_loss(params, frozen, key, batch):
   """Mean square error of a line; tells the mean of the positive inputs."""
   weights = params["model"]["blocks"]["line"]

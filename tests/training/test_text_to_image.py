@@ -12,6 +12,7 @@ from flax import nnx
 
 from sana_jax import config as config_lib
 from sana_jax import text as text_lib
+from sana_jax import tree
 from sana_jax.data import loader
 from sana_jax.diffusion import flow
 from sana_jax.models import gemma2, sana
@@ -259,6 +260,26 @@ def test_another_pretrained_text_encoder_is_refused(checkpoint):
   )
   with pytest.raises(ValueError, match=r"rope_theta \(10000.0 there, 500.0 in"):
     text_to_image.make_recipe(config)
+
+
+def test_what_a_checkpoint_holds_does_not_depend_on_the_compute_type(
+  checkpoint,
+):
+  """So a run may go on with another."""
+  held = []
+  for dtype in ("float32", "bfloat16"):
+    config = make_config(checkpoint, dtype=dtype)
+    init = functools.partial(text_to_image.init_params, config)
+    params = jax.eval_shape(init, jax.random.key(0))
+    held.append(
+      [
+        (name, leaf.shape, leaf.dtype)
+        for name, leaf in zip(
+          tree.leaf_names(params), jax.tree.leaves(params), strict=True
+        )
+      ]
+    )
+  assert held[0] == held[1]
 
 
 def test_a_vocabulary_that_is_too_small_is_refused(checkpoint):
