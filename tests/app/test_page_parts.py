@@ -50,14 +50,26 @@ async def _leave(files):
 
 
 @pytest.fixture
-def components(tokenizer_directory, files):
-  """Builds the page of a tiny pipeline; returns its components by id."""
+def build(tokenizer_directory, files):
+  """Builds the page of a tiny pipeline."""
   services = []
 
   def build(**options):
     pipe = tiny.make_pipeline(tokenizer_directory, **options)
     services.append(service.Service(pipe))
-    blocks = page.build(services[-1], files)
+    return page.build(services[-1], files)
+
+  yield build
+  for made in services:
+    assert made.close()
+
+
+@pytest.fixture
+def components(build):
+  """Builds a page; returns its components by id."""
+
+  def components(**options):
+    blocks = build(**options)
     assert not blocks.analytics_enabled
     config = blocks.get_config_file()
     shown = {d["api_visibility"] for d in config["dependencies"]}
@@ -68,9 +80,52 @@ def components(tokenizer_directory, files):
       if c["props"].get("elem_id")
     }
 
-  yield build
-  for made in services:
-    assert made.close()
+  return components
+
+
+def _event(blocks, name):
+  """Returns an event of a page."""
+  (found,) = (fn for fn in blocks.fns.values() if fn.name == name)
+  return found
+
+
+def _send(blocks, event, updates):
+  """Has Gradio do with an event's updates what it would; by id."""
+  sent = asyncio.run(blocks.postprocess_data(event, updates, None))
+  ids = [output.elem_id for output in event.outputs]
+  return dict(zip(ids, sent, strict=True))
+
+
+def test_every_field_can_be_refused(build):
+  blocks = build(controlnet=True)
+  generate = _event(blocks, "generate")
+  # Its first argument is the images of the visit.
+  fields = {field.elem_id: field for field in generate.inputs[1:]}
+  assert {"prompt", "image", "mask_image", "control_image"} <= set(fields)
+  for name, field in fields.items():
+    error = InvalidRequestError(name, "No.")
+    (update,) = form_values.refuse(fields, error).items()
+    sent = _send(blocks, generate, dict([update]))[name]
+    assert sent["elem_classes"] == ["refused"]
+    assert sent.get("info", "No.") == "No."
+    cleared = form_values.start_over(fields)
+    sent = _send(blocks, generate, cleared)[name]
+    assert sent["elem_classes"] == []
+    assert sent.get("info") == field.info
+
+
+def test_an_outcome_that_cannot_be_shown_leaves_no_button_stuck(build):
+  blocks = build()
+  generate, recover = (_event(blocks, n) for n in ("generate", "recover"))
+  assert recover.trigger_only_on_failure
+  assert recover.trigger_after == generate._id
+  sent = asyncio.run(
+    blocks.postprocess_data(recover, blocks.fns[recover._id].fn(), None)
+  )
+  status, go, cancel = sent
+  assert "went wrong" in status
+  assert go["interactive"]
+  assert not cancel["visible"]
 
 
 def test_defaults_are_the_checkpoints(components):

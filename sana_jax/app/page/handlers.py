@@ -121,6 +121,14 @@ class Events:
       }
     )
 
+  def recover(self) -> Updates:
+    """Lets a visitor go on whose browser could not be told the outcome."""
+    return {
+      self.parts.status: markup.message(_UNEXPECTED, kind="error"),
+      self.parts.generate: gradio.update(interactive=True),
+      self.parts.cancel: gradio.update(visible=False),
+    }
+
   def cancel(self, request: gradio.Request) -> Updates:
     """Gives up what the visitor's session is waiting for."""
     self._cancel(str(request.session_hash))

@@ -195,13 +195,21 @@ def _connect(blocks: gradio.Blocks, events: handlers.Events) -> None:
     *fields.values(),
     *(getattr(parts, field.name) for field in dataclasses.fields(parts)),
   ]
-  gradio.on(
+  made = gradio.on(
     [parts.generate.click, fields["prompt"].submit],
     events.generate,
     [parts.images, *fields.values()],
     everything,
     concurrency_limit=events.max_jobs,
     trigger_mode="once",
+    **_EVENT,
+  )
+  # An update that Gradio refuses is nothing that the function could catch.
+  made.failure(
+    events.recover,
+    [],
+    [parts.status, parts.generate, parts.cancel],
+    concurrency_limit=None,
     **_EVENT,
   )
   for trigger, function, inputs in (
