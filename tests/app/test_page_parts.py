@@ -11,7 +11,14 @@ import pytest
 pytest.importorskip("gradio")
 
 from sana_jax import images as images_lib  # noqa: E402
-from sana_jax.app import limits, page, service  # noqa: E402
+from sana_jax.app import (  # noqa: E402
+  adapters,
+  limits,
+  making,
+  page,
+  requests,
+  service,
+)
 from sana_jax.app.errors import InvalidRequestError  # noqa: E402
 from sana_jax.app.jobs import Update  # noqa: E402
 from sana_jax.app.page import (  # noqa: E402
@@ -277,6 +284,7 @@ def test_what_an_image_says_beyond_the_form_is_told(tokenizer_directory):
       "solver": "FlowEuler",
       "checkpoint_sha256": "other",
       "image": "uploaded",
+      "control_image": "uploaded",
     },
     **{"lora": ["style"], "lora_scale": [0.7]},
   }
@@ -289,10 +297,56 @@ def test_what_an_image_says_beyond_the_form_is_told(tokenizer_directory):
   assert (values["lora"], values["lora_scale"]) == ("style", 0.7)
   assert (values["seed"], values["image_index"]) == (4, 1)
   told = "; ".join(notes)
-  for part in ("another checkpoint", "another image", "guidance_interval"):
+  for part in (
+    *("another checkpoint", "add Image, ControlNet image"),
+    *("no field for guidance_interval",),
+  ):
     assert part in told
   _, notes = form_from_image.values(description, pipe, (), made_with)
   assert "does not have its LoRA" in "; ".join(notes)
+
+
+@pytest.mark.parametrize("steps", [None, 2, 5])
+@pytest.mark.parametrize("solver", [None, schedules.SCM()])
+def test_nothing_is_told_of_an_image_made_here(
+  tokenizer_directory, steps, solver
+):
+  options = {} if solver is None else {"solver": solver}
+  pipe = tiny.make_pipeline(tokenizer_directory, **options)
+  maker = making.Maker(pipe, adapters.Adapters(pipe.transformer, {}), None)
+  asked = requests.GenerationRequest(
+    prompt="a red apple", seed=3, num_inference_steps=steps
+  )
+  checked = requests.check(asked, pipe, limits.Limits())
+  description = json.loads(json.dumps(maker._describe(checked)))
+  values, notes = form_from_image.values(description, pipe, (), maker.made_with)
+  assert notes == []
+  assert values["num_inference_steps"] == checked.num_inference_steps
+  # Else the image and the strength that the form has would be used.
+  gone = ("image", "mask_image", "control_image")
+  assert [values[name] for name in gone] == [None] * 3
+  assert values["strength"] == (0.6 if solver is None else 0.5)
+
+
+def test_pictures_that_an_image_was_made_from_stay_in_the_form(
+  tokenizer_directory, rng
+):
+  pipe = tiny.make_pipeline(tokenizer_directory)
+  maker = making.Maker(pipe, adapters.Adapters(pipe.transformer, {}), None)
+  picture = PIL.Image.fromarray(rng.integers(0, 255, (32, 32, 3), np.uint8))
+  asked = requests.GenerationRequest(
+    prompt="a red apple", seed=3, image=picture, strength=0.5
+  )
+  checked = requests.check(asked, pipe, limits.Limits())
+  values, notes = form_from_image.values(
+    maker._describe(checked), pipe, (), maker.made_with
+  )
+  assert "image" not in values
+  assert values["mask_image"] is None
+  assert values["strength"] == 0.5
+  assert notes == [
+    "it was made from pictures that it does not contain: add Image"
+  ]
 
 
 def test_an_own_image_is_read_however_large(tmp_path, rng):
