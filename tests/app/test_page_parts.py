@@ -3,12 +3,14 @@
 import asyncio
 import json
 import os
+import pathlib
+from unittest import mock
 
 import numpy as np
 import PIL.Image
 import pytest
 
-pytest.importorskip("gradio")
+gradio = pytest.importorskip("gradio")
 
 from sana_jax import images as images_lib  # noqa: E402
 from sana_jax.app import (  # noqa: E402
@@ -103,6 +105,56 @@ def _send(blocks, event, updates):
   return dict(zip(ids, sent, strict=True))
 
 
+def test_without_a_chosen_image_there_is_nothing_to_reproduce(build):
+  blocks = build()
+  reproduce = _event(blocks, "reproduce")
+  for images, selected in (([], None), ([], 3)):
+    sent = _send(blocks, reproduce, reproduce.fn(images, selected))
+    assert not any("value" in (update or {}) for update in sent.values())
+
+
+def _own_png(files, rng):
+  said = {"prompt": "a", "seed": 1, "image_index": 0, "batch_size": 1}
+  pixels = rng.random((8, 8, 3), np.float32)
+  png = images_lib.encode_png(pixels, {"sana_jax": json.dumps(said)})
+  return files.add("a.png", png)
+
+
+def _look(blocks, images, index):
+  select = _event(blocks, "select")
+  chosen = gradio.SelectData(None, {"index": index, "value": None})
+  return _send(blocks, select, select.fn(chosen, images))
+
+
+def test_an_image_that_is_gone_is_not_offered(build, files, rng):
+  blocks = build()
+  there, gone = (_own_png(files, rng) for _ in range(2))
+  images = [(there, "a"), (gone, "a")]
+  pathlib.Path(gone).unlink()
+  sent = _look(blocks, images, 1)
+  assert sent["picture"]["value"] is None
+  assert "any more" in sent["details"]
+  offers = ("download", "reproduce")
+  assert [sent[name]["interactive"] for name in offers] == [False] * 2
+  assert sent["download"]["value"] is None
+  sent = _look(blocks, images, 0)
+  assert sent["picture"]["path"] == there
+  assert [sent[name]["interactive"] for name in offers] == [True] * 2
+  assert sent["download"]["value"]["path"] == there
+
+
+def test_cancelling_is_said_only_while_there_is_a_job(build):
+  cancel = _event(build(), "cancel")
+  request = gradio.Request(session_hash="abc")
+  assert cancel.fn(request) == gradio.skip()
+  events = cancel.fn.__self__
+  jobs = [mock.Mock(done=done) for done in (False, False, True)]
+  events._jobs["abc"] = set(jobs)
+  (said,) = cancel.fn(request).values()
+  assert "Cancelling" in said
+  assert [job.cancel.called for job in jobs] == [True, True, False]
+
+
 def test_every_field_can_be_refused(build):
   blocks = build(controlnet=True)
   generate = _event(blocks, "generate")
@@ -166,6 +218,15 @@ def test_the_oldest_files_go_first(files):
   assert [os.path.exists(path) for path in paths] == [False, False, True, True]
   assert len(list(files.path.iterdir())) == 2
   assert (os.stat(files.path).st_mode & 0o777) == 0o700
+
+
+def test_many_small_files_are_too_many(files):
+  files.max_files = 3
+  paths = [files.add(f"{i}.png", b"a") for i in range(5)]
+  for age, path in enumerate(reversed(paths)):
+    os.utime(path, (1e9 - age, 1e9 - age))
+  files.trim()
+  assert [os.path.exists(path) for path in paths] == [False] * 2 + [True] * 3
 
 
 @pytest.mark.parametrize(

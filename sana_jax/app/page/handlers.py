@@ -71,7 +71,7 @@ class Events:
     self._files = files
     self.fields = fields
     self.parts = parts
-    self._jobs: dict[str, Job] = {}  # by session
+    self._jobs: dict[str, set[Job]] = {}  # by session
     # A thread waits for each job, and none of Gradio's does.
     self.max_jobs = service.limits.max_waiting + 2
     self._waiting = futures.ThreadPoolExecutor(self.max_jobs, "page")
@@ -92,14 +92,16 @@ class Events:
     host = request.client.host if request.client else ""
     try:
       job = await asyncio.to_thread(self._submit, filled, host)
-      self._jobs[session] = job
+      self._jobs.setdefault(session, set()).add(job)
       try:
         async for update in self._follow(job):
           shown = describe(update, is_ready=self._service.ready.is_set())
           yield {parts.status: shown}
       finally:
         job.cancel()  # no effect on one that is done
-        self._jobs.pop(session, None)
+        self._jobs[session].discard(job)
+        if not self._jobs[session]:
+          del self._jobs[session]
       result = job.result()
       outcome = await asyncio.to_thread(self._show, result, images)
     except InvalidRequestError as error:
@@ -131,7 +133,8 @@ class Events:
 
   def cancel(self, request: gradio.Request) -> Updates:
     """Gives up what the visitor's session is waiting for."""
-    self._cancel(str(request.session_hash))
+    if not self._cancel(str(request.session_hash)):
+      return gradio.skip()  # the outcome is said, or on its way
     return {self.parts.status: markup.message("Cancelling.")}
 
   def leave(self, request: gradio.Request) -> None:
@@ -147,8 +150,8 @@ class Events:
 
   def reproduce(self, images: Images, selected: int | None) -> Updates:
     """Fills the form with the settings of the image that is looked at."""
-    if selected is None:
-      return {}
+    if selected is None or not 0 <= selected < len(images):
+      return gradio.skip()
     path, _ = images[selected]
     status = self.parts.status
     return self._fill(lambda: form_from_image.read_own(path), status)
@@ -181,9 +184,12 @@ class Events:
         return
       yield update
 
-  def _cancel(self, session: str) -> None:
-    if (job := self._jobs.get(session)) is not None:
+  def _cancel(self, session: str) -> bool:
+    """Gives up a session's jobs; says whether there were any at work."""
+    jobs = [job for job in self._jobs.get(session, ()) if not job.done]
+    for job in jobs:
       job.cancel()
+    return bool(jobs)
 
   def _show(self, result: Result, images: Images) -> Updates:
     """Puts images in front of the visitor's others, and shows the first."""
@@ -200,7 +206,9 @@ class Events:
     count = len(made)
     return self._look(images, 0) | {
       self.parts.images: images,
-      self.parts.gallery: gradio.update(value=images, visible=True),
+      self.parts.gallery: gradio.update(
+        value=images, visible=True, selected_index=0
+      ),
       self.parts.status: markup.message(
         f"{count} image{'s' if count > 1 else ''} of seed {result.seed}."
       ),
@@ -215,15 +223,20 @@ class Events:
       description = form_from_image.read_own(path)
     except InvalidRequestError as error:
       return {
-        parts.details: markup.message(error.message, kind="error"),
         parts.selected: None,
+        parts.chosen: gradio.update(visible=True),
+        parts.picture: gradio.update(value=None),
+        parts.details: markup.message(error.message, kind="error"),
+        parts.download: gradio.update(value=None, interactive=False),
+        parts.reproduce: gradio.update(interactive=False),
       }
     return {
       parts.selected: number,
       parts.chosen: gradio.update(visible=True),
       parts.picture: path,
       parts.details: markup.settings(description),
-      parts.download: path,
+      parts.download: gradio.update(value=path, interactive=True),
+      parts.reproduce: gradio.update(interactive=True),
     }
 
   def _fill(
