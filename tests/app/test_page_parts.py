@@ -1,6 +1,7 @@
 """Parts of the page that need no browser."""
 
 import asyncio
+import html
 import json
 import os
 import pathlib
@@ -171,6 +172,70 @@ def test_every_field_can_be_refused(build):
     sent = _send(blocks, generate, cleared)[name]
     assert sent["elem_classes"] == []
     assert sent.get("info") == field.info
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"aspect": "custom", "width": 0}, "Width must be from 1"),
+    (
+      {"aspect": "custom", "width": 33},
+      "Height 32 and width 33 must be positive multiples of 4.",
+    ),
+    ({"num_inference_steps": 500}, "Steps must be from 1 to 100, got 500."),
+    ({"image_index": -1}, "Image number must be from 0"),
+    ({"prompt": ""}, "The prompt is empty"),
+  ],
+)
+def test_messages_name_fields_as_people_see_them(build, changes, message):
+  blocks = build()
+  generate = _event(blocks, "generate")
+  fields = {field.elem_id: field for field in generate.inputs[1:]}
+  values = _form(**changes)
+  values["solver"] = "FlowEuler"
+  *_, outcome = _all(generate.fn, [values[name] for name in fields])
+  status = generate.fn.__self__.parts.status
+  assert message in html.unescape(outcome[status])
+  told = [
+    update["info"]
+    for update in outcome.values()
+    if isinstance(update, dict) and "info" in update
+  ]
+  assert len(told) == 1
+  assert message in told[0]
+
+
+def _all(generate, values):
+  async def collect():
+    request = gradio.Request(session_hash="abc", client=None)
+    return [updates async for updates in generate(request, [], *values)]
+
+  return asyncio.run(collect())
+
+
+def test_a_mask_of_another_size_is_refused_beside_it(build, tmp_path):
+  mask = _file(tmp_path / "m.png", np.full((8, 8), 255, np.uint8))
+  image = _file(tmp_path / "i.png", np.full((8, 9), 255, np.uint8))
+  blocks = build()
+  generate = _event(blocks, "generate")
+  fields = {field.elem_id: field for field in generate.inputs[1:]}
+  for drawing, refused, message in (
+    (None, "image", "There is a mask, but no image"),
+    ({"background": image}, "mask_image", "Mask is 8x8 pixels, and the image"),
+  ):
+    values = _form(mask_image=mask, image=drawing, solver="FlowEuler")
+    *_, outcome = _all(generate.fn, [values[name] for name in fields])
+    sent = _send(blocks, generate, outcome)
+    assert message in sent["status"]
+    assert sent[refused]["elem_classes"] == ["refused"]
+
+
+def test_a_file_is_called_one_where_settings_are_read(build, tmp_path):
+  read_image = _event(build(), "read_image")
+  broken = tmp_path / "a.png"
+  broken.write_bytes(b"no picture")
+  (told,) = read_image.fn({"path": str(broken)}).values()
+  assert "The file is not a readable picture" in told
 
 
 def test_an_outcome_that_cannot_be_shown_leaves_no_button_stuck(build):

@@ -70,7 +70,7 @@ def refuse(fields: form.Fields, error: InvalidRequestError) -> dict[Any, Any]:
   field = fields.get(error.field or "")
   if field is None:
     return {}
-  info = _info(field, error.message)
+  info = _info(field, error.told(form.LABELS))
   return {field: gradio.update(**info, elem_classes=["refused"])}
 
 

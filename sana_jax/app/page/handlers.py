@@ -106,7 +106,8 @@ class Events:
       outcome = await asyncio.to_thread(self._show, result, images)
     except InvalidRequestError as error:
       outcome = form_values.refuse(self.fields, error)
-      outcome[parts.status] = markup.message(error.message, kind="error")
+      told = error.told(form.LABELS)
+      outcome[parts.status] = markup.message(told, kind="error")
     except (BusyError, ClosedError, CancelledError, JobError) as error:
       kind = "note" if isinstance(error, CancelledError) else "error"
       outcome = {parts.status: markup.message(str(error), kind=kind)}
@@ -249,7 +250,8 @@ class Events:
         read(), service.pipe, service.lora_names, service.made_with
       )
     except InvalidRequestError as error:
-      return {status: markup.message(error.message, kind="error")}
+      told = error.told({form_from_image.FIELD: "The file"})
+      return {status: markup.message(told, kind="error")}
     text = "The form has the settings of the image."
     if notes:
       text += f" It may come out differently: {'; '.join(notes)}."
