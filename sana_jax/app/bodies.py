@@ -63,8 +63,16 @@ def _parse(body: bytes) -> dict[str, Any]:
   def refuse(constant: str):
     raise ValueError(f"{constant} is no JSON number")
 
+  def whole(digits: str) -> int:
+    try:
+      return int(digits)
+    except ValueError as error:  # Python's advice is for programs
+      raise ValueError(f"a number has {len(digits)} digits") from error
+
   try:
-    value = json.loads(body.decode("utf-8"), parse_constant=refuse)
+    value = json.loads(
+      body.decode("utf-8"), parse_constant=refuse, parse_int=whole
+    )
   except RecursionError as error:
     raise BodyError(400, "The body is nested too deeply.") from error
   except ValueError as error:

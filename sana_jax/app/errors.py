@@ -1,5 +1,7 @@
 """What a client is told when there is no image. Messages are for people."""
 
+from collections.abc import Mapping
+
 
 class InvalidRequestError(ValueError):
   """A request that cannot be.
@@ -12,6 +14,18 @@ class InvalidRequestError(ValueError):
     super().__init__(message)
     self.field = field
     self.message = message
+
+  def told(self, names: Mapping[str, str]) -> str:
+    """Returns the message in the words of those who are told.
+
+    Args:
+      names: what they know the fields as.
+    """
+    name = names.get(self.field or "")
+    # A message begins with its field, or does not name it.
+    if name is None or self.message.split(" ", 1)[0] != self.field:
+      return self.message
+    return name + self.message.removeprefix(self.field)
 
 
 class BusyError(RuntimeError):

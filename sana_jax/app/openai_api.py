@@ -29,6 +29,12 @@ EXTENSIONS = (
   *("aspect", "pag_scale", "solver", "lora", "lora_scale", "image_index"),
 )
 _PARAMS = {"num_images": "n", "height": "size", "width": "size"}
+# In messages.
+_NAMES = {
+  "num_images": "n",
+  "height": "size: the height",
+  "width": "size: the width",
+}
 _MAX_USER = 256
 _METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 
@@ -172,7 +178,12 @@ def _translate(
     values["num_images"] = fields["n"]
   if fields.get("prompt") is not None:
     values["prompt"] = fields["prompt"]
-  return requests.from_mapping(values | _size(fields.get("size")))
+  size = _size(fields.get("size"))
+  if size and "aspect" in values:
+    raise errors.InvalidRequestError(
+      "aspect", "aspect cannot go with size; give one or the other."
+    )
+  return requests.from_mapping(values | size)
 
 
 def _size(size: Any) -> dict[str, int]:
@@ -262,9 +273,8 @@ def _told(error: Exception) -> _ApiError:
       return error
     case errors.InvalidRequestError():
       param = _PARAMS.get(error.field, error.field)
-      if param == "n":
-        message = message.replace("num_images", "n")
-      return _ApiError(400, message, param=param, code="invalid_value")
+      told = error.told(_NAMES)
+      return _ApiError(400, told, param=param, code="invalid_value")
     case bodies.BodyError():
       # What is left of the body is not worth reading.
       close = {"Connection": "close"}

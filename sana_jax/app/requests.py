@@ -224,9 +224,14 @@ def _check_names(
   for name, known in (("solver", solvers.of(pipe.solver)), ("lora", loras)):
     value = getattr(request, name)
     if value is not None and (not isinstance(value, str) or value not in known):
-      there = f"one of {', '.join(sorted(known))}" if known else "none here"
+      if not known:
+        raise InvalidRequestError(
+          name, f"There are no adapters here; leave {name} out."
+        )
       raise InvalidRequestError(
-        name, f"{name} must be {there}, got {_short(value)}."
+        name,
+        f"{name} must be one of {', '.join(sorted(known))}, got "
+        f"{_short(value)}.",
       )
   if request.lora_scale is not None and request.lora is None:
     raise InvalidRequestError(
@@ -250,7 +255,7 @@ def _check_pictures(request: GenerationRequest, limits: Limits) -> None:
   if image is not None and mask is not None and image.size != mask.size:
     raise InvalidRequestError(
       "mask_image",
-      f"mask_image is {mask.width}x{mask.height} pixels, image is "
+      f"mask_image is {mask.width}x{mask.height} pixels, and the image "
       f"{image.width}x{image.height}; they must have the same size.",
     )
 
@@ -323,14 +328,14 @@ def _check_area(
   if height * width > limits.max_pixels:
     raise InvalidRequestError(
       field,
-      f"{field}: height {height} times width {width} is {height * width} "
+      f"An image of width {width} and height {height} has {height * width} "
       f"pixels; at most {limits.max_pixels} are allowed. Make it smaller.",
     )
   if max(height, width) > _MAX_RATIO * min(height, width):
     raise InvalidRequestError(
       field,
-      f"{field}: of height {height} and width {width}, one may be at most "
-      f"{_MAX_RATIO:g} times the other.",
+      f"Of an image's width, here {width}, and height, here {height}, one may "
+      f"be at most {_MAX_RATIO:g} times the other.",
     )
 
 

@@ -145,6 +145,7 @@ def request_again(
     for name, kind in fields.SETTING_TYPES.items()
     if name in description and not _same(description[name], own[name])
   }
+  _leave_out_implied(pipe, settings)
   record = {
     name: fields.convert(description[name], kind)
     for name, kind in fields.REQUEST_TYPES.items()
@@ -172,6 +173,17 @@ def _undescribed(name: str) -> str:
     f"{name} does not say how it was made: it is not a PNG of sample.py, or "
     "was saved again by another program."
   )
+
+
+def _leave_out_implied(
+  pipe: pipeline_lib.SanaPipeline, settings: dict[str, Any]
+) -> None:
+  """Removes what follows from the number of steps; see `replace`."""
+  name, steps = "intermediate_timesteps", "num_inference_steps"
+  given = {steps: settings[steps]} if steps in settings else {}
+  implied = getattr(pipe.generation_config.replace(given), name)
+  if name in settings and _same(settings[name], implied):
+    del settings[name]
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -251,7 +251,7 @@ def check_size(height: int, width: int, multiple: int) -> None:
   if height < 1 or width < 1 or height % multiple or width % multiple:
     raise ValueError(
       f"height {height} and width {width} must be positive multiples of "
-      f"{multiple}, or use_resolution_binning=True where there are bins."
+      f"{multiple}."
     )
 
 

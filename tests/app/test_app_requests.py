@@ -112,7 +112,7 @@ def test_a_picture_gives_the_size_and_waits_at_that_size(pipe, rng):
     ("solver", "Magic", "FlowDPMSolver"),
     ("solver", [], "FlowDPMSolver"),
     ("strength", 0.5, "no image"),
-    ("lora", "style", "none here"),
+    ("lora", "style", "no adapters here"),
     ("lora_scale", 1.0, "without lora"),
     ("image", "/etc/passwd", "picture"),
     ("image", {"path": "/etc/passwd"}, "picture"),

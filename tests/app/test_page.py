@@ -264,6 +264,11 @@ def test_an_image_can_be_made_again(visit):
   assert tab.get_by_label("Flow-Euler").is_checked()
   assert not tab.get_by_label("New seed every time").is_checked()
   generate(tab)
+  # The newest is framed, and not the one that was chosen before.
+  tab.locator("#gallery button").first.and_(
+    tab.locator("#gallery .selected")
+  ).wait_for()
+  assert tab.locator("#gallery .selected").count() == 1
   again, described = download(tab)
   assert description["image_index"] == described["image_index"] == 1
   same = description | {"batch_size": 1}
@@ -362,6 +367,26 @@ def test_what_is_wrong_is_said_beside_the_field(visit):
   assert tab.locator(".refused").count() == 1
   assert tab.locator("#gallery").is_hidden()
   fill(tab, prompt="red heart", width=64)
+  generate(tab)
+  assert tab.locator(".refused").count() == 0
+
+
+def test_a_picture_that_is_refused_leaves_the_page_usable(visit, tmp_path):
+  PIL.Image.new("L", (64, 64), 255).save(tmp_path / "mask.png")
+  tab = visit()
+  tab.get_by_text("Begin with an image").click()
+  give = tab.locator("#mask_image input[type=file]")
+  give.set_input_files(tmp_path / "mask.png")
+  tab.locator("#mask_image img").wait_for()
+  fill(tab, prompt="red heart")
+  press(tab, "Generate")
+  alert = tab.locator("#status [role=alert]")
+  alert.get_by_text("There is a mask, but no image").wait_for()
+  wait(tab)
+  tab.locator("#image.refused").wait_for()
+  clear = re.compile("clear|remove", re.IGNORECASE)
+  tab.locator("#mask_image").get_by_role("button", name=clear).first.click()
+  tab.locator("#mask_image img").wait_for(state="detached")
   generate(tab)
   assert tab.locator(".refused").count() == 0
 

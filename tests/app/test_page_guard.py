@@ -1,5 +1,7 @@
 """What of the page can be reached over HTTP, and what cannot."""
 
+import asyncio
+
 import fastapi
 import pytest
 
@@ -8,6 +10,7 @@ pytest.importorskip("gradio")
 from fastapi import testclient  # noqa: E402
 
 from sana_jax.app import limits, page, service  # noqa: E402
+from sana_jax.app.page import upload_body  # noqa: E402
 from tests import tiny  # noqa: E402
 
 pytestmark = pytest.mark.ui
@@ -86,6 +89,90 @@ def test_an_upload_is_bounded(client):
   data = bytes(limits.Limits().max_upload_bytes + 1)
   answer = client.post("/gradio_api/upload", files={"files": ("a.png", data)})
   assert answer.status_code == 413
+
+
+def test_uploads_at_once_are_few_and_together_no_larger_than_one(client):
+  half = bytes(limits.Limits().max_upload_bytes // 2 + 20_000)
+  for data, count, status in (
+    *((b"a", 4, 200), (b"a", 5, 413), (b"a", 900, 413)),
+    *((half, 1, 200), (half, 2, 413)),
+  ):
+    files = [("files", (f"{i}.png", data)) for i in range(count)]
+    answer = client.post("/gradio_api/upload", files=files)
+    assert answer.status_code == status, (len(data), count)
+
+
+def _send_upload(client, messages, caplog):
+  """Sends an upload message by message; returns what is answered."""
+  answers = []
+  waiting = list(messages)
+
+  async def receive():
+    if not waiting:
+      await asyncio.sleep(3600)
+    return waiting.pop(0)
+
+  async def send(message):
+    answers.append(message)
+
+  scope = {
+    "type": "http",
+    "asgi": {"version": "3.0"},
+    "http_version": "1.1",
+    "method": "POST",
+    "scheme": "http",
+    "path": "/gradio_api/upload",
+    "raw_path": b"/gradio_api/upload",
+    "query_string": b"",
+    "root_path": "",
+    "headers": [(b"content-type", b"multipart/form-data; boundary=xyz")],
+    "client": ("127.0.0.1", 1),
+    "server": ("127.0.0.1", 80),
+  }
+  client.portal.call(client.app, scope, receive, send)
+  assert "Traceback" not in caplog.text
+  start, body = answers
+  return start["status"], body["body"].decode()
+
+
+_PART = (
+  b'--xyz\r\nContent-Disposition: form-data; name="files"; '
+  b'filename="a.png"\r\n\r\nabc'
+)
+
+
+def _chunk(data, more=True):
+  return {"type": "http.request", "body": data, "more_body": more}
+
+
+def test_a_slow_upload_is_hung_up_on(client, caplog, monkeypatch):
+  monkeypatch.setattr(upload_body, "_SECONDS", 0.2)
+  answer = _send_upload(client, [_chunk(_PART)], caplog)
+  assert answer == (408, "The upload did not arrive within 0 s.")
+
+
+def test_an_upload_that_is_given_up_is_no_error_of_the_server(client, caplog):
+  messages = [_chunk(_PART), {"type": "http.disconnect"}]
+  status, _ = _send_upload(client, messages, caplog)
+  assert status == 400
+
+
+def test_files_are_counted_across_messages(client, caplog):
+  whole = (_PART + b"\r\n") * 5 + b"--xyz--\r\n"
+  pieces = [whole[i : i + 3] for i in range(0, len(whole), 3)]
+  messages = [_chunk(piece) for piece in pieces] + [_chunk(b"", more=False)]
+  status, text = _send_upload(client, messages, caplog)
+  assert (status, "4 files" in text) == (413, True)
+  whole = (_PART + b"\r\n") * 4 + b"--xyz--\r\n"
+  pieces = [whole[i : i + 3] for i in range(0, len(whole), 3)]
+  messages = [_chunk(piece) for piece in pieces] + [_chunk(b"", more=False)]
+  assert _send_upload(client, messages, caplog)[0] == 200
+
+
+def test_an_upload_of_unknown_length_is_bounded(client, caplog):
+  size = limits.Limits().max_upload_bytes // 10
+  messages = [_chunk(_PART), *[_chunk(bytes(size))] * 11]
+  assert _send_upload(client, messages, caplog)[0] == 413
 
 
 @pytest.mark.parametrize("path", ["upload", "queue/join"])

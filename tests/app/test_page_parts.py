@@ -1,17 +1,27 @@
 """Parts of the page that need no browser."""
 
 import asyncio
+import html
 import json
 import os
+import pathlib
+from unittest import mock
 
 import numpy as np
 import PIL.Image
 import pytest
 
-pytest.importorskip("gradio")
+gradio = pytest.importorskip("gradio")
 
 from sana_jax import images as images_lib  # noqa: E402
-from sana_jax.app import limits, page, service  # noqa: E402
+from sana_jax.app import (  # noqa: E402
+  adapters,
+  limits,
+  making,
+  page,
+  requests,
+  service,
+)
 from sana_jax.app.errors import InvalidRequestError  # noqa: E402
 from sana_jax.app.jobs import Update  # noqa: E402
 from sana_jax.app.page import (  # noqa: E402
@@ -50,14 +60,26 @@ async def _leave(files):
 
 
 @pytest.fixture
-def components(tokenizer_directory, files):
-  """Builds the page of a tiny pipeline; returns its components by id."""
+def build(tokenizer_directory, files):
+  """Builds the page of a tiny pipeline."""
   services = []
 
   def build(**options):
     pipe = tiny.make_pipeline(tokenizer_directory, **options)
     services.append(service.Service(pipe))
-    blocks = page.build(services[-1], files)
+    return page.build(services[-1], files)
+
+  yield build
+  for made in services:
+    assert made.close()
+
+
+@pytest.fixture
+def components(build):
+  """Builds a page; returns its components by id."""
+
+  def components(**options):
+    blocks = build(**options)
     assert not blocks.analytics_enabled
     config = blocks.get_config_file()
     shown = {d["api_visibility"] for d in config["dependencies"]}
@@ -68,9 +90,166 @@ def components(tokenizer_directory, files):
       if c["props"].get("elem_id")
     }
 
-  yield build
-  for made in services:
-    assert made.close()
+  return components
+
+
+def _event(blocks, name):
+  """Returns an event of a page."""
+  (found,) = (fn for fn in blocks.fns.values() if fn.name == name)
+  return found
+
+
+def _send(blocks, event, updates):
+  """Has Gradio do with an event's updates what it would; by id."""
+  sent = asyncio.run(blocks.postprocess_data(event, updates, None))
+  ids = [output.elem_id for output in event.outputs]
+  return dict(zip(ids, sent, strict=True))
+
+
+def test_without_a_chosen_image_there_is_nothing_to_reproduce(build):
+  blocks = build()
+  reproduce = _event(blocks, "reproduce")
+  for images, selected in (([], None), ([], 3)):
+    sent = _send(blocks, reproduce, reproduce.fn(images, selected))
+    assert not any("value" in (update or {}) for update in sent.values())
+
+
+def _own_png(files, rng):
+  said = {"prompt": "a", "seed": 1, "image_index": 0, "batch_size": 1}
+  pixels = rng.random((8, 8, 3), np.float32)
+  png = images_lib.encode_png(pixels, {"sana_jax": json.dumps(said)})
+  return files.add("a.png", png)
+
+
+def _look(blocks, images, index):
+  select = _event(blocks, "select")
+  chosen = gradio.SelectData(None, {"index": index, "value": None})
+  return _send(blocks, select, select.fn(chosen, images))
+
+
+def test_an_image_that_is_gone_is_not_offered(build, files, rng):
+  blocks = build()
+  there, gone = (_own_png(files, rng) for _ in range(2))
+  images = [(there, "a"), (gone, "a")]
+  pathlib.Path(gone).unlink()
+  sent = _look(blocks, images, 1)
+  assert sent["picture"]["value"] is None
+  assert "any more" in sent["details"]
+  offers = ("download", "reproduce")
+  assert [sent[name]["interactive"] for name in offers] == [False] * 2
+  assert sent["download"]["value"] is None
+  sent = _look(blocks, images, 0)
+  assert sent["picture"]["path"] == there
+  assert [sent[name]["interactive"] for name in offers] == [True] * 2
+  assert sent["download"]["value"]["path"] == there
+
+
+def test_cancelling_is_said_only_while_there_is_a_job(build):
+  cancel = _event(build(), "cancel")
+  request = gradio.Request(session_hash="abc")
+  assert cancel.fn(request) == gradio.skip()
+  events = cancel.fn.__self__
+  jobs = [mock.Mock(done=done) for done in (False, False, True)]
+  events._jobs["abc"] = set(jobs)
+  (said,) = cancel.fn(request).values()
+  assert "Cancelling" in said
+  assert [job.cancel.called for job in jobs] == [True, True, False]
+
+
+def test_every_field_can_be_refused(build):
+  blocks = build(controlnet=True)
+  generate = _event(blocks, "generate")
+  # Its first argument is the images of the visit.
+  fields = {field.elem_id: field for field in generate.inputs[1:]}
+  assert {"prompt", "image", "mask_image", "control_image"} <= set(fields)
+  for name, field in fields.items():
+    error = InvalidRequestError(name, "No.")
+    (update,) = form_values.refuse(fields, error).items()
+    sent = _send(blocks, generate, dict([update]))[name]
+    assert sent["elem_classes"] == ["refused"]
+    assert sent.get("info", "No.") == "No."
+    cleared = form_values.start_over(fields)
+    sent = _send(blocks, generate, cleared)[name]
+    assert sent["elem_classes"] == []
+    assert sent.get("info") == field.info
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"aspect": "custom", "width": 0}, "Width must be from 1"),
+    (
+      {"aspect": "custom", "width": 33},
+      "Height 32 and width 33 must be positive multiples of 4.",
+    ),
+    ({"num_inference_steps": 500}, "Steps must be from 1 to 100, got 500."),
+    ({"image_index": -1}, "Image number must be from 0"),
+    ({"prompt": ""}, "The prompt is empty"),
+  ],
+)
+def test_messages_name_fields_as_people_see_them(build, changes, message):
+  blocks = build()
+  generate = _event(blocks, "generate")
+  fields = {field.elem_id: field for field in generate.inputs[1:]}
+  values = _form(**changes)
+  values["solver"] = "FlowEuler"
+  *_, outcome = _all(generate.fn, [values[name] for name in fields])
+  status = generate.fn.__self__.parts.status
+  assert message in html.unescape(outcome[status])
+  told = [
+    update["info"]
+    for update in outcome.values()
+    if isinstance(update, dict) and "info" in update
+  ]
+  assert len(told) == 1
+  assert message in told[0]
+
+
+def _all(generate, values):
+  async def collect():
+    request = gradio.Request(session_hash="abc", client=None)
+    return [updates async for updates in generate(request, [], *values)]
+
+  return asyncio.run(collect())
+
+
+def test_a_mask_of_another_size_is_refused_beside_it(build, tmp_path):
+  mask = _file(tmp_path / "m.png", np.full((8, 8), 255, np.uint8))
+  image = _file(tmp_path / "i.png", np.full((8, 9), 255, np.uint8))
+  blocks = build()
+  generate = _event(blocks, "generate")
+  fields = {field.elem_id: field for field in generate.inputs[1:]}
+  for drawing, refused, message in (
+    (None, "image", "There is a mask, but no image"),
+    ({"background": image}, "mask_image", "Mask is 8x8 pixels, and the image"),
+  ):
+    values = _form(mask_image=mask, image=drawing, solver="FlowEuler")
+    *_, outcome = _all(generate.fn, [values[name] for name in fields])
+    sent = _send(blocks, generate, outcome)
+    assert message in sent["status"]
+    assert sent[refused]["elem_classes"] == ["refused"]
+
+
+def test_a_file_is_called_one_where_settings_are_read(build, tmp_path):
+  read_image = _event(build(), "read_image")
+  broken = tmp_path / "a.png"
+  broken.write_bytes(b"no picture")
+  (told,) = read_image.fn({"path": str(broken)}).values()
+  assert "The file is not a readable picture" in told
+
+
+def test_an_outcome_that_cannot_be_shown_leaves_no_button_stuck(build):
+  blocks = build()
+  generate, recover = (_event(blocks, n) for n in ("generate", "recover"))
+  assert recover.trigger_only_on_failure
+  assert recover.trigger_after == generate._id
+  sent = asyncio.run(
+    blocks.postprocess_data(recover, blocks.fns[recover._id].fn(), None)
+  )
+  status, go, cancel = sent
+  assert "went wrong" in status
+  assert go["interactive"]
+  assert not cancel["visible"]
 
 
 def test_defaults_are_the_checkpoints(components):
@@ -104,6 +283,15 @@ def test_the_oldest_files_go_first(files):
   assert [os.path.exists(path) for path in paths] == [False, False, True, True]
   assert len(list(files.path.iterdir())) == 2
   assert (os.stat(files.path).st_mode & 0o777) == 0o700
+
+
+def test_many_small_files_are_too_many(files):
+  files.max_files = 3
+  paths = [files.add(f"{i}.png", b"a") for i in range(5)]
+  for age, path in enumerate(reversed(paths)):
+    os.utime(path, (1e9 - age, 1e9 - age))
+  files.trim()
+  assert [os.path.exists(path) for path in paths] == [False] * 2 + [True] * 3
 
 
 @pytest.mark.parametrize(
@@ -222,6 +410,7 @@ def test_what_an_image_says_beyond_the_form_is_told(tokenizer_directory):
       "solver": "FlowEuler",
       "checkpoint_sha256": "other",
       "image": "uploaded",
+      "control_image": "uploaded",
     },
     **{"lora": ["style"], "lora_scale": [0.7]},
   }
@@ -234,10 +423,56 @@ def test_what_an_image_says_beyond_the_form_is_told(tokenizer_directory):
   assert (values["lora"], values["lora_scale"]) == ("style", 0.7)
   assert (values["seed"], values["image_index"]) == (4, 1)
   told = "; ".join(notes)
-  for part in ("another checkpoint", "another image", "guidance_interval"):
+  for part in (
+    *("another checkpoint", "add Image, ControlNet image"),
+    *("no field for guidance_interval",),
+  ):
     assert part in told
   _, notes = form_from_image.values(description, pipe, (), made_with)
   assert "does not have its LoRA" in "; ".join(notes)
+
+
+@pytest.mark.parametrize("steps", [None, 2, 5])
+@pytest.mark.parametrize("solver", [None, schedules.SCM()])
+def test_nothing_is_told_of_an_image_made_here(
+  tokenizer_directory, steps, solver
+):
+  options = {} if solver is None else {"solver": solver}
+  pipe = tiny.make_pipeline(tokenizer_directory, **options)
+  maker = making.Maker(pipe, adapters.Adapters(pipe.transformer, {}), None)
+  asked = requests.GenerationRequest(
+    prompt="a red apple", seed=3, num_inference_steps=steps
+  )
+  checked = requests.check(asked, pipe, limits.Limits())
+  description = json.loads(json.dumps(maker._describe(checked)))
+  values, notes = form_from_image.values(description, pipe, (), maker.made_with)
+  assert notes == []
+  assert values["num_inference_steps"] == checked.num_inference_steps
+  # Else the image and the strength that the form has would be used.
+  gone = ("image", "mask_image", "control_image")
+  assert [values[name] for name in gone] == [None] * 3
+  assert values["strength"] == (0.6 if solver is None else 0.5)
+
+
+def test_pictures_that_an_image_was_made_from_stay_in_the_form(
+  tokenizer_directory, rng
+):
+  pipe = tiny.make_pipeline(tokenizer_directory)
+  maker = making.Maker(pipe, adapters.Adapters(pipe.transformer, {}), None)
+  picture = PIL.Image.fromarray(rng.integers(0, 255, (32, 32, 3), np.uint8))
+  asked = requests.GenerationRequest(
+    prompt="a red apple", seed=3, image=picture, strength=0.5
+  )
+  checked = requests.check(asked, pipe, limits.Limits())
+  values, notes = form_from_image.values(
+    maker._describe(checked), pipe, (), maker.made_with
+  )
+  assert "image" not in values
+  assert values["mask_image"] is None
+  assert values["strength"] == 0.5
+  assert notes == [
+    "it was made from pictures that it does not contain: add Image"
+  ]
 
 
 def test_an_own_image_is_read_however_large(tmp_path, rng):

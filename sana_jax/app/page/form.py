@@ -18,6 +18,27 @@ SOLVER_NAMES = {
   "FlowDPMSolver": "Flow-DPM-Solver++",
   "FlowEuler": "Flow-Euler",
 }
+# What people see of the fields, beside them and in messages.
+LABELS = {
+  "prompt": "Prompt",
+  "negative_prompt": "Negative prompt",
+  "aspect": "Size",
+  "width": "Width",
+  "height": "Height",
+  "num_inference_steps": "Steps",
+  "guidance_scale": "Guidance",
+  "solver": "Solver",
+  "seed": "Seed",
+  "image_index": "Image number",
+  "num_images": "Images",
+  "image": "Image",
+  "mask_image": "Mask",
+  "strength": "Strength",
+  "control_image": "ControlNet image",
+  "controlnet_conditioning_scale": "ControlNet scale",
+  "lora": "LoRA",
+  "lora_scale": "LoRA scale",
+}
 _BRUSH = "#e11d48"
 
 Fields = dict[str, gradio.components.Component]
@@ -28,7 +49,7 @@ def texts(pipe: pipeline_lib.SanaPipeline, limits: limits_lib.Limits) -> Fields:
   sprint = "SANA-Sprint has no negative branch, so there is nothing to enter."
   return {
     "prompt": gradio.Textbox(
-      label="Prompt",
+      label=LABELS["prompt"],
       info="",
       placeholder="What to draw",
       lines=2,
@@ -38,7 +59,7 @@ def texts(pipe: pipeline_lib.SanaPipeline, limits: limits_lib.Limits) -> Fields:
       elem_id="prompt",
     ),
     "negative_prompt": gradio.Textbox(
-      label="Negative prompt",
+      label=LABELS["negative_prompt"],
       info=sprint if pipe.is_sprint else "What to stay away from",
       lines=1,
       max_lines=4,
@@ -71,7 +92,7 @@ def sizes(pipe: pipeline_lib.SanaPipeline) -> tuple[Fields, gradio.Row]:
   shape = gradio.Dropdown(
     [("Automatic", AUTOMATIC), *choices, ("Width and height", CUSTOM)],
     value=AUTOMATIC,
-    label="Size",
+    label=LABELS["aspect"],
     info=f"Automatic: {own.width}×{own.height}, or as the image below",
     filterable=False,
     elem_id="aspect",
@@ -79,7 +100,7 @@ def sizes(pipe: pipeline_lib.SanaPipeline) -> tuple[Fields, gradio.Row]:
   with gradio.Row(visible=False) as sides:
     width = gradio.Number(
       own.width,
-      label="Width",
+      label=LABELS["width"],
       info="In pixels",
       precision=0,
       min_width=100,
@@ -87,7 +108,7 @@ def sizes(pipe: pipeline_lib.SanaPipeline) -> tuple[Fields, gradio.Row]:
     )
     height = gradio.Number(
       own.height,
-      label="Height",
+      label=LABELS["height"],
       info="In pixels",
       precision=0,
       min_width=100,
@@ -107,7 +128,7 @@ def sampling(
       limits.max_steps,
       own.num_inference_steps,
       step=1,
-      label="Steps",
+      label=LABELS["num_inference_steps"],
       info="",
       buttons=[],
       elem_id="num_inference_steps",
@@ -117,7 +138,7 @@ def sampling(
       20,
       own.guidance_scale,
       step=0.1,
-      label="Guidance",
+      label=LABELS["guidance_scale"],
       info="How closely to follow the prompt",
       buttons=[],
       elem_id="guidance_scale",
@@ -127,7 +148,7 @@ def sampling(
     fields["solver"] = gradio.Radio(
       [(SOLVER_NAMES.get(name, name), name) for name in names],
       value=names[0],
-      label="Solver",
+      label=LABELS["solver"],
       info="",
       elem_id="solver",
     )
@@ -139,11 +160,16 @@ def seeds(limits: limits_lib.Limits) -> Fields:
   with gradio.Group():
     with gradio.Row():
       seed = gradio.Number(
-        0, label="Seed", info="", precision=0, min_width=120, elem_id="seed"
+        0,
+        label=LABELS["seed"],
+        info="",
+        precision=0,
+        min_width=120,
+        elem_id="seed",
       )
       index = gradio.Number(
         0,
-        label="Image number",
+        label=LABELS["image_index"],
         info="",
         precision=0,
         min_width=120,
@@ -157,7 +183,7 @@ def seeds(limits: limits_lib.Limits) -> Fields:
       limits.max_images,
       1,
       step=1,
-      label="Images",
+      label=LABELS["num_images"],
       info="",
       buttons=[],
       elem_id="num_images",
@@ -170,11 +196,16 @@ def seeds(limits: limits_lib.Limits) -> Fields:
   }
 
 
+def usual_strength(pipe: pipeline_lib.SanaPipeline) -> float:
+  """Returns how much of an image is made anew unless somebody says."""
+  return 0.5 if pipe.is_sprint else 0.6
+
+
 def pictures(pipe: pipeline_lib.SanaPipeline) -> Fields:
   """Shows the fields for an image to begin with."""
   return {
     "image": gradio.ImageEditor(
-      label="Image",
+      label=LABELS["image"],
       type="filepath",
       sources=["upload", "clipboard"],
       transforms=(),
@@ -187,7 +218,7 @@ def pictures(pipe: pipeline_lib.SanaPipeline) -> Fields:
       elem_id="image",
     ),
     "mask_image": gradio.Image(
-      label="Mask, in place of painting: white is made anew",
+      label=f"{LABELS['mask_image']}, in place of painting: white is made anew",
       type="filepath",
       sources=["upload"],
       height=160,
@@ -197,9 +228,9 @@ def pictures(pipe: pipeline_lib.SanaPipeline) -> Fields:
     "strength": gradio.Slider(
       0.01,
       1,
-      0.5 if pipe.is_sprint else 0.6,
+      usual_strength(pipe),
       step=0.01,
-      label="Strength",
+      label=LABELS["strength"],
       info="How much of the image is made anew",
       buttons=[],
       elem_id="strength",
@@ -211,7 +242,7 @@ def control() -> Fields:
   """Shows the fields of a ControlNet."""
   return {
     "control_image": gradio.Image(
-      label="What the ControlNet follows",
+      label=f"{LABELS['control_image']}, which it follows",
       type="filepath",
       sources=["upload", "clipboard"],
       height=200,
@@ -223,7 +254,7 @@ def control() -> Fields:
       2,
       1,
       step=0.05,
-      label="ControlNet scale",
+      label=LABELS["controlnet_conditioning_scale"],
       info="",
       buttons=[],
       elem_id="controlnet_conditioning_scale",
@@ -239,7 +270,7 @@ def adapters(names: Collection[str]) -> Fields:
     "lora": gradio.Dropdown(
       [("None", NONE), *((name, name) for name in sorted(names))],
       value=NONE,
-      label="LoRA",
+      label=LABELS["lora"],
       info="",
       filterable=False,
       elem_id="lora",
@@ -249,7 +280,7 @@ def adapters(names: Collection[str]) -> Fields:
       2,
       1,
       step=0.05,
-      label="LoRA scale",
+      label=LABELS["lora_scale"],
       info="",
       buttons=[],
       elem_id="lora_scale",

@@ -8,7 +8,7 @@ import PIL.Image
 
 from sana_jax import pipeline as pipeline_lib
 from sana_jax.app import limits as limits_lib
-from sana_jax.app import solvers, uploads
+from sana_jax.app import requests, solvers, uploads
 from sana_jax.app.errors import InvalidRequestError
 from sana_jax.app.page import form
 from sana_jax.bulk import metadata
@@ -80,6 +80,9 @@ def values(
     "image_index": request.image_index,
     "randomize": False,
     "num_images": 1,
+    "strength": form.usual_strength(pipe),
+    # What the image was not made from; what it was, may be there already.
+    **{name: None for name in requests.PICTURES if name not in description},
     **size,
   }
   for name in _IN_FORM:
@@ -147,6 +150,12 @@ def _foreign(
     )
     if description.get(name) != made_with.get(name)
   ]
-  if "image" in description:
-    notes.append("it was made from another image: add it, and its mask")
+  missing = [
+    form.LABELS[name] for name in requests.PICTURES if name in description
+  ]
+  if missing:
+    notes.append(
+      "it was made from pictures that it does not contain: add "
+      f"{', '.join(missing)}"
+    )
   return notes

@@ -60,18 +60,27 @@ def to_request(
 def start_over(fields: form.Fields) -> dict[Any, Any]:
   """Returns updates that take all messages off the fields."""
   return {
-    field: gradio.update(info=field.info, elem_classes=[])
+    field: gradio.update(**_info(field, ""), elem_classes=[])
     for field in fields.values()
-    if hasattr(field, "info")
   }
 
 
 def refuse(fields: form.Fields, error: InvalidRequestError) -> dict[Any, Any]:
   """Returns the update that says what is wrong with a field."""
   field = fields.get(error.field or "")
-  if field is None or not hasattr(field, "info"):
+  if field is None:
     return {}
-  return {field: gradio.update(info=error.message, elem_classes=["refused"])}
+  info = _info(field, error.told(form.LABELS))
+  return {field: gradio.update(**info, elem_classes=["refused"])}
+
+
+def _info(field: gradio.components.Component, text: str) -> dict[str, str]:
+  """Returns what is beneath a field's label; its own if there is no text.
+
+  All components have the attribute, but pictures take no such argument.
+  """
+  own = getattr(field, "info", None)
+  return {} if own is None else {"info": text or own}
 
 
 def _size(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -151,7 +160,7 @@ def upload_bytes(
 
   Args:
     file: what Gradio says of it; None: there is none. That its path is of an
-      upload was checked by `page_guard`.
+      upload was checked by `guard`.
 
   Raises:
     InvalidRequestError: it is not there any more.

@@ -9,27 +9,25 @@ address: here, only what was uploaded is let through.
 
 import json
 import pathlib
-from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from collections.abc import Iterator, MutableMapping
 from typing import Any
 
 import fastapi
 from fastapi import responses
 
 from sana_jax.app import bodies
-
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
+from sana_jax.app.page import upload_body
+from sana_jax.app.page.upload_body import App, Receive, Scope, Send
 
 _API = "/gradio_api"
 _EVENTS = f"{_API}/queue/join"
+_UPLOAD = f"{_API}/upload"
 _PATHS = frozenset(
   {
     *("/", "/config", "/theme.css", "/favicon.ico", "/manifest.json"),
     *("/robots.txt", f"{_API}/app_id", f"{_API}/startup-events"),
     *(_EVENTS, f"{_API}/queue/data", f"{_API}/cancel"),
-    *(f"{_API}/upload", f"{_API}/upload_progress", f"{_API}/reset"),
+    *(_UPLOAD, f"{_API}/upload_progress", f"{_API}/reset"),
   }
 )
 _FOLDERS = ("/assets/", "/static/", "/svelte/", f"{_API}/heartbeat/")
@@ -80,8 +78,13 @@ def names_foreign_files(event: Any, files: pathlib.Path) -> bool:
   )
 
 
-def guard(app: App, files: pathlib.Path) -> App:
-  """Wraps Gradio's application; other routes are not found."""
+def guard(app: App, files: pathlib.Path, max_upload_bytes: int) -> App:
+  """Wraps Gradio's application; other routes are not found.
+
+  Args:
+    files: the only directory that files are served from.
+    max_upload_bytes: of one upload.
+  """
 
   async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
     async def send_with_headers(message: MutableMapping[str, Any]) -> None:
@@ -98,8 +101,14 @@ def guard(app: App, files: pathlib.Path) -> App:
       if scope["path"] == _EVENTS:
         body = await _read_event(request, files)
         receive = _again(body, receive)
+      if scope["path"] == _UPLOAD and request.method == "POST":
+        upload = upload_body.Upload(request, max_upload_bytes)
+        await upload.hand_on(app, send_with_headers)
+        return
     except bodies.BodyError as error:
-      refusal = responses.PlainTextResponse(str(error), error.status)
+      # What is left of the body is not worth reading.
+      close = {"Connection": "close"}
+      refusal = responses.PlainTextResponse(str(error), error.status, close)
       await refusal(scope, receive, send_with_headers)
     else:
       await app(scope, receive, send_with_headers)

@@ -71,7 +71,7 @@ class Events:
     self._files = files
     self.fields = fields
     self.parts = parts
-    self._jobs: dict[str, Job] = {}  # by session
+    self._jobs: dict[str, set[Job]] = {}  # by session
     # A thread waits for each job, and none of Gradio's does.
     self.max_jobs = service.limits.max_waiting + 2
     self._waiting = futures.ThreadPoolExecutor(self.max_jobs, "page")
@@ -92,19 +92,22 @@ class Events:
     host = request.client.host if request.client else ""
     try:
       job = await asyncio.to_thread(self._submit, filled, host)
-      self._jobs[session] = job
+      self._jobs.setdefault(session, set()).add(job)
       try:
         async for update in self._follow(job):
           shown = describe(update, is_ready=self._service.ready.is_set())
           yield {parts.status: shown}
       finally:
         job.cancel()  # no effect on one that is done
-        self._jobs.pop(session, None)
+        self._jobs[session].discard(job)
+        if not self._jobs[session]:
+          del self._jobs[session]
       result = job.result()
       outcome = await asyncio.to_thread(self._show, result, images)
     except InvalidRequestError as error:
       outcome = form_values.refuse(self.fields, error)
-      outcome[parts.status] = markup.message(error.message, kind="error")
+      told = error.told(form.LABELS)
+      outcome[parts.status] = markup.message(told, kind="error")
     except (BusyError, ClosedError, CancelledError, JobError) as error:
       kind = "note" if isinstance(error, CancelledError) else "error"
       outcome = {parts.status: markup.message(str(error), kind=kind)}
@@ -121,9 +124,18 @@ class Events:
       }
     )
 
+  def recover(self) -> Updates:
+    """Lets a visitor go on whose browser could not be told the outcome."""
+    return {
+      self.parts.status: markup.message(_UNEXPECTED, kind="error"),
+      self.parts.generate: gradio.update(interactive=True),
+      self.parts.cancel: gradio.update(visible=False),
+    }
+
   def cancel(self, request: gradio.Request) -> Updates:
     """Gives up what the visitor's session is waiting for."""
-    self._cancel(str(request.session_hash))
+    if not self._cancel(str(request.session_hash)):
+      return gradio.skip()  # the outcome is said, or on its way
     return {self.parts.status: markup.message("Cancelling.")}
 
   def leave(self, request: gradio.Request) -> None:
@@ -139,8 +151,8 @@ class Events:
 
   def reproduce(self, images: Images, selected: int | None) -> Updates:
     """Fills the form with the settings of the image that is looked at."""
-    if selected is None:
-      return {}
+    if selected is None or not 0 <= selected < len(images):
+      return gradio.skip()
     path, _ = images[selected]
     status = self.parts.status
     return self._fill(lambda: form_from_image.read_own(path), status)
@@ -173,9 +185,12 @@ class Events:
         return
       yield update
 
-  def _cancel(self, session: str) -> None:
-    if (job := self._jobs.get(session)) is not None:
+  def _cancel(self, session: str) -> bool:
+    """Gives up a session's jobs; says whether there were any at work."""
+    jobs = [job for job in self._jobs.get(session, ()) if not job.done]
+    for job in jobs:
       job.cancel()
+    return bool(jobs)
 
   def _show(self, result: Result, images: Images) -> Updates:
     """Puts images in front of the visitor's others, and shows the first."""
@@ -192,7 +207,9 @@ class Events:
     count = len(made)
     return self._look(images, 0) | {
       self.parts.images: images,
-      self.parts.gallery: gradio.update(value=images, visible=True),
+      self.parts.gallery: gradio.update(
+        value=images, visible=True, selected_index=0
+      ),
       self.parts.status: markup.message(
         f"{count} image{'s' if count > 1 else ''} of seed {result.seed}."
       ),
@@ -207,15 +224,20 @@ class Events:
       description = form_from_image.read_own(path)
     except InvalidRequestError as error:
       return {
-        parts.details: markup.message(error.message, kind="error"),
         parts.selected: None,
+        parts.chosen: gradio.update(visible=True),
+        parts.picture: gradio.update(value=None),
+        parts.details: markup.message(error.message, kind="error"),
+        parts.download: gradio.update(value=None, interactive=False),
+        parts.reproduce: gradio.update(interactive=False),
       }
     return {
       parts.selected: number,
       parts.chosen: gradio.update(visible=True),
       parts.picture: path,
       parts.details: markup.settings(description),
-      parts.download: path,
+      parts.download: gradio.update(value=path, interactive=True),
+      parts.reproduce: gradio.update(interactive=True),
     }
 
   def _fill(
@@ -228,7 +250,8 @@ class Events:
         read(), service.pipe, service.lora_names, service.made_with
       )
     except InvalidRequestError as error:
-      return {status: markup.message(error.message, kind="error")}
+      told = error.told({form_from_image.FIELD: "The file"})
+      return {status: markup.message(told, kind="error")}
     text = "The form has the settings of the image."
     if notes:
       text += f" It may come out differently: {'; '.join(notes)}."

@@ -61,7 +61,9 @@ def mount(app: fastapi.FastAPI, service: Service) -> None:
     css_paths=_CSS,
   )
   mounted = app.routes[-1]
-  mounted.app = guard.guard(mounted.app, files.path)
+  mounted.app = guard.guard(
+    mounted.app, files.path, service.limits.max_upload_bytes
+  )
   inner = app.router.lifespan_context
 
   @contextlib.asynccontextmanager
@@ -114,7 +116,7 @@ def _layout(
         from_image = gradio.File(
           label="A PNG that was made here, or by sample.py",
           file_types=[".png"],
-          height=120,
+          height=160,
           elem_id="from_image",
         )
         status = gradio.HTML(elem_id="from_image_status")
@@ -148,8 +150,12 @@ def _results() -> dict[str, gradio.blocks.Block]:
     )
     details = gradio.HTML(padding=False, elem_id="details")
     with gradio.Row():
-      download = gradio.DownloadButton("Download PNG", size="sm", min_width=120)
-      reproduce = gradio.Button("Reproduce", size="sm", min_width=120)
+      download = gradio.DownloadButton(
+        "Download PNG", size="sm", min_width=120, elem_id="download"
+      )
+      reproduce = gradio.Button(
+        "Reproduce", size="sm", min_width=120, elem_id="reproduce"
+      )
   gallery = gradio.Gallery(
     label="All images, newest first",
     show_label=False,
@@ -195,13 +201,21 @@ def _connect(blocks: gradio.Blocks, events: handlers.Events) -> None:
     *fields.values(),
     *(getattr(parts, field.name) for field in dataclasses.fields(parts)),
   ]
-  gradio.on(
+  made = gradio.on(
     [parts.generate.click, fields["prompt"].submit],
     events.generate,
     [parts.images, *fields.values()],
     everything,
     concurrency_limit=events.max_jobs,
     trigger_mode="once",
+    **_EVENT,
+  )
+  # An update that Gradio refuses is nothing that the function could catch.
+  made.failure(
+    events.recover,
+    [],
+    [parts.status, parts.generate, parts.cancel],
+    concurrency_limit=None,
     **_EVENT,
   )
   for trigger, function, inputs in (

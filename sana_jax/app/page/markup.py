@@ -14,20 +14,12 @@ from sana_jax.app.page import form
 
 _PREVIEW_HEIGHT = 380
 # In this order; the rest is in the file, for programs.
-_LABELS = {
-  "prompt": "Prompt",
-  "negative_prompt": "Negative prompt",
-  "size": "Size",
-  "seed": "Seed",
-  "image_index": "Image number",
-  "num_inference_steps": "Steps",
-  "guidance_scale": "Guidance",
-  "solver": "Solver",
-  "strength": "Strength",
-  "lora": "LoRA",
-  "lora_scale": "LoRA scale",
-  "checkpoint": "Checkpoint",
-}
+_SHOWN = (
+  *("prompt", "negative_prompt", "size", "seed", "image_index"),
+  *("num_inference_steps", "guidance_scale", "solver", "strength"),
+  *("lora", "lora_scale", "checkpoint"),
+)
+_LABELS = form.LABELS | {"size": "Size", "checkpoint": "Checkpoint"}
 
 
 def message(text: str, *, kind: str = "note") -> str:
@@ -85,8 +77,8 @@ def _readable(description: Mapping[str, Any]) -> list[tuple[str, Any]]:
   if (solver := description.get("solver")) in form.SOLVER_NAMES:
     known["solver"] = form.SOLVER_NAMES[solver]
   return [
-    (label, known[name])
-    for name, label in _LABELS.items()
+    (_LABELS[name], known[name])
+    for name in _SHOWN
     if known.get(name) not in (None, "", [])
   ]
 

@@ -14,12 +14,13 @@ _NAME_LENGTH = 48
 class PageFiles:
   """A directory of this process alone, for results and uploads.
 
-  The oldest files go when there are too many bytes. Names of results cannot be
-  guessed, so that nobody gets another's pictures by trying.
+  The oldest files go when there are too many, or too many bytes. Names of
+  results cannot be guessed, so that nobody gets another's pictures by trying.
   """
 
-  def __init__(self, max_bytes: int = 2**30):
+  def __init__(self, max_bytes: int = 2**30, max_files: int = 10_000):
     self.max_bytes = max_bytes
+    self.max_files = max_files
     # Removed when the process ends, if not before.
     self._directory = tempfile.TemporaryDirectory(
       prefix="sana_jax_page_", ignore_cleanup_errors=True
@@ -39,7 +40,7 @@ class PageFiles:
     return str(path)
 
   def trim(self) -> None:
-    """Removes the oldest files until the others are few enough bytes."""
+    """Removes the oldest files until the others are few and small enough."""
     found = []
     for path in self.path.rglob("*"):
       # Others remove files too.
@@ -48,8 +49,8 @@ class PageFiles:
           status = path.stat()
           found.append((status.st_mtime, status.st_size, path))
     total = sum(size for _, size, _ in found)
-    for _, size, path in sorted(found):
-      if total <= self.max_bytes:
+    for gone, (_, size, path) in enumerate(sorted(found)):
+      if total <= self.max_bytes and len(found) - gone <= self.max_files:
         return
       path.unlink(missing_ok=True)
       with contextlib.suppress(OSError):  # not empty
