@@ -149,11 +149,12 @@ def _aliases(nodes: list[ast.AST]) -> Iterator[tuple[str, str]]:
 
 
 def _imported(path: pathlib.Path) -> Iterator[pathlib.Path]:
-  """Yields the files of the same folder that one imports."""
+  """Yields the files of the package that one imports by `from`."""
   for node in ast.walk(_parsed(path)):
-    if isinstance(node, ast.ImportFrom) and path.parent != ROOT:
+    if isinstance(node, ast.ImportFrom) and node.module:
+      folder = ROOT / node.module.replace(".", "/")
       for alias in node.names:
-        found = path.parent / f"{alias.name}.py"
+        found = folder / f"{alias.name}.py"
         if found.exists():
           yield found
 
