@@ -277,8 +277,10 @@ def restore_part(
   step = find_step(workdir, step)
   directory = epath.Path(workdir).absolute() / "checkpoints"
   path = directory / str(step) / "state"
-  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-    saved = reader.metadata(path).item_metadata.tree
+  handler = ocp.PyTreeCheckpointHandler()
+  with ocp.Checkpointer(handler) as reader:
+    # Of the handler: the checkpointer warns of an item's lack of its own file.
+    saved = handler.metadata(path).tree
     if otherwise is not None and part not in saved:
       part = otherwise
     wanted = {part: tree.to_nested_dict(abstract)}

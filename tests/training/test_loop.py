@@ -183,7 +183,7 @@ def test_a_run_without_a_checkpoint_may_be_begun_with_another_config(
     loop.train(make_config(batch_size=16), tmp_path, make_recipe())
 
 
-def test_a_run_without_an_average_has_none_anywhere(tmp_path):
+def test_a_run_without_an_average_has_none_anywhere(tmp_path, caplog):
   """Not in the state, on disk, or as a second picture; parameters stand in."""
   exported = []
   recipe = make_recipe()._replace(
@@ -201,7 +201,9 @@ def test_a_run_without_an_average_has_none_anywhere(tmp_path):
   assert names == {"step", "params", "opt_state", "skipped"}
   pictures = {path.name for path in (tmp_path / "samples").iterdir()}
   assert pictures == {f"step_00000{n}.png" for n in ("04", "06", "12")}
+  caplog.clear()
   restored = checkpoint.restore_average(tmp_path, state.params)
+  assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
   assert_states_equal(restored, state.params, rtol=0)
   kept = loop.train(make_config(), tmp_path / "kept", make_recipe())
   assert_states_equal(kept.params, state.params, rtol=1e-6, atol=1e-7)
