@@ -2,11 +2,11 @@
 
 import asyncio
 
-import fastapi
 import pytest
 
 pytest.importorskip("gradio")
 
+import fastapi  # noqa: E402
 from fastapi import testclient  # noqa: E402
 
 from sana_jax.app import limits, page, service  # noqa: E402
