@@ -270,15 +270,12 @@ plt.show()
 # %% [markdown]
 # - `data`: gradients are summed, and that is all.
 # - `fsdp`: matrices are gathered where they are used, and their gradients are
-#   scattered as they are summed: every device gets the sum of its own eighth.
-#   Each of the two is half of a sum that all get, so here it is as much as
-#   copies send, for an eighth of the memory. (TPUs gather twice: the backward
-#   pass does so again.) What is summed whole is what is not cut.
+#   summed. On CPUs, as here, every device is sent the whole sum; on TPUs and
+#   GPUs that of its own eighth, half as much.
 # - `tensor`: activations travel besides, and `qkv` moves to its heads' devices.
 # - `sequence`: gradients are summed, and so are the states of the linear
 #   attention, which do not grow with the picture. What is permuted is the row
-#   beside the cut, for the 3 x 3 convolutions. How gradients are summed over
-#   `fsdp` is left to the compiler here; that for CPUs sums them whole.
+#   beside the cut, for the 3 x 3 convolutions.
 #
 # How these compare depends on the sizes: this model is tiny. Ask for yours.
 #
