@@ -116,8 +116,8 @@ def test_a_small_step_for_tpus_gathers_kernels_and_scatters_gradients(
   assert record["gathered_activations"] == []
   assert record["ratio"] <= 1.10
   sent, least = record["sent_bytes"], record["least_bytes"]
-  # Of so few layers XLA spares some gathering, and pads what it scatters. Summed
-  # whole, gradients would be no reduce-scatter at all.
+  # Of so few layers XLA spares some gathering, and pads what it scatters.
+  # Summed whole, gradients would be no reduce-scatter at all.
   for kind in ("all-gather", "reduce-scatter"):
     assert sent[f"fsdp:{kind}"] == pytest.approx(least[f"fsdp:{kind}"], rel=0.2)
   assert record["fits"]
