@@ -106,7 +106,7 @@ def test_a_small_step_for_tpus_gathers_kernels_and_scatters_gradients(
   path = tmp_path / "plan.json"
   done = run(
     *(tmp_path, "--topology=v5e:2x2", f"--json={path}"),
-    *("--config.model.num_layers=2", "--config.model.sample_size=8"),
+    *("--config.model.num_layers=20", "--config.model.sample_size=8"),
     *("--config.batch_size=16", "--config.mesh.data=1"),
     *("--config.mesh.fsdp=4", "--config.remat=full"),
   )
@@ -116,10 +116,10 @@ def test_a_small_step_for_tpus_gathers_kernels_and_scatters_gradients(
   assert record["gathered_activations"] == []
   assert record["ratio"] <= 1.10
   sent, least = record["sent_bytes"], record["least_bytes"]
-  # Of so few layers XLA spares some gathering, and pads what it scatters.
-  # Summed whole, gradients would be no reduce-scatter at all.
+  # All layers, which a scan compiles as one: beside two, what is gathered and
+  # scattered outside of them would weigh too much.
   for kind in ("all-gather", "reduce-scatter"):
-    assert sent[f"fsdp:{kind}"] == pytest.approx(least[f"fsdp:{kind}"], rel=0.2)
+    assert sent[f"fsdp:{kind}"] == pytest.approx(least[f"fsdp:{kind}"], rel=0.1)
   assert record["fits"]
 
 
