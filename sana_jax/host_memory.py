@@ -17,7 +17,8 @@ def keep_freed() -> bool:
   for the next call, and the process stays as large as it once was.
 
   Only glibc can be told; elsewhere this does nothing. To be called before JAX
-  looks for devices: threads that have a heap of their own go on with it.
+  looks for devices, and before any thread has a heap of its own (importing
+  pyarrow starts one that has): all later threads would share that heap.
   """
   try:
     mallopt = ctypes.CDLL(None).mallopt

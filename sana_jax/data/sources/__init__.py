@@ -12,7 +12,6 @@ from sana_jax.data.sources import (
   array_record,
   folder,
   grouping,
-  parquet,
   tfds,
   webdataset,
   wids,
@@ -184,11 +183,18 @@ def _require_one_split(
     )
 
 
+def _parquet(files: Sequence[storage.Location], name: str) -> access.FileSource:
+  # Importing pyarrow starts threads, and takes time.
+  from sana_jax.data.sources import parquet  # noqa: PLC0415
+
+  return parquet.ParquetSource(files, name)
+
+
 _OPENERS: dict[
   str,
   Callable[[Sequence[storage.Location], str], access.FileSource],
 ] = {
   "webdataset": webdataset.TarSource,
-  "parquet": parquet.ParquetSource,
+  "parquet": _parquet,
   "array_record": array_record.ArrayRecordSource,
 }
