@@ -236,12 +236,38 @@ def tokenize_prompts(
   return tokenizer.encode(texts, length, warn=warn)
 
 
+def instruction_ids(
+  tokenizer: Tokenizer, complex_human_instruction: Sequence[str] | None
+) -> Int32[np.ndarray, "p"]:
+  """Returns what the ids of prompts behind an instruction begin with.
+
+  That is its tokens but the last, which merges into the prompt. A prompt may
+  undo more of them: `begins_with` tells.
+  """
+  if not complex_human_instruction:
+    return np.zeros(0, np.int32)
+  ids = tokenizer.tokenize("\n".join(complex_human_instruction))
+  return np.array(ids[:-1], np.int32)
+
+
+def begins_with(
+  ids: Int32[np.ndarray, "p"],
+  input_ids: Int32[np.ndarray, "b l"],
+  attention_mask: Int32[np.ndarray, "b l"],
+) -> Bool[np.ndarray, "b"]:
+  """Tells which rows are texts that begin with these ids."""
+  count = len(ids)
+  same = (input_ids[:, :count] == ids[None]).all(axis=1)
+  return same & (attention_mask[:, :count] == 1).all(axis=1)
+
+
 @functools.partial(jax.jit, static_argnames="max_sequence_length")
 def encode_tokens(
   text_encoder: Callable[..., Array],
   input_ids: Int[Array, "b l"],
   attention_mask: Int[Array, "b l"],
   *,
+  prefix: Any = None,
   max_sequence_length: int = 300,
 ) -> tuple[Float[Array, "b kept d"], Bool[Array, "b kept"]]:
   """Returns text states and mask: the first token, then the last ones.
@@ -251,9 +277,19 @@ def encode_tokens(
 
   Args:
     text_encoder: a pytree with Gemma2's `__call__`.
+    prefix: what its `read_prefix` made of the ids that all rows begin with,
+      which are not read again; None: all are read.
     max_sequence_length: number of tokens kept.
   """
-  hidden = text_encoder(input_ids, attention_mask)
+  if prefix is None:
+    hidden = text_encoder(input_ids, attention_mask)
+  else:
+    before, width = prefix.states.shape[1:]
+    first = jnp.broadcast_to(prefix.states, (input_ids.shape[0], before, width))
+    rest = text_encoder(
+      input_ids[:, before:], attention_mask[:, before:], prefix
+    )
+    hidden = jnp.concatenate([first, rest], axis=1)
   length = input_ids.shape[1]
   last = np.arange(length - max_sequence_length + 1, length)
   keep = np.concatenate([[0], last])

@@ -7,6 +7,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,29 @@ from sana_jax.nn import layers, stack
 from sana_jax.ops import attention
 
 _INIT = nnx.initializers.normal(0.02)
+
+
+class KeysValues(NamedTuple):
+  """What attention looks at of tokens; a stack of blocks has it stacked.
+
+  Attributes:
+    keys: after rotation.
+  """
+
+  keys: Float[Array, "*blocks b l kv_heads head_dim"]
+  values: Float[Array, "*blocks b l kv_heads head_dim"]
+
+
+class Prefix(NamedTuple):
+  """Tokens that have been read, for texts which go on from them.
+
+  Attributes:
+    past: of every block.
+    states: their hidden states after the final norm.
+  """
+
+  past: KeysValues
+  states: Float[Array, "1 p d"]
 
 
 def rotary_embedding(
@@ -86,20 +110,31 @@ class Attention(nnx.Module):
   def __call__(
     self,
     x: Float[Array, "b l d"],
-    mask: Bool[Array, "#b l l"],
+    mask: Bool[Array, "#b l m"],
     cos: Float[Array, "l half"],
     sin: Float[Array, "l half"],
-  ) -> Float[Array, "b l d"]:
+    past: KeysValues | None = None,
+  ) -> tuple[Float[Array, "b l d"], KeysValues]:
+    """Returns the result, and the keys and values of `x`.
+
+    Args:
+      past: of the m - l tokens before `x`, the same for every text.
+    """
     heads = (*x.shape[:2], -1, self.head_dim)
-    y = attention.softmax_attention(
-      rotate(self.query(x).reshape(heads), cos, sin),
+    own = KeysValues(
       rotate(self.key(x).reshape(heads), cos, sin),
       self.value(x).reshape(heads),
+    )
+    seen = own if past is None else jax.tree.map(_append, past, own)
+    y = attention.softmax_attention(
+      rotate(self.query(x).reshape(heads), cos, sin),
+      seen.keys,
+      seen.values,
       mask=mask,
       scale=self.scale,
       softcap=self.softcap,
     )
-    return self.out(y.reshape(*y.shape[:2], -1))
+    return self.out(y.reshape(*y.shape[:2], -1)), own
 
 
 class GatedMLP(nnx.Module):
@@ -162,13 +197,15 @@ class Gemma2Block(nnx.Module):
   def __call__(
     self,
     x: Float[Array, "b l d"],
-    mask: Bool[Array, "#b l l"],
+    mask: Bool[Array, "#b l m"],
     cos: Float[Array, "l half"],
     sin: Float[Array, "l half"],
-  ) -> Float[Array, "b l d"]:
-    y = self.attention(self.pre_attention_norm(x), mask, cos, sin)
+    past: KeysValues | None = None,
+  ) -> tuple[Float[Array, "b l d"], KeysValues]:
+    """Returns the result, and what later tokens attend to; see `Attention`."""
+    y, own = self.attention(self.pre_attention_norm(x), mask, cos, sin, past)
     x = x + self.post_attention_norm(y)
-    return x + self.post_mlp_norm(self.mlp(self.pre_mlp_norm(x)))
+    return x + self.post_mlp_norm(self.mlp(self.pre_mlp_norm(x))), own
 
 
 class Gemma2(nnx.Module):
@@ -261,22 +298,40 @@ class Gemma2(nnx.Module):
     self,
     input_ids: Int[Array, "b l"],
     attention_mask: Bool[Array, "b l"] | Int[Array, "b l"] | None = None,
+    prefix: Prefix | None = None,
   ) -> Float[Array, "b l d"]:
     """Returns the hidden states after the final norm, in float32.
 
     Args:
       attention_mask: nonzero where a token is part of the text; None: all are.
+      prefix: what every text has before these tokens; all of it is text.
     """
-    block_fn, windows = self._block_fn(input_ids.shape[1], attention_mask)
+    past = prefix and prefix.past
+    block_fn, windows = self._block_fn(input_ids.shape[1], attention_mask, past)
     x = stack.run_blocks(
-      block_fn,
+      lambda *args: block_fn(*args)[0],
       self._embed(input_ids),
       self.blocks,
       windows,
+      past,
       scan=self.scan,
       remat=self.remat,
     )
     return self.norm(x)
+
+  def read_prefix(self, input_ids: Int[Array, "p"]) -> Prefix:
+    """Reads tokens that texts begin with, for `__call__` to go on from."""
+    block_fn, windows = self._block_fn(input_ids.shape[0])
+    x, past = stack.collect_blocks(
+      block_fn,
+      self._embed(input_ids[None]),
+      self.blocks,
+      windows,
+      None,
+      scan=self.scan,
+      remat=self.remat,
+    )
+    return Prefix(past, self.norm(x))
 
   def hidden_states(
     self,
@@ -288,7 +343,7 @@ class Gemma2(nnx.Module):
     states = [self._embed(input_ids)]
     for i in range(len(self.windows)):
       block = jax.tree.map(lambda leaf: leaf[i], self.blocks)  # noqa: B023
-      states.append(block_fn(block, states[-1], windows[i]))
+      states.append(block_fn(block, states[-1], windows[i], None)[0])
     states[-1] = self.norm(states[-1])
     return states
 
@@ -307,20 +362,38 @@ class Gemma2(nnx.Module):
     x = self.embedding[...][input_ids].astype(jnp.float32)
     return x * math.sqrt(x.shape[-1])
 
-  def _block_fn(self, length: int, attention_mask: Array | None):
+  def _block_fn(
+    self,
+    length: int,
+    attention_mask: Array | None = None,
+    past: KeysValues | None = None,
+  ):
     """Returns run_blocks' block function and the windows it is mapped over."""
-    slots = jnp.arange(length)
-    distance = slots[:, None] - slots[None]
+    before = 0 if past is None else past.keys.shape[2]
+    total = before + length
+    slots = jnp.arange(total)
+    distance = slots[before:, None] - slots[None]
     allowed = (distance >= 0)[None]
     if attention_mask is not None:
-      allowed = allowed & attention_mask.astype(bool)[:, None]
-    cos, sin = rotary_embedding(length, self.head_dim, self.rope_theta)
+      is_text = attention_mask.astype(bool)
+      is_text = jnp.pad(is_text, ((0, 0), (before, 0)), constant_values=True)
+      allowed = allowed & is_text[:, None]
+    cos, sin = rotary_embedding(total, self.head_dim, self.rope_theta)
+    cos, sin = cos[before:], sin[before:]
 
-    def block_fn(block, x, window):
-      return block(x, allowed & (distance < window)[None], cos, sin)
+    def block_fn(block, x, window, past):
+      return block(x, allowed & (distance < window)[None], cos, sin, past)
 
-    reaches = [length if window is None else window for window in self.windows]
+    reaches = [total if window is None else window for window in self.windows]
     return block_fn, jnp.array(reaches, jnp.int32)
+
+
+def _append(
+  past: Float[Array, "1 p kv_heads head_dim"],
+  own: Float[Array, "b l kv_heads head_dim"],
+) -> Float[Array, "b m kv_heads head_dim"]:
+  past = jnp.broadcast_to(past, (own.shape[0], *past.shape[1:]))
+  return jnp.concatenate([past, own], axis=1)
 
 
 def _windows(config: config_lib.Gemma2Config) -> tuple[int | None, ...]:
