@@ -255,8 +255,10 @@ def begins_with(
   input_ids: Int32[np.ndarray, "b l"],
   attention_mask: Int32[np.ndarray, "b l"],
 ) -> Bool[np.ndarray, "b"]:
-  """Tells which rows are texts that begin with these ids."""
+  """Tells which rows are texts that begin with these ids; none with no ids."""
   count = len(ids)
+  if not count:
+    return np.zeros(len(input_ids), bool)
   same = (input_ids[:, :count] == ids[None]).all(axis=1)
   return same & (attention_mask[:, :count] == 1).all(axis=1)
 

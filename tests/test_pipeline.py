@@ -264,8 +264,8 @@ def test_progress_tells_compiling_from_running(tokenizer):
   pipe("a cat", progress=events.append)
   pipe("a cat", progress=events.append)
   done = [(e.stage, e.phase) for e in events if e.seconds is not None]
-  # The prompt has an instruction and the negative prompt has not.
-  texts = [("text encoder", "compile"), ("text encoder", "run")] * 2
+  # The instruction, the prompt, and the negative prompt, which has none.
+  texts = [("text encoder", "compile"), ("text encoder", "run")] * 3
   rest = ["transformer", "decoder"]
   assert done == [
     *texts,

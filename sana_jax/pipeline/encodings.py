@@ -1,16 +1,107 @@
-"""Encodes every distinct prompt once."""
+"""Encodes every distinct prompt once, and the instruction before them once."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Int32
 
 from sana_jax import text
+from sana_jax.models import gemma2
+from sana_jax.pipeline import execution, stages
 from sana_jax.pipeline.denoising import Condition
 
 # On the host: 300 tokens of a 2304-wide encoder are 1.4 MB in bfloat16.
 _CAPACITY = 256
+
+
+class Tokens(NamedTuple):
+  """Prompts for the text encoder.
+
+  Attributes:
+    instruction_ids: what is read once, of `text.instruction_ids`.
+  """
+
+  input_ids: Int32[np.ndarray, "b l"]
+  attention_mask: Int32[np.ndarray, "b l"]
+  instruction_ids: Int32[np.ndarray, "p"]
+
+
+# What an encoder made of the instruction it read last, by its ids.
+Prefixes = dict[bytes, gemma2.Prefix]
+
+
+def encode(
+  executor: execution.Executor,
+  encoder: Any,
+  tokens: Tokens,
+  prefixes: Prefixes,
+  *,
+  batch_size: int,
+  max_sequence_length: int,
+  function: Callable[..., Condition] = stages.encode_text,
+  progress: execution.ProgressFn | None = None,
+) -> Condition:
+  """Returns the text states of every row, on the host.
+
+  Rows that begin with the instruction's ids go on from what it gave; the others
+  are read whole. A batch is of one kind and filled up to one size: what a row
+  gives does not depend on those beside it.
+
+  Args:
+    prefixes: of this encoder; is changed.
+    function: `stages.encode_text` or a variant of it.
+  """
+
+  def run(rows, prefix):
+    condition = executor.run(
+      "text encoder",
+      function,
+      shared={"text_encoder": encoder, "prefix": prefix},
+      batched={
+        "input_ids": tokens.input_ids[rows],
+        "attention_mask": tokens.attention_mask[rows],
+      },
+      static={"max_sequence_length": max_sequence_length},
+      progress=progress,
+    )
+    return zip(*map(np.asarray, condition), strict=True)
+
+  begins = text.begins_with(
+    tokens.instruction_ids, tokens.input_ids, tokens.attention_mask
+  )
+  found = {}
+  for kind in np.unique(begins):
+    prefix = None
+    if kind:
+      prefix = _prefix(executor, encoder, tokens, prefixes, progress)
+    rows = np.flatnonzero(begins == kind)
+    for start in range(0, len(rows), batch_size):
+      batch = rows[start : start + batch_size]
+      filled = np.pad(batch, (0, batch_size - len(batch)), mode="edge")
+      found |= dict(zip(filled, run(filled, prefix), strict=True))
+  ordered = [found[row] for row in range(len(begins))]
+  return Condition(*map(np.stack, zip(*ordered, strict=True)))
+
+
+def _prefix(executor, encoder, tokens, prefixes, progress) -> gemma2.Prefix:
+  key = tokens.instruction_ids.tobytes()
+  if key not in prefixes:
+    prefix = executor.run_on_first(
+      "text encoder",
+      stages.read_prefix,
+      arguments={
+        "text_encoder": encoder,
+        "input_ids": tokens.instruction_ids,
+      },
+      static={},
+      progress=progress,
+    )
+    # One at a time: it occupies the devices, and is seldom another.
+    prefixes.clear()
+    prefixes[key] = executor.place(prefix)
+  return prefixes[key]
 
 
 class EncodingCache:
@@ -18,6 +109,7 @@ class EncodingCache:
 
   def __init__(self):
     self._encoder: Any = None
+    self._prefixes: Prefixes = {}
     self._rows: OrderedDict[Hashable, tuple[np.ndarray, ...]] = OrderedDict()
 
   def encoder_moved(self, encoder: Any) -> None:
@@ -27,7 +119,7 @@ class EncodingCache:
   def look_up(
     self,
     prompts: Sequence[str],
-    encode: Callable[[np.ndarray, np.ndarray], Condition],
+    encode: Callable[..., Condition],
     *,
     tokenizer: text.Tokenizer,
     encoder: Any,
@@ -39,9 +131,10 @@ class EncodingCache:
     """Returns one row a prompt; encodes those that are new.
 
     Args:
-      encode: called with (input_ids, attention_mask) of new prompts.
-      batch_size: how many at a time, the last ones filled up; None: all in one
-        batch, filled up to a power of two so that few sizes are compiled.
+      encode: called with the encoder, `Tokens` of new prompts, `Prefixes`,
+        batch_size and max_sequence_length.
+      batch_size: how many at a time; None: all at once, filled up to a power of
+        two so that few sizes are compiled.
       encoder: rows made with another encoder are forgotten.
     """
     settings = (
@@ -51,23 +144,29 @@ class EncodingCache:
     )
     if encoder is not self._encoder:
       self._rows.clear()
+      self._prefixes.clear()
       self._encoder = encoder
     wanted = {prompt: (prompt, settings) for prompt in prompts}
     new = [p for p, key in wanted.items() if key not in self._rows]
     found = {p: self._rows[k] for p, k in wanted.items() if k in self._rows}
-    size = batch_size or 1 << max(len(new) - 1, 0).bit_length()
-    for start in range(0, len(new), size):
-      batch = new[start : start + size]
-      filled = batch + batch[-1:] * (size - len(batch))
+    if new:
       tokens = text.tokenize_prompts(
         tokenizer,
-        filled,
+        new,
         complex_human_instruction=complex_human_instruction,
         max_sequence_length=max_sequence_length,
         lowercase=lowercase,
       )
-      arrays = [np.asarray(array) for array in encode(*tokens)]
-      found |= {p: tuple(a[i] for a in arrays) for i, p in enumerate(batch)}
+      arrays = encode(
+        encoder,
+        Tokens(
+          *tokens, text.instruction_ids(tokenizer, complex_human_instruction)
+        ),
+        self._prefixes,
+        batch_size=batch_size or 1 << (len(new) - 1).bit_length(),
+        max_sequence_length=max_sequence_length,
+      )
+      found |= {p: tuple(a[i] for a in arrays) for i, p in enumerate(new)}
     for prompt, key in wanted.items():
       # A copy: a row must not keep the whole batch alive.
       self._rows.setdefault(key, tuple(a.copy() for a in found[prompt]))

@@ -69,6 +69,14 @@ class Work(NamedTuple):
   limited: bool = False
 
   @property
+  def instruction_length(self) -> int:
+    """Tokens that are read once, as `text.instruction_ids` has them."""
+    if self.token_length <= self.text_length:
+      return 0
+    # Its first one is also the first of the text that reaches the transformer.
+    return self.token_length - self.text_length + 1
+
+  @property
   def prompts_per_device(self) -> int:
     return -(-self.prompts // self.devices)
 
@@ -150,6 +158,19 @@ def text_encoder(models: Models, work: Work) -> int:
   )
 
 
+def instruction(models: Models, work: Work) -> int:
+  """Bytes of what the text encoder made of an instruction; it stays there."""
+  config, dtype = models.text_encoder.config, models.text_encoder.dtype
+  tokens = work.instruction_length
+  kept = keys_values(
+    config.num_hidden_layers * config.num_key_value_heads * config.head_dim,
+    batch=1,
+    text_length=tokens,
+    dtype=dtype,
+  )
+  return kept + tokens * config.hidden_size * _FLOAT32
+
+
 def transformer(models: Models, work: Work) -> int:
   """Predicts the bytes beside weights that sampling takes, all steps."""
   part, factors = models.transformer, _FACTORS[models.platform]
@@ -198,10 +219,10 @@ def transformer(models: Models, work: Work) -> int:
 def keys_values(
   features: int, *, batch: int, text_length: int, dtype: Any
 ) -> int:
-  """Bytes of what cross-attention keeps of the texts, through all steps.
+  """Bytes of the keys and values that attention keeps of texts.
 
   Args:
-    features: the width of a block, summed over all blocks that attend.
+    features: of the keys of a token, summed over all blocks that attend.
   """
   return 2 * features * batch * text_length * np.dtype(dtype).itemsize
 

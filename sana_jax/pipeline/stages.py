@@ -12,6 +12,7 @@ from jaxtyping import Array, ArrayLike, Float, Int, Key
 
 from sana_jax import text
 from sana_jax.diffusion import schedules
+from sana_jax.models import gemma2
 from sana_jax.models import tiling as tiling_lib
 from sana_jax.pipeline import checks
 from sana_jax.pipeline.denoising import Condition
@@ -75,16 +76,29 @@ def encode_text(
   input_ids: Int[Array, "b l"],
   attention_mask: Int[Array, "b l"],
   max_sequence_length: int,
+  prefix: gemma2.Prefix | None = None,
 ) -> Condition:
-  """Runs the text encoder and keeps the states of the prompt."""
+  """Runs the text encoder and keeps the states of the prompt.
+
+  Args:
+    prefix: of the ids that all rows begin with; None: they are read, too.
+  """
   return Condition(
     *text.encode_tokens(
       text_encoder,
       input_ids,
       attention_mask,
+      prefix=prefix,
       max_sequence_length=max_sequence_length,
     )
   )
+
+
+def read_prefix(
+  *, text_encoder: Any, input_ids: Int[Array, "p"]
+) -> gemma2.Prefix:
+  """Reads the instruction, for prompts to go on from."""
+  return text_encoder.read_prefix(input_ids)
 
 
 def decode_raw(

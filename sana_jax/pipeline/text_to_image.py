@@ -31,7 +31,6 @@ from sana_jax.pipeline import (
   reports,
   sampling,
   sizes,
-  stages,
   times,
 )
 from sana_jax.pipeline import memory as memory_lib
@@ -468,19 +467,9 @@ class SanaPipeline:
     return job.begin(encode, on_circle=self.is_sprint)
 
   def _encode(self, prompts, instruction, settings, progress):
-    def encode(input_ids, attention_mask) -> denoising.Condition:
-      return self._executor.run(
-        "text encoder",
-        stages.encode_text,
-        shared={"text_encoder": self.text_encoder},
-        batched={"input_ids": input_ids, "attention_mask": attention_mask},
-        static={"max_sequence_length": settings.max_sequence_length},
-        progress=progress,
-      )
-
     condition = self._encodings.look_up(
       prompts,
-      encode,
+      functools.partial(encodings.encode, self._executor, progress=progress),
       tokenizer=self.tokenizer,
       encoder=self.text_encoder,
       complex_human_instruction=instruction,

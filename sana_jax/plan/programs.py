@@ -108,17 +108,27 @@ def programs(
 
 
 def _text_encoder(models: Models, work: footprint.Work) -> Program:
-  def encode(model, input_ids, attention_mask):
+  def encode(model, input_ids, attention_mask, prefix):
     return stages.encode_text(
       text_encoder=model,
       input_ids=input_ids,
       attention_mask=attention_mask,
+      prefix=prefix,
       max_sequence_length=work.text_length,
     )
 
   ids = _array((work.prompts, work.token_length), jnp.int32)
-  name = f"{work.token_length} tokens"
-  return Program("text encoder", name, encode, models.text_encoder, (ids, ids))
+  prefix = None
+  if work.instruction_length:
+    prefix = jax.eval_shape(
+      lambda model, ids: stages.read_prefix(text_encoder=model, input_ids=ids),
+      models.text_encoder,
+      _array((work.instruction_length,), jnp.int32),
+    )
+  read = work.token_length - work.instruction_length
+  name = f"{read} of {work.token_length} tokens"
+  args = (ids, ids, prefix)
+  return Program("text encoder", name, encode, models.text_encoder, args)
 
 
 def _transformer(

@@ -17,7 +17,7 @@ from sana_jax import sharding, text
 from sana_jax.data import cache_records
 from sana_jax.models import dc_ae, gemma2
 from sana_jax.models import tiling as tiling_lib
-from sana_jax.pipeline import decoding, execution, files, stages
+from sana_jax.pipeline import decoding, encodings, execution, files, stages
 from sana_jax.weights import files as weight_files
 
 # Above this side, pictures are encoded in tiles unless told otherwise.
@@ -74,6 +74,7 @@ class Encoders:
 
   def __post_init__(self):
     self._executor = execution.Executor(self.devices or jax.local_devices())
+    self._prefixes: encodings.Prefixes = {}
     self.autoencoder = self._executor.place(self.autoencoder)
     if self.text is not None:
       self.text = self.text._replace(
@@ -144,25 +145,25 @@ class Encoders:
     encoder = self._text()
     with warnings.catch_warnings(record=True) as caught:
       warnings.simplefilter("always")
-      input_ids, attention_mask = text.tokenize_prompts(
+      tokens = text.tokenize_prompts(
         encoder.tokenizer,
         batch,
         complex_human_instruction=instruction,
         max_sequence_length=encoder.max_sequence_length,
         lowercase=encoder.lowercase,
       )
-    condition = self._executor.run(
-      "text encoder",
-      _encode_tokens,
-      shared={"text_encoder": encoder.model},
-      batched={
-        "input_ids": self._filled(input_ids),
-        "attention_mask": self._filled(attention_mask),
-      },
-      static={"max_sequence_length": encoder.max_sequence_length},
+    rows, masks = encodings.encode(
+      self._executor,
+      encoder.model,
+      encodings.Tokens(
+        *tokens, text.instruction_ids(encoder.tokenizer, instruction)
+      ),
+      self._prefixes,
+      batch_size=self.batch_size,
+      max_sequence_length=encoder.max_sequence_length,
+      function=_encode_tokens,
       progress=self.progress,
     )
-    rows, masks = (np.asarray(array)[: len(batch)] for array in condition)
     for caption, row in zip(batch, rows, strict=True):
       if not np.isfinite(row.astype(np.float32)).all():
         raise FloatingPointError(

@@ -327,11 +327,12 @@ def test_every_distinct_prompt_is_encoded_once(tokenizer):
       runs.append(event)
 
   pipe(["a cat", "a dog", "a cat"], progress=progress)
-  assert len(runs) == 2  # the prompts, and the empty negative prompt
+  # The instruction, the prompts, and the empty negative prompt.
+  assert len(runs) == 3
   again = pipe(["a dog", "a cat"], progress=progress, seed=2)
-  assert len(runs) == 2
+  assert len(runs) == 3
   pipe("a cat", max_sequence_length=8, progress=progress)
-  assert len(runs) == 4
+  assert len(runs) == 5
   fresh = dataclasses.replace(pipe)
   np.testing.assert_array_equal(
     fresh(["a dog", "a cat"], seed=2).images, again.images
