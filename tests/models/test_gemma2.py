@@ -177,6 +177,101 @@ def test_sliding_layers_see_no_further_than_their_window(rng):
   assert (last["full_attention"] > 0).all()
 
 
+@jax.jit
+def resumed(model, ids, mask, prefix_ids):
+  """Reads the prefix once, then every text from its end on."""
+  prefix = model.read_prefix(prefix_ids)
+  count = prefix_ids.shape[0]
+  return prefix, model(ids[:, count:], mask[:, count:], prefix)
+
+
+def make_continued(rng, count, batch=3):
+  """Texts whose first `count` ids are the same; one ends soon after them."""
+  ids = rng.integers(4, CONFIG.vocab_size, (batch, LENGTH)).astype(np.int32)
+  ids[:, :count] = ids[0, :count]
+  mask = np.ones_like(ids)
+  mask[1, count + 1 :] = 0
+  return jnp.asarray(ids), jnp.asarray(mask)
+
+
+# Windows of three slots begin within the longer prefix.
+@pytest.mark.parametrize(("count", "scan"), [(1, False), (4, True)])
+def test_texts_go_on_from_a_prefix_as_if_they_were_read_whole(rng, count, scan):
+  model = make_model(scan=scan)
+  ids, mask = make_continued(rng, count)
+  with jax.default_matmul_precision("highest"):
+    whole = run(model, ids, mask)
+    prefix, rest = resumed(model, ids, mask, ids[0, :count])
+  assert prefix.past.keys.shape == prefix.past.values.shape
+  assert prefix.past.keys.shape == (3, 1, count, 2, 6)
+  # The same sums over other shapes of arrays.
+  close = {"rtol": 1e-5, "atol": 1e-5}
+  np.testing.assert_allclose(prefix.states, whole[:1, :count], **close)
+  np.testing.assert_allclose(rest, whole[:, count:], **close)
+  others = jax.tree.map(lambda leaf: leaf + 0.1, prefix)
+  changed = run(model, ids[:, count:], mask[:, count:], others)
+  assert np.abs(changed - rest).max(axis=(1, 2)).min() > 1e-3
+
+
+def test_texts_go_on_from_a_prefix_on_a_mesh(rng):
+  ids, mask = make_continued(rng, 4, batch=8)
+  model = make_model()
+  expected = run(model, ids, mask)[:, 4:]
+  mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+  placed = jax.device_put(
+    model, sharding.param_shardings(model, gemma2.PARAM_AXES, mesh)
+  )
+
+  @jax.jit
+  def on_mesh(model, ids, mask, prefix_ids):
+    with sharding.use(mesh):
+      return resumed(model, ids, mask, prefix_ids)[1]
+
+  batch = sharding.batch_sharding(mesh)
+  found = on_mesh(
+    placed, *jax.device_put((ids, mask), batch), np.asarray(ids[0, :4])
+  )
+  # The order of sums.
+  np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_prefix_in_bfloat16_rounds_no_more_than_the_whole(rng):
+  half = make_model(dtype=jnp.bfloat16)
+  ids, mask = make_continued(rng, 4)
+  prefix, rest = resumed(half, ids, mask, ids[0, :4])
+  assert prefix.past.keys.dtype == prefix.past.values.dtype == jnp.bfloat16
+  assert prefix.states.dtype == rest.dtype == jnp.float32
+  exact = run(make_model(), ids, mask)[:, 4:]
+  whole = run(half, ids, mask)[:, 4:]
+  errors = [
+    np.linalg.norm(x - exact) / np.linalg.norm(exact) for x in (rest, whole)
+  ]
+  assert errors[0] < max(2 * errors[1], 0.01) < 0.05
+
+
+def test_what_was_read_before_is_not_computed_again():
+  """The instruction of SANA and a caption of full length, in proportion."""
+  model = jax.eval_shape(make_model)
+  total, count, batch = 102, 42, 2
+
+  def flops(function, *args) -> float:
+    return jax.jit(function).lower(*args).compile().cost_analysis()["flops"]
+
+  def ids(*shape):
+    return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+  prefix = jax.eval_shape(
+    lambda model, ids: model.read_prefix(ids), model, ids(count)
+  )
+  whole = flops(lambda model, x: model(x), model, ids(batch, total))
+  rest = flops(
+    lambda model, x, prefix: model(x, None, prefix),
+    *(model, ids(batch, total - count), prefix),
+  )
+  # XLA counts a scan's body once, in both.
+  assert rest / whole < 1.02 * (total - count) / total
+
+
 def test_logits_are_capped_products_with_the_embedding(rng):
   model = make_model()
   hidden = 9 * rng.normal(size=(2, 3, 16)).astype(np.float32)
