@@ -255,9 +255,9 @@ def begins_with(
   input_ids: Int32[np.ndarray, "b l"],
   attention_mask: Int32[np.ndarray, "b l"],
 ) -> Bool[np.ndarray, "b"]:
-  """Tells which rows are texts that begin with these ids; none with no ids."""
+  """Tells which rows are texts that begin with these ids, and have others."""
   count = len(ids)
-  if not count:
+  if not 0 < count < input_ids.shape[1]:
     return np.zeros(len(input_ids), bool)
   same = (input_ids[:, :count] == ids[None]).all(axis=1)
   return same & (attention_mask[:, :count] == 1).all(axis=1)

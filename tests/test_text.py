@@ -204,6 +204,38 @@ def test_the_instruction_is_read_but_only_the_prompt_is_kept(tokenizer):
   np.testing.assert_array_equal(kept_mask[0], mask[0, kept] == 1)
 
 
+def test_an_instruction_is_known_in_the_prompts_that_do_not_undo_it(tokenizer):
+  instruction = ("Describe", "the picture: ")
+  prompts = ["A cat", "", "a red apple " * 9]
+
+  def begins(first, prompts):
+    ids = text.instruction_ids(tokenizer, instruction)
+    found = text.tokenize_prompts(
+      tokenizer,
+      prompts,
+      complex_human_instruction=first,
+      max_sequence_length=9,
+      warn=False,
+    )
+    return ids, found, text.begins_with(ids, *found).tolist()
+
+  ids, (input_ids, mask), known = begins(instruction, prompts)
+  assert known == [True] * 3
+  assert tokenizer.decode(ids[1:]) == "Describe\nthe picture:"
+  # All that is left is kept, so nothing is read in vain.
+  assert input_ids.shape[1] - len(ids) == 9 - 1
+  assert begins(("Describe", "the pictures: "), prompts)[2] == [False] * 3
+  padded = mask.copy()
+  padded[0, 1] = 0
+  assert text.begins_with(ids, input_ids, padded).tolist() == [
+    False,
+    *known[1:],
+  ]
+  assert text.instruction_ids(tokenizer, None).size == 0
+  assert not text.begins_with(ids[:0], input_ids, mask).any()
+  assert not text.begins_with(input_ids[0], input_ids, mask).any()
+
+
 def test_without_instruction_every_token_is_kept(tokenizer):
   states, mask = text.encode_prompts(
     identity_encoder(), tokenizer, ["", "A CAT"], max_sequence_length=5
