@@ -61,8 +61,7 @@ class Need(NamedTuple):
 
   Attributes:
     weights: of all models that are on the device meanwhile.
-    working: inputs, temporaries, outputs, the program, and what is kept of the
-      instruction.
+    working: inputs, temporaries, outputs and the program.
   """
 
   weights: int
@@ -330,7 +329,6 @@ def _needs(models, work, way: _Way) -> dict[str, Need]:
     "transformer": footprint.transformer(models, work),
     "decoder": footprint.decoder(models, work, way.decoding),
   }
-  instruction = footprint.instruction(models, work)
   needs = {}
   for stage in _WITH_ENCODER:
     present = sum(
@@ -338,7 +336,7 @@ def _needs(models, work, way: _Way) -> dict[str, Need]:
       for name, size in weights.items()
       if name == stage or name != "text encoder" or not way.offload
     )
-    needs[stage] = Need(present, working[stage] + instruction)
+    needs[stage] = Need(present, working[stage])
   return needs
 
 

@@ -113,6 +113,42 @@ def test_the_text_encoders_memory_is_predicted(
   check_bound(predicted, real, part.weights, dtype)
 
 
+def test_what_is_kept_of_an_instruction_is_predicted():
+  config = config_lib.Gemma2Config(
+    vocab_size=3000,
+    hidden_size=64,
+    intermediate_size=256,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+  )
+  model = abstract(gemma2.Gemma2, config, jnp.float32)
+  part = footprint.make_part(config, model)
+  work = work_of(token_length=100, text_length=60)
+
+  def encode(model, ids, mask, prefix):
+    return stages.encode_text(
+      text_encoder=model,
+      input_ids=ids,
+      attention_mask=mask,
+      prefix=prefix,
+      max_sequence_length=60,
+    )
+
+  prefix = jax.eval_shape(
+    lambda model, ids: stages.read_prefix(text_encoder=model, input_ids=ids),
+    *(model, array((41,), jnp.int32)),
+  )
+  assert footprint.instruction(part, work.instruction_length) == (
+    footprint.nbytes(prefix)
+  )
+  ids = array((1, 100), jnp.int32)
+  real = working_bytes(encode, model, ids, ids, prefix)
+  predicted = footprint.text_encoder(models_of(text_encoder=part), work)
+  check_bound(predicted, real, part.weights)
+
+
 @pytest.mark.parametrize(
   ("side", "batch", "dtype", "branches", "text_length"),
   [

@@ -291,6 +291,17 @@ def test_captions_that_lose_their_end_are_counted(encoders):
   assert len(result.states[long]) == tiny.LENGTH
 
 
+def test_the_instruction_is_read_once_for_all_captions(checkpoint):
+  events = []
+  models = load(checkpoint)
+  models.progress = events.append
+  captions = ["a red apple", "a cat", "a table", "", "a green table"]
+  for _ in range(2):  # two batches of three
+    models.encode_captions(captions)
+  runs = [e for e in events if e.phase == "run" and e.seconds is not None]
+  assert [e.stage for e in runs] == ["text encoder"] * (1 + 2 + 2)
+
+
 def test_the_null_caption_has_no_instruction_and_all_its_padding(encoders):
   expected, mask = text.encode_prompts(
     encoders.text.model,
