@@ -120,6 +120,7 @@ def test_another_encoder_or_instruction_is_read_anew(pipe):
     assert runs(events) == count
     expected, _ = whole(pipe, tokenize(pipe, [prompt], instruction))
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    assert len(pipe._encodings._prefixes) == 1
 
   check("a cat", INSTRUCTION, 2)
   check("a table", INSTRUCTION, 1)
@@ -129,4 +130,3 @@ def test_another_encoder_or_instruction_is_read_anew(pipe):
   # On the host it is the same encoder.
   pipe._offload_text_encoder()
   check("a red apple", tiny.INSTRUCTION, 1)
-  assert len(pipe._encodings._prefixes) == 1
