@@ -31,7 +31,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from sana_jax import checkpoint as checkpoint_lib
-from sana_jax import compilation_cache
+from sana_jax import compilation_cache, devices
 from sana_jax import pipeline as pipeline_lib
 from sana_jax.bulk import (
   decodings,
@@ -199,6 +199,7 @@ def main(argv: list[str]) -> int:
     check_flags()
     if _DISTRIBUTED.value:
       jax.distributed.initialize()
+    devices.check()
     code = run(started)
     if _DISTRIBUTED.value:
       # The first to leave would take the others with it.

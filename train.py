@@ -17,6 +17,7 @@ from sana_jax import (
   checkpoint,
   compilation_cache,
   config_flag,
+  devices,
   host_memory,
   presets,
   sharding,
@@ -133,6 +134,7 @@ def _options() -> loop.Options:
 def _run() -> None:
   options = _options()
   _join_others()
+  devices.check()
   config = _CONFIG.value
   logging.info(
     "%s on %d %s device(s)",

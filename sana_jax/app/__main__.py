@@ -18,7 +18,7 @@ from absl import app, flags, logging
 from etils import epath
 
 from sana_jax import checkpoint as checkpoint_lib
-from sana_jax import compilation_cache
+from sana_jax import compilation_cache, devices
 from sana_jax import pipeline as pipeline_lib
 from sana_jax.app.limits import Limits
 from sana_jax.app.service import Service
@@ -122,6 +122,7 @@ def main(argv: list[str]) -> int:
         "The API key has characters that no header can have; use letters, "
         "digits and signs of ASCII."
       )
+    devices.check()
     service = make_service()
   except (ValueError, OSError, ImportError) as error:
     sys.stderr.write(f"sana_jax.app: {' '.join(str(error).split())}\n")

@@ -23,7 +23,7 @@ from typing import NoReturn
 import jax
 from absl import app, flags, logging
 
-from sana_jax import compilation_cache, storage
+from sana_jax import compilation_cache, devices, storage
 from sana_jax.data import cache
 from sana_jax.precompute import finalise, job, report, task
 
@@ -56,6 +56,7 @@ def main(argv: list[str]) -> int:
   warnings.showwarning = _log_warning
   compilation_cache.enable(_CACHE.value, os.environ)
   try:
+    devices.check()
     return run(started)
   except (ValueError, OSError, FloatingPointError) as error:
     _fail(_text(error))
