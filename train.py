@@ -39,11 +39,7 @@ _CONFIG = config_flag.define()
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Directory for checkpoints, metrics, samples and the export."
 )
-_CACHE = flags.DEFINE_string(
-  "compilation_cache_dir",
-  None,
-  "Keeps compiled programs; None: in the user's cache directory, empty: off.",
-)
+_CACHE = compilation_cache.define_flag()
 _DISTRIBUTED = flags.DEFINE_bool(
   "distributed",
   None,

@@ -41,11 +41,7 @@ _CHECK = flags.DEFINE_integer(
   "that was done; 0: none.",
 )
 _FEW = 8
-_CACHE = flags.DEFINE_string(
-  "compilation_cache_dir",
-  None,
-  "Keeps compiled programs; None: in the user's cache directory, empty: off.",
-)
+_CACHE = compilation_cache.define_flag()
 
 
 def main(argv: list[str]) -> int:
