@@ -31,7 +31,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from sana_jax import checkpoint as checkpoint_lib
-from sana_jax import compilation_cache
+from sana_jax import compilation_cache, devices
 from sana_jax import pipeline as pipeline_lib
 from sana_jax.bulk import (
   decodings,
@@ -39,13 +39,14 @@ from sana_jax.bulk import (
   inputs,
   job,
   loading,
+  loading_flags,
   metadata,
   requests,
   runner,
   sinks,
   weight_files,
 )
-from sana_jax.pipeline import sources
+from sana_jax.pipeline import out_of_memory, sources
 
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "What to draw; repeatable.")
 _PROMPT_FILE = flags.DEFINE_string(
@@ -90,33 +91,10 @@ _SCORER = flags.DEFINE_string(
 _REPRODUCE = flags.DEFINE_string(
   "reproduce", None, "Make the image of this PNG file again."
 )
-_CACHE = flags.DEFINE_string(
-  "compilation_cache_dir",
-  None,
-  "Keeps compiled programs; None: in the user's cache directory, empty: off.",
-)
+_CACHE = compilation_cache.define_flag()
 
 # How the pipeline is loaded; PNG files say it, and --reproduce does the same.
-_LOADING = {
-  "dtype": flags.DEFINE_enum(
-    "dtype", "float32", ["float32", "bfloat16"], "Of weights and computation."
-  ),
-  "variant": flags.DEFINE_string("variant", None, "Of weights, e.g. fp16."),
-  "components": flags.DEFINE_string(
-    "components", None, "Checkpoint that has what --checkpoint does not have."
-  ),
-  "step": flags.DEFINE_integer(
-    "step", None, "Of a training run; None: the newest."
-  ),
-  "fp16_clamp": flags.DEFINE_boolean(
-    "fp16_clamp", None, "Limit activations as float16 does; None: if needed."
-  ),
-  "vae_tile": flags.DEFINE_integer(
-    "vae_tile", None, "Decode in tiles of so many pixels, for 4K images."
-  ),
-  "controlnet": flags.DEFINE_string(
-    "controlnet", None, "Directory, file or name."
-  ),
+_LOADING = loading_flags.define() | {
   "controlnet_wiring": flags.DEFINE_enum(
     "controlnet_wiring", None, ["diffusers", "original"], "How it is connected."
   ),
@@ -126,9 +104,6 @@ _LOADING = {
   ),
   "fuse_lora": flags.DEFINE_boolean(
     "fuse_lora", False, "Add adapters to the weights: faster."
-  ),
-  "offload_text_encoder": flags.DEFINE_boolean(
-    "offload_text_encoder", None, "Keep it on the host; None: if needed."
   ),
 }
 # Arguments of the pipeline's call.
@@ -199,6 +174,7 @@ def main(argv: list[str]) -> int:
     check_flags()
     if _DISTRIBUTED.value:
       jax.distributed.initialize()
+    devices.check()
     code = run(started)
     if _DISTRIBUTED.value:
       # The first to leave would take the others with it.
@@ -208,6 +184,8 @@ def main(argv: list[str]) -> int:
     _fail(_text(error))
   except KeyboardInterrupt:
     _fail("Interrupted; the same command goes on from here.")
+  except out_of_memory.OutOfMemoryError as error:
+    _fail(error.text(flags=True))
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise

@@ -17,6 +17,7 @@ from sana_jax import (
   checkpoint,
   compilation_cache,
   config_flag,
+  devices,
   host_memory,
   presets,
   sharding,
@@ -38,11 +39,7 @@ _CONFIG = config_flag.define()
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Directory for checkpoints, metrics, samples and the export."
 )
-_CACHE = flags.DEFINE_string(
-  "compilation_cache_dir",
-  None,
-  "Keeps compiled programs; None: in the user's cache directory, empty: off.",
-)
+_CACHE = compilation_cache.define_flag()
 _DISTRIBUTED = flags.DEFINE_bool(
   "distributed",
   None,
@@ -133,6 +130,7 @@ def _options() -> loop.Options:
 def _run() -> None:
   options = _options()
   _join_others()
+  devices.check()
   config = _CONFIG.value
   logging.info(
     "%s on %d %s device(s)",

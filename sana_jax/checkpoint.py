@@ -33,6 +33,19 @@ class _Save(NamedTuple):
   waited: float
 
 
+class _Manager(ocp.CheckpointManager):
+  """Leaves JAX's preemption service to the loop.
+
+  Orbax asks it about every step that it saves, before and after. The service
+  takes what it was asked last for where the process is, and so could have all
+  agree on a step that has gone by.
+  """
+
+  def reached_preemption(self, step: int) -> bool:
+    del step
+    return False
+
+
 class Checkpointer:
   """Keeps the checkpoints of one run under `workdir/checkpoints`.
 
@@ -47,7 +60,7 @@ class Checkpointer:
     self._config = config
     self._saving: _Save | None = None
     best = config.keep_best > 0
-    self._manager = ocp.CheckpointManager(
+    self._manager = _Manager(
       self._directory,
       item_handlers={"state": ocp.StandardCheckpointHandler()},
       options=ocp.CheckpointManagerOptions(
@@ -152,10 +165,6 @@ class Checkpointer:
       ),
     )["state"]
     return tree.from_nested_dict(nested, like=abstract)
-
-  def reached_preemption(self, step: int) -> bool:
-    """True on all hosts at the same step once one of them got SIGTERM."""
-    return self._manager.reached_preemption(step)
 
   def close(self) -> None:
     self._manager.close()

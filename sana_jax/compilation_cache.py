@@ -4,6 +4,10 @@ import pathlib
 from collections.abc import Mapping
 
 import jax
+from absl import flags
+
+# In --helpfull, the flag is of the command that defines it.
+flags.disclaim_key_flags()
 
 
 def default_directory(environment: Mapping[str, str]) -> pathlib.Path:
@@ -17,6 +21,15 @@ def default_directory(environment: Mapping[str, str]) -> pathlib.Path:
   if pathlib.Path(base).is_absolute():
     return pathlib.Path(base) / "sana_jax"
   return pathlib.Path.home() / ".cache" / "sana_jax"
+
+
+def define_flag() -> flags.FlagHolder[str | None]:
+  """Defines --compilation_cache_dir, the first argument of `enable`."""
+  return flags.DEFINE_string(
+    "compilation_cache_dir",
+    None,
+    "Keeps compiled programs; None: in the user's cache directory, empty: off.",
+  )
 
 
 def enable(directory: str | None, environment: Mapping[str, str]) -> None:

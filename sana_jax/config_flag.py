@@ -2,13 +2,19 @@
 
 import functools
 import os
+import pathlib
+import re
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from absl import app, flags
 from ml_collections import config_flags
+from ml_collections.config_flags import config_path
+
+from sana_jax import config as config_lib
+from sana_jax.config import near
 
 # In --helpfull, the flag is of the command that defines it.
 flags.disclaim_key_flags()
@@ -19,10 +25,15 @@ class _FileError(Exception):
 
 
 class _Parser(flags.ArgumentParser):
-  """Reads PATH, or PATH:ARGUMENT of get_config(), by the parser of a flag."""
+  """Reads PATH, or PATH:ARGUMENT of get_config(), by the parser of a flag.
+
+  Attributes:
+    config: what was read last; None: nothing yet.
+  """
 
   def __init__(self, inner: flags.ArgumentParser):
     self._inner = inner
+    self.config: Any = None
 
   def flag_type(self) -> str:
     return self._inner.flag_type()
@@ -30,7 +41,9 @@ class _Parser(flags.ArgumentParser):
   def parse(self, path: str) -> Any:
     file, _, argument = path.partition(":")
     if not os.path.isfile(file):
-      raise _FileError(f"there is no file {file!r}.")
+      others = map(str, pathlib.Path(file).parent.glob("*.py"))
+      meant = near.question(near.find(file, others))
+      raise _FileError(f"there is no file {file!r}.{meant}")
     try:
       config = self._inner.parse(path)
       # Where get_config() raised an OSError, any access raises another.
@@ -42,6 +55,7 @@ class _Parser(flags.ArgumentParser):
       raised = error.__context__
       text = _sentence(raised, file, argument)
       raise _FileError(text) from raised
+    self.config = config
     return config
 
 
@@ -87,9 +101,53 @@ def parser(command: str) -> Callable[[list[str]], list[str]]:
 def _parse(command: str, argv: list[str]) -> list[str]:
   try:
     return app.parse_flags_with_usage(argv)
-  except (KeyError, AttributeError, OSError, _FileError) as error:
-    # Of a KeyError, str() is the representation of its message.
-    text = error.args[0] if isinstance(error, KeyError) else str(error)
-    if " " not in text:
-      text = f"there is no field or key {text!r}."
+  except (
+    LookupError,
+    AttributeError,
+    ValueError,
+    OSError,
+    _FileError,
+  ) as error:
+    text = _misspelt(flags.FLAGS["config"].parser.config, argv)
+    if text is None:
+      # Of a KeyError, str() is the representation of its message.
+      text = error.args[0] if isinstance(error, KeyError) else str(error)
     return sys.exit(f"{command}: --config: {' '.join(text.split())}")
+
+
+def _misspelt(config: Any, argv: list[str]) -> str | None:
+  """Says which field that a flag sets there is not; None: there are all."""
+  if not isinstance(config, config_lib.Config):
+    return None
+  values = config.to_dict()
+  names = list(_names(values))
+  for name in _set_fields(argv):
+    if not _has(values, name):
+      meant = near.question(near.find(name, names))
+      return f"{type(config).__name__} has no field {name!r}.{meant}"
+  return None
+
+
+def _set_fields(argv: list[str]) -> list[str]:
+  """Returns the names of fields that flags set: "optim.peak_lr"."""
+  argv = flags.FLAGS.read_flags_from_files(argv, force_gnu=False)
+  found = (re.match(r"--?(?:no)?config\.([^=]*)", arg) for arg in argv)
+  return [match[1] for match in found if match is not None]
+
+
+def _has(values: Any, name: str) -> bool:
+  try:
+    functools.reduce(
+      lambda holder, key: holder[key], config_path.split(name), values
+    )
+  except (LookupError, TypeError, ValueError):
+    return False
+  return True
+
+
+def _names(values: Any, prefix: str = "") -> Iterator[str]:
+  """Names all that nested dicts hold: "optim" and "optim.peak_lr"."""
+  if isinstance(values, dict):
+    for key, value in values.items():
+      yield f"{prefix}{key}"
+      yield from _names(value, f"{prefix}{key}.")

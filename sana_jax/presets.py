@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from sana_jax import config as config_lib
 from sana_jax import hardware
+from sana_jax.config import near
 
 # Source of all of these: the flags that MaxText runs with
 # (github.com/AI-Hypercomputer/maxtext), here those that let the gathering of
@@ -30,6 +31,9 @@ _NAME = re.compile(r"([a-z]\w*)-([1-9]\d*)(?:x([1-9]\d*))?")
 # power of two in SANA's width of 2240; of GPUs, those of a box.
 _MOST_SHARDS = {"tpu": 64, "gpu": 8}
 _MOST_SEQUENCE_SHARDS = 16
+# That are looked at where a number does not do: those of the largest slice, as
+# a power of two.
+_MOST_CHIPS = 8192
 # Of the memory that XLA may allocate: what we count on, and of that what the
 # state may have.
 _USABLE, _OF_STATE = 0.85, 0.3
@@ -91,10 +95,13 @@ def parse(name: str) -> Hardware:
   """
   match = _NAME.fullmatch(name)
   if match is None or match[1] not in hardware.CHIPS:
+    kind, dash, number = name.partition("-")
+    meant = [f"{one}{dash}{number}" for one in near.find(kind, hardware.CHIPS)]
     raise ValueError(
       f"hardware {name!r} is not a kind of chip and their number, such as "
       f"'v5e-256', 'v5p-128x2' (two slices) or 'h100-8'; kinds: "
       f"{', '.join(hardware.CHIPS)}."
+      f"{near.question(one for one in meant if _NAME.fullmatch(one))}"
     )
   found = Hardware(match[1], int(match[2]), int(match[3] or 1))
   if found.kind == "gpu" and found.slices > 1:
@@ -116,7 +123,11 @@ def apply(
   if name is None:
     return config
   target = parse(name)
-  layout = lay_out(config, target)
+  try:
+    layout = lay_out(config, target)
+  except ValueError as error:
+    meant = near.question(_near_counts(config, target))
+    raise ValueError(f"{error}{meant}") from error
   # All axes, so that flags can change each.
   config.mesh = dict.fromkeys(config.mesh, 1) | layout.mesh
   config.optim.accumulation = layout.accumulation
@@ -177,6 +188,27 @@ def lay_out(config: config_lib.TextToImageConfig, target: Hardware) -> Layout:
     f"GiB of the {free / 2**30:.1f} that the state leaves. Take another number "
     "of chips, or another batch."
   )
+
+
+def _near_counts(
+  config: config_lib.TextToImageConfig, target: Hardware
+) -> list[str]:
+  """Names numbers of these chips that are spelt like it, and would do."""
+  slices = f"x{target.slices}" if target.slices > 1 else ""
+  name = f"{target.chip}-{target.chips}{slices}"
+  counts = {
+    f"{target.chip}-{chips}{slices}": chips for chips in _powers(_MOST_CHIPS)
+  }
+
+  def fits(chips: int) -> bool:
+    try:
+      lay_out(config, target._replace(chips=chips))
+    except ValueError:
+      return False
+    return True
+
+  usable = [name for name, chips in counts.items() if fits(chips)]
+  return near.find(name, usable)
 
 
 def check_devices(config: config_lib.TrainConfig, devices: int) -> None:

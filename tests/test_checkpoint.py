@@ -200,11 +200,6 @@ def test_all_differences_are_listed(checkpointer):
     assert part in str(info.value)
 
 
-def test_a_single_process_is_never_told_to_stop_by_orbax(checkpointer):
-  # Which is why the loop has a signal handler of its own.
-  assert not checkpointer.reached_preemption(1)
-
-
 def test_orbax_says_nothing_but_warnings():
   """In a process of its own: the handler is everyone's."""
   program = (

@@ -6,6 +6,7 @@ import pytest
 
 from configs import folder
 from sana_jax import config as config_lib
+from sana_jax.config import near
 
 TRAIN = config_lib.TrainConfig
 PRESETS = (
@@ -36,11 +37,27 @@ def text_to_image(**changes) -> config_lib.TextToImageConfig:
 def test_a_misspelled_field_is_an_error_that_lists_the_fields():
   config = TRAIN()
   with pytest.raises(
-    AttributeError, match="TrainConfig has no field 'batchsize'.*batch_size"
+    AttributeError,
+    match="'batchsize'. Did you mean 'batch_size'.* It has: seed",
   ):
     config.batchsize = 8
   with pytest.raises(AttributeError, match="OptimConfig has no field 'lr'"):
     config.optim.lr = 1e-3
+
+
+@pytest.mark.parametrize(
+  ("name", "expected"),
+  [
+    ("batchsize", ["batch_size"]),
+    ("peak_lr", ["optim.peak_lr"]),
+    ("lr", ["optim.peak_lr"]),
+    ("optim.peek_lr", ["optim.peak_lr", "optim.name"]),
+    ("nothing_like_it", []),
+  ],
+)
+def test_a_name_is_near_those_with_its_letters_or_its_last_part(name, expected):
+  names = ["optim", "optim.name", "optim.peak_lr", "batch_size"]
+  assert near.find(name, names) == expected
 
 
 def test_a_frozen_config_cannot_be_changed_anywhere():

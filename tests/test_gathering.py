@@ -47,7 +47,8 @@ def test_what_is_gathered_is_whole_and_its_gradient_a_share_of_the_sum(
   np.testing.assert_allclose(gradient, weights.sum(0), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("count", [2, 6, 8])
+# Of a prime number, the second step has groups of one.
+@pytest.mark.parametrize("count", [2, 6, 7, 8])
 def test_gathering_in_two_steps_and_its_gradient_are_those_of_one(rng, count):
   mesh = jax.make_mesh(
     (count,),

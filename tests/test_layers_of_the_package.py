@@ -11,9 +11,9 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "sana_jax"
 LAYERS = (
   {
     *("config", "typing", "tree", "compilation_cache", "storage"),
-    *("termination", "hardware", "host_memory", "config_flag"),
+    *("termination", "hardware", "host_memory", "devices"),
   },
-  {"sharding", "resolution", "flops", "presets"},
+  {"sharding", "resolution", "flops", "presets", "config_flag"},
   {"ops"},
   {"nn"},
   {"models", "diffusion"},

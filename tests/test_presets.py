@@ -42,6 +42,27 @@ def test_other_names_are_refused(name):
     presets.parse(name)
 
 
+@pytest.mark.parametrize(
+  ("name", "first"),
+  [
+    ("v5-256", "v5e-256"),
+    ("h10-8", "h100-8"),
+    ("v5e-26", "v5e-256"),
+    ("v5p-250x2", "v5p-256x2"),
+  ],
+)
+def test_what_was_meant_is_asked_where_a_preset_does_not_do(name, first):
+  with pytest.raises(ValueError, match=rf"Did you mean '{first}'( or|\?)"):
+    get("sana_1600m_1024", name)
+
+
+def test_what_is_offered_in_place_of_a_preset_fits():
+  # Its state alone fills two chips, and so what is spelt likest.
+  with pytest.raises(ValueError, match="Did you mean 'v5e-256'") as info:
+    get("sana15_4800m_1024", "v5e-26")
+  assert "'v5e-2'" not in str(info.value)
+
+
 def test_boxes_of_gpus_are_no_slices():
   with pytest.raises(ValueError, match="give the number in all boxes, h100-16"):
     presets.parse("h100-8x2")

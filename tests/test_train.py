@@ -346,12 +346,12 @@ MISTAKES = {
   "misspelled field": (
     "{config}",
     ["--config.batchsize=8"],
-    "Field batchsize not found on dataclass",
+    "has no field 'batchsize'. Did you mean 'batch_size'",
   ),
   "misspelled nested field": (
     "{config}",
     ["--config.optim.lr=1"],
-    "Field lr not found on dataclass",
+    "has no field 'optim.lr'. Did you mean 'optim.peak_lr'",
   ),
   "value of another type": (
     "{config}",
@@ -452,5 +452,6 @@ def test_a_misspelled_flag_is_one_line(config, tmp_path):
   process = start(config, tmp_path / "run", "--config.batchsize=8")
   output, _ = process.communicate(timeout=PATIENCE)
   assert process.returncode == 1
-  assert output.startswith("train.py: --config: Field batchsize not found")
+  said = "train.py: --config: AutoencoderConfig has no field 'batchsize'. Did"
+  assert output.startswith(said)
   assert output.count("\n") == 1

@@ -18,11 +18,11 @@ from absl import app, flags, logging
 from etils import epath
 
 from sana_jax import checkpoint as checkpoint_lib
-from sana_jax import compilation_cache
+from sana_jax import compilation_cache, devices
 from sana_jax import pipeline as pipeline_lib
 from sana_jax.app.limits import Limits
 from sana_jax.app.service import Service
-from sana_jax.bulk import loading, metadata, weight_files
+from sana_jax.bulk import loading, loading_flags, metadata, weight_files
 from sana_jax.pipeline import sources
 
 try:
@@ -53,36 +53,8 @@ _WARM_UP = flags.DEFINE_boolean(
 _GRACE = flags.DEFINE_float(
   "grace_seconds", 30.0, "For requests that wait when the server is to end."
 )
-_CACHE = flags.DEFINE_string(
-  "compilation_cache_dir",
-  None,
-  "Keeps compiled programs; None: in the user's cache directory, empty: off.",
-)
-# How the pipeline is loaded, as sample.py has it.
-_LOADING = {
-  "dtype": flags.DEFINE_enum(
-    "dtype", "float32", ["float32", "bfloat16"], "Of weights and computation."
-  ),
-  "variant": flags.DEFINE_string("variant", None, "Of weights, e.g. fp16."),
-  "components": flags.DEFINE_string(
-    "components", None, "Checkpoint that has what --checkpoint does not have."
-  ),
-  "step": flags.DEFINE_integer(
-    "step", None, "Of a training run; None: the newest."
-  ),
-  "fp16_clamp": flags.DEFINE_boolean(
-    "fp16_clamp", None, "Limit activations as float16 does; None: if needed."
-  ),
-  "vae_tile": flags.DEFINE_integer(
-    "vae_tile", None, "Decode in tiles of so many pixels, for 4K images."
-  ),
-  "controlnet": flags.DEFINE_string(
-    "controlnet", None, "Directory, file or name."
-  ),
-  "offload_text_encoder": flags.DEFINE_boolean(
-    "offload_text_encoder", None, "Keep it on the host; None: if needed."
-  ),
-}
+_CACHE = compilation_cache.define_flag()
+_LOADING = loading_flags.define()
 # Fields of `Limits`; None: its default.
 _LIMITS = {
   "max_images": flags.DEFINE_integer("max_images", None, "Of one request."),
@@ -122,6 +94,7 @@ def main(argv: list[str]) -> int:
         "The API key has characters that no header can have; use letters, "
         "digits and signs of ASCII."
       )
+    devices.check()
     service = make_service()
   except (ValueError, OSError, ImportError) as error:
     sys.stderr.write(f"sana_jax.app: {' '.join(str(error).split())}\n")

@@ -5,6 +5,8 @@ import json
 import typing
 from typing import Any
 
+from sana_jax.config import near
+
 
 class Config:
   """Base of all configs: typo-proof, freezable, convertible to a dict."""
@@ -17,9 +19,11 @@ class Config:
         f"{type(self).__name__}.{name} cannot be set: the config is frozen."
       )
     if name not in self.__dataclass_fields__:
+      names = self.__dataclass_fields__
       raise AttributeError(
-        f"{type(self).__name__} has no field {name!r}; it has: "
-        f"{', '.join(self.__dataclass_fields__)}."
+        f"{type(self).__name__} has no field {name!r}."
+        f"{near.question(near.find(name, names))} "
+        f"It has: {', '.join(names)}."
       )
     object.__setattr__(self, name, value)
 

@@ -34,6 +34,19 @@ class Progress(NamedTuple):
 ProgressFn = Callable[[Progress], None]
 
 
+class StageMemoryError(jax.errors.JaxRuntimeError):
+  """Memory ran out in a stage.
+
+  Attributes:
+    stage: as in `Progress`.
+    xla: the message of XLA, which begins with RESOURCE_EXHAUSTED.
+  """
+
+  def __init__(self, stage: str, xla: str):
+    super().__init__(f"Out of device memory in the {stage}. XLA: {xla}")
+    self.stage, self.xla = stage, xla
+
+
 class Executor:
   """Compiles functions of models and batches for a row of devices.
 
@@ -73,7 +86,8 @@ class Executor:
       static: hashable settings.
     """
     size = jax.tree.leaves(batched)[0].shape[0]
-    args = self.place(dict(shared)), self._split(dict(batched), size)
+    with _named(stage):
+      args = self.place(dict(shared)), self._split(dict(batched), size)
 
     def local(shared, batched):
       return function(**shared, **batched, **static)
@@ -112,7 +126,8 @@ class Executor:
       return function(**arguments, **static)
 
     first = self._mesh.devices.flat[0]
-    args = (jax.device_put(dict(arguments), first),)
+    with _named(stage):
+      args = (jax.device_put(dict(arguments), first),)
     key = ("first device", function, tuple(sorted(static.items())))
     return self._run_compiled(stage, key, local, args, progress)
 
@@ -120,12 +135,12 @@ class Executor:
     """Compiles `function` unless `key` and shapes are known, and runs it."""
     key = (key, _signature(args))
     if key not in self._compiled:
-      with _timed(stage, "compile", progress):
+      with _named(stage), _timed(stage, "compile", progress):
         self._compiled[key] = jax.jit(function).lower(*args).compile()
       if len(self._compiled) > _CAPACITY:
         self._compiled.popitem(last=False)
     self._compiled.move_to_end(key)
-    with _timed(stage, "run", progress):
+    with _named(stage), _timed(stage, "run", progress):
       return jax.block_until_ready(self._compiled[key](*args))
 
   def _split(self, batched: Any, size: int) -> Any:
@@ -144,6 +159,16 @@ def _signature(args: Any) -> Any:
   leaves, structure = jax.tree.flatten(args)
   shapes = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
   return structure, shapes, jax.config.jax_default_matmul_precision
+
+
+@contextlib.contextmanager
+def _named(stage: str):
+  try:
+    yield
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    raise StageMemoryError(stage, str(error)) from error
 
 
 @contextlib.contextmanager

@@ -26,6 +26,7 @@ from sana_jax.pipeline import (
   files,
   jobs,
   options,
+  out_of_memory,
   output,
   pictures,
   reports,
@@ -200,9 +201,9 @@ class SanaPipeline:
 
     Raises:
       TypeError: an unknown option.
-      ValueError: an argument that cannot be, has no effect, or does not fit the
-        checkpoint.
+      ValueError: an argument that cannot be, has no effect, or does not fit.
       FloatingPointError: the result of a stage is not finite.
+      OutOfMemoryError: a stage does not fit, against the plan.
     """
     job = jobs.resolve(
       self,
@@ -218,22 +219,22 @@ class SanaPipeline:
     plan = self.plan_memory(
       *counts, job.settings, size=job.size, num_encoded=job.num_encoded
     )
-    conditions = self._conditions(job, num_images_per_prompt, progress)
-    if plan.offload_text_encoder:
-      self._offload_text_encoder()
-    latents, known, control = self._begin(job, plan.decoding, progress)
-    latents = self.denoise(
-      latents,
-      job.schedule,
-      *conditions,
-      job.settings,
-      noise=job.noise,
-      known=known,
-      control=control,
-      progress=progress,
-      on_step=on_step,
-    )
-    images = self._decode(latents, plan.decoding, job.size, progress)
+    with out_of_memory.explained(plan, self.transformer):
+      conditions = self._conditions(job, num_images_per_prompt, progress)
+      self._offload_text_encoder(plan)
+      latents, known, control = self._begin(job, plan.decoding, progress)
+      latents = self.denoise(
+        latents,
+        job.schedule,
+        *conditions,
+        job.settings,
+        noise=job.noise,
+        known=known,
+        control=control,
+        progress=progress,
+        on_step=on_step,
+      )
+      images = self._decode(latents, plan.decoding, job.size, progress)
     if job.settings.composite_pixels:
       images = job.start.composite(images)
     return output.SanaOutput(np.asarray(images), np.asarray(latents))
@@ -397,9 +398,9 @@ class SanaPipeline:
     if size is None:
       size = sizes.ImageSize(*(factor * n for n in grid), *grid, factor)
     plan = memory_lib.plan_decoding(self, latents.shape[0], size)
-    if plan.offload_text_encoder:
-      self._offload_text_encoder()
-    return self._decode(latents, plan.decoding, size, progress)
+    self._offload_text_encoder(plan)
+    with out_of_memory.explained(plan, self.transformer):
+      return self._decode(latents, plan.decoding, size, progress)
 
   def plan_memory(
     self,
@@ -430,10 +431,11 @@ class SanaPipeline:
       num_encoded=num_encoded,
     )
 
-  def _offload_text_encoder(self) -> None:
-    """Moves the text encoder to the host, from where `run` fetches it."""
-    self.text_encoder = jax.device_get(self.text_encoder)
-    self._encodings.encoder_moved(self.text_encoder)
+  def _offload_text_encoder(self, plan: memory_lib.Plan) -> None:
+    """Moves it to the host, from where `run` fetches it, if that is planned."""
+    if plan.offload_text_encoder:
+      self.text_encoder = jax.device_get(self.text_encoder)
+      self._encodings.encoder_moved(self.text_encoder)
 
   def _decode(self, latents, how, size, progress):
     images = decoding.decode(

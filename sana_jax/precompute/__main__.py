@@ -23,7 +23,7 @@ from typing import NoReturn
 import jax
 from absl import app, flags, logging
 
-from sana_jax import compilation_cache, storage
+from sana_jax import compilation_cache, devices, storage
 from sana_jax.data import cache
 from sana_jax.precompute import finalise, job, report, task
 
@@ -41,11 +41,7 @@ _CHECK = flags.DEFINE_integer(
   "that was done; 0: none.",
 )
 _FEW = 8
-_CACHE = flags.DEFINE_string(
-  "compilation_cache_dir",
-  None,
-  "Keeps compiled programs; None: in the user's cache directory, empty: off.",
-)
+_CACHE = compilation_cache.define_flag()
 
 
 def main(argv: list[str]) -> int:
@@ -56,6 +52,7 @@ def main(argv: list[str]) -> int:
   warnings.showwarning = _log_warning
   compilation_cache.enable(_CACHE.value, os.environ)
   try:
+    devices.check()
     return run(started)
   except (ValueError, OSError, FloatingPointError) as error:
     _fail(_text(error))

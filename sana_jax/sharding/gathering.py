@@ -30,7 +30,12 @@ def gather_shards(shard: Array, axis_name: str, dim: int) -> Array:
 
 
 def _in_two_steps(shard: Array, axis_name: str) -> Array:
-  """Gathers from neighbours, then from devices that are farther apart."""
+  """Gathers from neighbours, then from devices that are farther apart.
+
+  Of a prime number of devices, the first step takes all and the second none:
+  the result is right, and sums may be written whole, as the module says. Slices
+  of TPUs have 1, 4, 8 or more chips: such a number is a part of one.
+  """
   count = jax.lax.axis_size(axis_name)
   outer = _near_root(count)
   inner = count // outer

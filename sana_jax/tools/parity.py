@@ -40,6 +40,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
+from sana_jax import devices
 from sana_jax.models import sana
 from sana_jax.tools import activations
 from sana_jax.weights import components, files
@@ -228,6 +229,7 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str]) -> int:
   args = make_parser().parse_args(argv)
   try:
+    devices.check()
     return _main(args)
   except (OSError, ValueError) as error:
     sys.stderr.write(f"parity: {error}\n")

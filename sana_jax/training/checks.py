@@ -39,27 +39,37 @@ def check_batch(
 
 
 def check_length(
-  config: config_lib.TrainConfig,
-  workdir: epath.Path,
-  *,
-  latest: int | None,
-  profile_steps: tuple[int, int] | None,
+  config: config_lib.TrainConfig, workdir: epath.Path, latest: int | None
 ) -> None:
-  """Checks what is to happen at which step; warns of what never will.
+  """Checks that the run goes as far as it has gone.
 
   Args:
     latest: step of the newest checkpoint.
 
   Raises:
-    ValueError: the run has gone further than it should.
+    ValueError: it has gone further than it should.
   """
-  first, last = (latest or 0) + 1, config.num_steps
-  if last < first - 1:
+  if latest is not None and config.num_steps < latest:
     raise ValueError(
-      f"num_steps ({last}) is less than what {workdir} has done: its newest "
-      f"checkpoint is of step {latest}. Raise num_steps, or use another "
-      "--workdir."
+      f"num_steps ({config.num_steps}) is less than what {workdir} has done: "
+      f"its newest checkpoint is of step {latest}. Raise num_steps, or use "
+      "another --workdir."
     )
+
+
+def warn_of_length(
+  config: config_lib.TrainConfig,
+  latest: int | None,
+  profile_steps: tuple[int, int] | None,
+) -> None:
+  """Warns, in the first process, of what will happen at no step.
+
+  Args:
+    latest: step of the newest checkpoint.
+  """
+  if jax.process_index() != 0:
+    return
+  first, last = (latest or 0) + 1, config.num_steps
   if config.optim.warmup_steps >= last:
     logging.warning(
       "optim.warmup_steps (%d) is not less than num_steps (%d): the learning "

@@ -19,7 +19,6 @@ from sana_jax import config as config_lib
 from sana_jax.training import (
   anomalies,
   budget,
-  checks,
   compilations,
   exporting,
   feeding,
@@ -28,17 +27,16 @@ from sana_jax.training import (
   out_of_memory,
   placement,
   preemption,
+  preparation,
   profiling,
   run_record,
   speed,
   suspects,
   wandb_sink,
 )
-from sana_jax.training import program as program_lib
 from sana_jax.training import recipe as recipe_lib
 from sana_jax.training import scalars as scalars_lib
 from sana_jax.training import step as step_lib
-from sana_jax.training import workdir as workdir_lib
 
 _KINDS = {
   "skipped": "loss, gradient or update is not finite, the step is skipped",
@@ -78,20 +76,19 @@ def train(
   Raises:
     ValueError: `workdir` has checkpoints of another config, or other data.
     OSError: a checkpoint could not be written.
-    MemoryError: the state, a step or the samples do not fit the devices.
+    MemoryError: the state, a step, the samples or the export do not fit the
+      devices.
     FloatingPointError: too many steps were bad; see `anomalies.py`.
   """
   config.freeze()
   workdir = epath.Path(workdir)
   # What cannot be is said before the directory is this run's.
-  plan = _prepare(config, workdir, recipe, options)
+  plan = preparation.prepare(config, workdir, recipe)
   workdir.mkdir(parents=True, exist_ok=True)
-  workdir_lib.claim(config, workdir, has_learned=plan.has_learned)
-  if recipe.ledger is not None:
-    recipe.ledger.begin(workdir, has_learned=plan.has_learned)
   with contextlib.ExitStack() as stack:
     if jax.process_index() == 0:
       stack.enter_context(run_record.logging_to(workdir / "run.log"))
+    preparation.take(config, workdir, recipe, plan, options.profile_steps)
     stop = stop or stack.enter_context(preemption.stop_request())
     try:
       run = _Run(config, workdir, recipe, plan, options, stop, stack)
@@ -104,48 +101,6 @@ def train(
       logging.error("%s", message)
       launch.leave(1)
     return run.state
-
-
-class _Plan(NamedTuple):
-  """What is known of a run before it begins.
-
-  Attributes:
-    read_initial: reads what the run begins with; None: nothing is to be read.
-    has_learned: whether there is a checkpoint to go on from.
-  """
-
-  mesh: jax.sharding.Mesh
-  program: program_lib.Program
-  read_initial: Callable[[], dict[str, Any]] | None
-  has_learned: bool
-
-
-def _prepare(
-  config: config_lib.TrainConfig,
-  workdir: epath.Path,
-  recipe: recipe_lib.Recipe,
-  options: Options,
-) -> _Plan:
-  """Checks all that can be checked without data and without devices' work."""
-  mesh = sharding.make_mesh(config.mesh)
-  checks.check_batch(config, mesh)
-  steps = checkpoint.saved_steps(workdir)
-  checks.check_length(
-    *(config, workdir),
-    latest=steps[-1] if steps else None,
-    profile_steps=options.profile_steps,
-  )
-  program = program_lib.make_program(
-    config,
-    init=recipe.init,
-    param_axes=recipe.param_axes,
-    loss_fn=recipe.loss_fn,
-    mesh=mesh,
-  )
-  read = None
-  if recipe.initial is not None and not steps:
-    read = recipe.initial(program.state.params)
-  return _Plan(mesh, program, read, bool(steps))
 
 
 class _Pending(NamedTuple):
@@ -262,7 +217,7 @@ class _Run:
         self._advance(batch)
         if self._watch.wants_rollback():
           self._roll_back()
-      if batch is None or self._checkpointer.reached_preemption(self._step):
+      if batch is None or self._stop.reached(self._step):
         self._save(always=True)
         logging.warning(
           "asked to stop: %s",
@@ -282,11 +237,16 @@ class _Run:
     export = self._recipe.export
     if export is None or self._step < self._config.num_steps:
       return
-    exporting.export(
-      *(export, (self.state.averaged, self._frozen), self._workdir),
-      step=self._step,
-      is_new=self._step > self._first_step,
+    explained = self._explained(
+      out_of_memory.EXPORT,
+      lambda: out_of_memory.of_samples(self._program.state, self._frozen),
     )
+    with explained:
+      exporting.export(
+        *(export, (self.state.averaged, self._frozen), self._workdir),
+        step=self._step,
+        is_new=self._step > self._first_step,
+      )
 
   def _advance(self, batch: Any) -> None:
     """Makes a step, and looks at the results of the one before."""

@@ -31,6 +31,10 @@ _NO_SAMPLES = """\
 none while training: --config.sample_every at least --config.num_steps,
      and sample.py --checkpoint=WORKDIR on another machine"""
 
+_EXPORT_LATER = """\
+nothing is lost, step {num_steps} is saved: the same command writes the
+     export on devices with more memory, or on more of them"""
+
 
 class What(NamedTuple):
   """What may run out of memory.
@@ -55,6 +59,10 @@ STATE = What(
 SAMPLES = What(
   "the state and samples beside it do",
   (_FEWER_PROMPTS, _NO_SAMPLES, _SMALLER_SHARE),
+)
+EXPORT = What(
+  "the state and the export beside it do",
+  (_EXPORT_LATER, _SMALLER_SHARE, _NOTHING_ELSE),
 )
 
 
@@ -113,6 +121,7 @@ def _now(
     }.get(config.remat, f"--config.remat=full, or {offload}"),
     "fsdp": mesh.shape.get("fsdp", 1),
     "ema_decay": config.ema_decay,
+    "num_steps": config.num_steps,
   }
 
 
@@ -131,7 +140,9 @@ def of_step(state: Any, frozen: Any, batch: Any) -> dict[str, int]:
 
 
 def of_samples(state: step_lib.TrainState, frozen: Any) -> dict[str, int]:
-  """Returns the bytes of a device that makes samples beside the state.
+  """Returns the bytes of a device that has the model beside the state.
+
+  Samples are made of it, and the export is.
 
   Where other processes hold a part of the model, this one gathers the whole on
   the host; the pipeline then has it on its device.
@@ -141,7 +152,7 @@ def of_samples(state: step_lib.TrainState, frozen: Any) -> dict[str, int]:
   whole = jax.tree.map(
     lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state.params
   )
-  parts["the model of the samples"] = budget.per_device_bytes(whole)
+  parts["the model beside it"] = budget.per_device_bytes(whole)
   return parts
 
 

@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterator
 
 import jax
+import orbax.checkpoint as ocp
 
 from sana_jax import termination
 
@@ -15,15 +16,30 @@ class InterruptedBySigtermError(Exception):
 class StopRequest:
   """Whether this process was asked to stop.
 
-  With several processes it never is: they must stop at the same step, and JAX's
-  preemption service (see `Checkpointer.reached_preemption`), which exists after
-  `jax.distributed.initialize` only, listens for SIGTERM itself.
+  Several must stop at the same step. JAX's preemption service, which exists
+  after `jax.distributed.initialize` only, listens for SIGTERM then, and has
+  all of them agree on the step after the last that one has reached. So steps
+  must count on from one run of a process to the next.
+
+  Attributes:
+    steps_before: what the runs before have counted to.
   """
 
   def __init__(self):
+    self.steps_before = 0
     self._is_set, self._may_break_off = False, False
 
   def is_set(self) -> bool:
+    return self._is_set
+
+  def reached(self, step: int) -> bool:
+    """Whether to stop after this step of the run; from then on it is set.
+
+    To be called by all processes, once a step, with 0 before the first.
+    """
+    if not self._is_set:
+      count = self.steps_before + step
+      self._is_set = bool(ocp.multihost.reached_preemption(count))
     return self._is_set
 
   def set(self) -> None:

@@ -44,6 +44,8 @@ def claim(
 ) -> None:
   """Writes config.json, or checks that the run there is this run.
 
+  The first process says what is otherwise than it was.
+
   Args:
     has_learned: whether there is a checkpoint. A run that ended before its
       first leaves nothing to protect: its directory is taken over.
@@ -52,51 +54,68 @@ def claim(
     ValueError: it is another; all differences are listed.
   """
   path = workdir / "config.json"
-  ours = _flatten(json.loads(config.to_json()))
-  if path.exists() and not has_learned:
+  is_there, warnings = path.exists(), []
+  if is_there and has_learned:
+    warnings = _compare(config, json.loads(path.read_text()), workdir)
+  if jax.process_index() != 0:
+    return
+  if is_there and not has_learned:
     logging.info(
       "%s has no checkpoint: whatever run began there, this one begins anew",
       workdir,
     )
-  elif path.exists():
-    # A run of an earlier version had what are the defaults of newer fields.
-    theirs = _flatten(json.loads(type(config)().to_json()))
-    theirs |= _flatten(json.loads(path.read_text()))
-    changed = [
-      name
-      for name in sorted(ours.keys() | theirs.keys())
-      if re.sub(r"\.\d+\.", ".*.", name) not in _MAY_CHANGE
-      and not name.startswith(("hardware.", "mesh."))
-      and ours.get(name) != theirs.get(name)
-    ]
-    differing = [
-      f"{name} ({theirs.get(name)} there, {ours.get(name)} here)"
-      for name in changed
-      if name not in _MAY_CHANGE_LEARNING
-    ]
-    if differing:
-      raise ValueError(
-        f"{workdir} holds a run with another config; differing: "
-        f"{', '.join(differing)}. Use another --workdir, or the same values."
-      )
-    for name in changed:
-      logging.warning(
-        "%s was %s, now %s: the run learns otherwise from here on",
-        *(name, theirs[name], ours[name]),
-      )
-    before = theirs["num_steps"]
-    if before != config.num_steps and config.optim.schedule == "cosine":
-      logging.warning(
-        "num_steps was %d, now %d: the learning rate jumps to the cosine that "
-        "ends there",
-        *(before, config.num_steps),
-      )
-  if jax.process_index() == 0:
-    # Renamed into place: neither another process nor a run that follows a
-    # killed one sees half a file.
-    partial = workdir / "config.json.partial"
-    partial.write_text(config.to_json())
-    partial.replace(path)
+  for warning in warnings:
+    logging.warning("%s", warning)
+  # Renamed into place: neither another process nor a run that follows a killed
+  # one sees half a file.
+  partial = workdir / "config.json.partial"
+  partial.write_text(config.to_json())
+  partial.replace(path)
+
+
+def _compare(
+  config: config_lib.TrainConfig, before: dict[str, Any], workdir: epath.Path
+) -> list[str]:
+  """Returns what to warn of in a run that began with another config.
+
+  Args:
+    before: that config.
+
+  Raises:
+    ValueError: it is another run; all differences are listed.
+  """
+  ours = _flatten(json.loads(config.to_json()))
+  # A run of an earlier version had what are the defaults of newer fields.
+  theirs = _flatten(json.loads(type(config)().to_json())) | _flatten(before)
+  changed = [
+    name
+    for name in sorted(ours.keys() | theirs.keys())
+    if re.sub(r"\.\d+\.", ".*.", name) not in _MAY_CHANGE
+    and not name.startswith(("hardware.", "mesh."))
+    and ours.get(name) != theirs.get(name)
+  ]
+  differing = [
+    f"{name} ({theirs.get(name)} there, {ours.get(name)} here)"
+    for name in changed
+    if name not in _MAY_CHANGE_LEARNING
+  ]
+  if differing:
+    raise ValueError(
+      f"{workdir} holds a run with another config; differing: "
+      f"{', '.join(differing)}. Use another --workdir, or the same values."
+    )
+  warnings = [
+    f"{name} was {theirs[name]}, now {ours[name]}: the run learns otherwise "
+    "from here on"
+    for name in changed
+  ]
+  steps = theirs["num_steps"]
+  if steps != config.num_steps and config.optim.schedule == "cosine":
+    warnings.append(
+      f"num_steps was {steps}, now {config.num_steps}: the learning rate jumps "
+      "to the cosine that ends there"
+    )
+  return warnings
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -109,18 +109,18 @@ def test_a_run_that_is_past_its_end_is_refused(tmp_path):
   ],
 )
 def test_steps_that_will_not_be_profiled_are_told(
-  tmp_path, warnings, steps, latest, message
+  warnings, steps, latest, message
 ):
   config = config_lib.TrainConfig(num_steps=10)
   config.optim.warmup_steps = 9
-  checks.check_length(config, tmp_path, latest=latest, profile_steps=steps)
+  checks.warn_of_length(config, latest, steps)
   assert len(warnings()) == (message is not None)
   assert message is None or message in warnings()[0]
 
 
-def test_a_warm_up_that_never_ends_is_told(tmp_path, warnings):
+def test_a_warm_up_that_never_ends_is_told(warnings):
   config = config_lib.TrainConfig(num_steps=10)
   config.optim.warmup_steps = 10
-  checks.check_length(config, tmp_path, latest=None, profile_steps=None)
+  checks.warn_of_length(config, None, None)
   (line,) = warnings()
   assert "optim.warmup_steps (10) is not less than num_steps (10)" in line

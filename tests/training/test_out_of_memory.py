@@ -104,8 +104,26 @@ def test_samples_that_do_not_fit_are_explained(tmp_path):
     loop.train(test_loop.make_config(), tmp_path, recipe)
   text = str(info.value)
   assert text.startswith("the state and samples beside it do not fit")
-  for part in ("the model of the samples", "sample_prompts", "sample_every"):
+  for part in ("the model beside it", "sample_prompts", "sample_every"):
     assert part in text
+
+
+def test_an_export_that_does_not_fit_is_explained_and_nothing_lost(tmp_path):
+  def export(params, frozen, path):
+    jax.block_until_ready(jax.jit(too_large)(params["line"].bias.sum()))
+
+  recipe = test_loop.make_recipe()
+  config = test_loop.make_config()
+  with pytest.raises(MemoryError) as info:
+    loop.train(config, tmp_path, recipe._replace(export=export))
+  text = str(info.value)
+  assert text.startswith("the state and the export beside it do not fit")
+  for part in ("the model beside it", "step 12 is saved", "mesh.fsdp"):
+    assert part in text
+  written = []
+  again = test_loop.make_recipe(written)
+  assert int(loop.train(config, tmp_path, again).step) == 12
+  assert written == [tmp_path / "export"]
 
 
 def test_what_xla_says_a_tpu_needs_gives_the_temporaries():

@@ -225,6 +225,22 @@ def test_a_global_batch_is_the_same_in_two_processes(tmp_path):
       assert written == (0 if number else len(batches_worker.MESHES))
 
 
+@pytest.mark.slow
+def test_steps_with_scattered_gradients_are_those_of_the_compiler():
+  """As on TPUs, of which CI compiles the program only."""
+  done = subprocess.run(
+    [sys.executable, "-m", "tests.training.scattering_worker"],
+    env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"},
+    cwd=pathlib.Path(__file__).parents[2],
+    capture_output=True,
+    text=True,
+    timeout=600,
+    check=False,
+  )
+  assert done.returncode == 0, done.stderr
+  assert done.stdout == "equal after 3 steps\n"
+
+
 @pytest.mark.parametrize(
   ("blocks", "expected"),
   [

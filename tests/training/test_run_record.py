@@ -4,8 +4,9 @@ import json
 import subprocess
 
 import jax
+import pytest
 
-from sana_jax.training import loop, run_record
+from sana_jax.training import checks, loop, run_record, workdir
 from tests.training import test_loop
 
 
@@ -42,6 +43,43 @@ def test_the_log_of_a_run_is_kept_over_its_starts(tmp_path, caplog):
   assert "step 2/4 50.0% loss " in shown[0]
   assert "step 8/8 100.0% loss" in shown[-1]
   assert any("resuming from step 4" in line for line in lines)
+
+
+def test_warnings_of_the_config_are_in_the_log(tmp_path, caplog):
+  """Once; where the run is refused, nothing is."""
+  config = test_loop.make_config(num_steps=2)
+  loop.train(config, tmp_path, test_loop.make_recipe())
+  config = test_loop.make_config(num_steps=4)
+  config.optim.peak_lr = 0.01
+  caplog.clear()
+  loop.train(config, tmp_path, test_loop.make_recipe())
+  log = (tmp_path / "run.log").read_text()
+  never, otherwise = [x for x in log.splitlines() if x.startswith("W")]
+  assert "optim.warmup_steps (2) is not less than num_steps (2)" in never
+  assert "optim.peak_lr was 0.05, now 0.01: the run learns oth" in otherwise
+  assert [x for x in caplog.records if x.getMessage() in otherwise]
+  config = test_loop.make_config(num_steps=4, seed=1)
+  with pytest.raises(ValueError, match="another config; differing: .*seed"):
+    loop.train(config, tmp_path, test_loop.make_recipe())
+  assert (tmp_path / "run.log").read_text() == log
+
+
+def test_other_processes_than_the_first_do_not_repeat_them(
+  tmp_path, caplog, monkeypatch
+):
+  caplog.set_level("INFO", logger="absl")
+  workdir.claim(test_loop.make_config(), tmp_path, has_learned=False)
+  described = (tmp_path / "config.json").read_text()
+  config = test_loop.make_config(num_steps=2)
+  config.optim.peak_lr = 0.01
+  for number in (1, 0):
+    monkeypatch.setattr(jax, "process_index", lambda number=number: number)
+    workdir.claim(config, tmp_path, has_learned=True)
+    checks.warn_of_length(config, None, None)
+    if number == 1:
+      assert not caplog.records
+      assert (tmp_path / "config.json").read_text() == described
+  assert len(caplog.records) == 2
 
 
 def test_a_log_that_cannot_be_written_does_not_end_the_run(

@@ -2,11 +2,17 @@
 
 import dataclasses
 import json
+import os
+import pathlib
 import signal
+import socket
+import subprocess
+import sys
 
 import jax
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 
 from configs import stages_sana_1600m
 from sana_jax import checkpoint, sharding
@@ -79,6 +85,16 @@ def assert_equal(found, expected):
     np.testing.assert_array_equal(a, b)
 
 
+def toy_config(stage):
+  """The toy run of the loop's tests stands for a stage."""
+  return test_loop.make_config(num_steps=stage.num_steps, log_every=1)
+
+
+def train_toy(config, workdir, stop):
+  recipe = test_loop.make_recipe()
+  return loop.train(toy_config(config), workdir, recipe, stop=stop)
+
+
 def ending(calls, **steps):
   """A way to train that notes what it is given, and ends at these steps."""
 
@@ -117,7 +133,6 @@ def test_a_stage_that_is_stopped_or_made_longer_is_trained(tmp_path):
 
 
 def test_asked_to_stop_while_a_stage_exports_no_other_begins(tmp_path, caplog):
-  """The toy run of the loop's tests stands for every stage."""
   begun = []
 
   def train(config, workdir, stop):
@@ -125,8 +140,7 @@ def test_asked_to_stop_while_a_stage_exports_no_other_begins(tmp_path, caplog):
     recipe = test_loop.make_recipe()._replace(
       export=lambda *_: test_preemption.ask_to_stop()
     )
-    toy = test_loop.make_config(num_steps=config.num_steps)
-    return loop.train(toy, workdir, recipe, stop=stop)
+    return loop.train(toy_config(config), workdir, recipe, stop=stop)
 
   before = signal.getsignal(signal.SIGTERM)
   stages.train(make_config(), tmp_path, train)
@@ -136,6 +150,76 @@ def test_asked_to_stop_while_a_stage_exports_no_other_begins(tmp_path, caplog):
   assert signal.getsignal(signal.SIGTERM) == before
   stages.train(make_config(), tmp_path, train)
   assert begun == ["small", "large"]
+
+
+def test_the_preemption_service_hears_of_every_step_once_and_in_order(
+  tmp_path, monkeypatch
+):
+  """Else several processes might agree on a step that never comes."""
+  heard = []
+  monkeypatch.setattr(
+    *(multihost_utils, "reached_preemption_sync_point"),
+    lambda step: heard.append(step),
+  )
+  stages.train(make_config(), tmp_path, train_toy)
+  # Before a stage, and after each of its 2 or 4 steps.
+  assert heard == list(range(3 + 5))
+  stages.train(make_config(), tmp_path, train_toy)
+  assert heard == list(range(8))
+
+
+def test_what_the_processes_agreed_on_is_not_forgotten_with_the_step(
+  tmp_path, monkeypatch
+):
+  """It may be the last of a stage."""
+  monkeypatch.setattr(
+    *(multihost_utils, "reached_preemption_sync_point"), lambda step: step == 2
+  )
+  stages.train(make_config(), tmp_path, train_toy)
+  assert (tmp_path / "small" / "finished.json").exists()
+  assert not (tmp_path / "large").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("when", ["step", "export"])
+def test_of_two_processes_one_is_asked_to_stop_as_a_stage_ends(tmp_path, when):
+  """No other begins, both end well, and a restart ends as if undisturbed."""
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    port = free.getsockname()[1]
+  flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+  stopped = tmp_path / "stopped"
+  pair = [
+    subprocess.Popen(
+      [
+        *(sys.executable, "-m", "tests.training.stages_worker"),
+        *(str(process), str(port), str(stopped), when),
+      ],
+      env=os.environ | flags,
+      cwd=pathlib.Path(__file__).parents[2],
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      text=True,
+    )
+    for process in range(2)
+  ]
+  for process in pair:
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, output
+    assert "asked to stop: stage large (2 of 2) is not begun" in output
+  assert (stopped / "small" / "finished.json").exists()
+  assert not (stopped / "large").exists()
+  for directory in (stopped, tmp_path / "whole"):
+    stages.train(make_config(), directory, train_toy)
+  for stage, steps in (("small", [1, 2]), ("large", [1, 2, 3, 4])):
+    ours, theirs = (
+      [json.loads(row) for row in (directory / stage / "metrics.jsonl").open()]
+      for directory in (stopped, tmp_path / "whole")
+    )
+    assert [row["step"] for row in ours] == steps
+    # Sums over devices are taken in another order in two processes.
+    for a, b in zip(ours, theirs, strict=True):
+      np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-6)
 
 
 @pytest.mark.long

@@ -1,0 +1,109 @@
+"""A stage that does not fit, against its plan, says so and what would help."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from absl import flags
+
+import sample  # noqa: F401 (defines its flags)
+from sana_jax.models import tiling
+from sana_jax.pipeline import decoding, execution, memory, out_of_memory
+from tests import tiny
+
+GIB = 2**30
+
+
+def too_large(x):
+  # Sorted, so that it must be stored: 2^50 bytes.
+  return jnp.sort(jnp.arange(2**48, dtype=jnp.float32) * jnp.sum(x))[0]
+
+
+def test_a_stage_names_itself_and_other_errors_stay_what_they_are():
+  executor = execution.Executor(jax.devices()[:1])
+
+  def run(function):
+    shared, batched = {}, {"x": jnp.ones(2)}
+    return executor.run(
+      "transformer", function, shared=shared, batched=batched, static={}
+    )
+
+  with pytest.raises(
+    execution.StageMemoryError,
+    match="in the transformer. XLA: RESOURCE_EXHAUSTED",
+  ):
+    run(lambda x: x + too_large(x))
+
+  def wrong(x):
+    raise jax.errors.JaxRuntimeError("INTERNAL: wrong")
+
+  with pytest.raises(jax.errors.JaxRuntimeError, match="^INTERNAL: wrong"):
+    run(wrong)
+
+
+def test_a_call_says_what_was_planned(tmp_path, monkeypatch):
+  tiny.make_tokenizer(tmp_path)
+  pipe = tiny.make_pipeline(tmp_path, devices=jax.devices()[:1])
+
+  def hungry(*, autoencoder, latents, **static):
+    return jnp.zeros((len(latents), 4, 4, 3)) + too_large(latents)
+
+  monkeypatch.setattr(decoding, "decode_whole", hungry)
+  with pytest.raises(out_of_memory.OutOfMemoryError) as info:
+    pipe("a", num_inference_steps=1)
+  need = info.value.plan.needs["decoder"]
+  lines = str(info.value).splitlines()
+  assert lines[0].startswith("Out of device memory in the decoder, against")
+  assert "whole images" in lines[1]
+  assert f"  {need.total / GIB:8.2f}  in all" in lines
+  assert lines[-1].startswith("XLA: RESOURCE_EXHAUSTED")
+
+
+def error_of(stage="decoder", *, is_half=False, tiles=None, offload=False):
+  plan = memory.Plan(
+    decoding=decoding.Decoding(tiles),
+    offload_text_encoder=offload,
+    needs={stage: memory.Need(3 * GIB, GIB // 2)},
+    available=4 * GIB,
+    reason="1024x1024: as it was.",
+    notable=False,
+  )
+  found = execution.StageMemoryError(stage, "RESOURCE_EXHAUSTED: x\npages")
+  return out_of_memory.OutOfMemoryError(found, plan, is_half=is_half)
+
+
+def test_the_prediction_is_a_table():
+  lines = error_of().text().splitlines()
+  assert lines[3:7] == [
+    "      3.00  weights",
+    "      0.50  to work with",
+    "      3.50  in all",
+    "      4.00  was available",
+  ]
+  assert "pages" not in lines[-1]
+
+
+@pytest.mark.parametrize(
+  ("changes", "offered", "not_offered"),
+  [
+    ({}, ["--vae_tile=512", "--dtype", "--offload_text_encoder"], []),
+    ({"tiles": tiling.square(512)}, ["--vae_tile=256"], []),
+    ({"stage": "transformer"}, ["--batch_size", "--height"], ["vae_tile"]),
+    ({"is_half": True, "offload": True}, [], ["--dtype", "--offload"]),
+  ],
+)
+def test_what_is_turned_already_is_not_offered(changes, offered, not_offered):
+  text = error_of(**changes).text(flags=True)
+  assert all(option in text for option in offered)
+  assert not any(option in text for option in not_offered)
+
+
+def test_flags_and_options_that_are_named_exist():
+  named = re.findall(r"--(\w+)", error_of().text(flags=True))
+  assert len(named) == 6
+  assert set(named) <= set(flags.FLAGS)
+  text = str(error_of())
+  assert "--" not in text
+  options = set(re.findall(r": (\w+)=", text))
+  assert options == {"tiling", "memory", "dtype"}
