@@ -218,6 +218,7 @@ def run(started: float) -> int:
   )
   if again is not None:
     items = [metadata.request_again(pipe, _REPRODUCE.value, again)]
+    metadata.prescribe_text_length(pipe, again)
     if not _is_given("vae_tile"):
       decodings.prescribe(pipe, again)
     for difference in [

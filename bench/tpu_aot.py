@@ -56,7 +56,9 @@ def _one_block(config: config_lib.SanaConfig) -> config_lib.SanaConfig:
   return dataclasses.replace(config, num_layers=1)
 
 
-def _transformer(config: config_lib.SanaConfig, pixels: int, batch: int):
+def _transformer(
+  config: config_lib.SanaConfig, pixels: int, batch: int, length: int
+):
   """Returns an abstract model of one block, and its arguments."""
   model = jax.eval_shape(
     lambda: sana.SanaTransformer.from_config(
@@ -66,7 +68,7 @@ def _transformer(config: config_lib.SanaConfig, pixels: int, batch: int):
       rngs=nnx.Rngs(0),
     )
   )
-  side, length = pixels // 32, workloads.TEXT_LENGTH
+  side = pixels // 32
   return (
     model,
     _array(batch, side, side, config.in_channels, dtype=jnp.float32),
@@ -76,14 +78,19 @@ def _transformer(config: config_lib.SanaConfig, pixels: int, batch: int):
   )
 
 
-def _sample_block(config: Callable, pixels: int, batch: int = 2) -> Row:
+def _sample_block(
+  config: Callable,
+  pixels: int,
+  batch: int = 2,
+  length: int = workloads.TEXT_LENGTH,
+) -> Row:
   def make():
     return (
       lambda model, *args: model(*args),
-      _transformer(config(), pixels, batch),
+      _transformer(config(), pixels, batch, length),
     )
 
-  return Row(make, batch * _forward(config(), pixels))
+  return Row(make, batch * _forward(config(), pixels, length))
 
 
 def _train_block(config: Callable, pixels: int, batch: int = 2) -> Row:
@@ -91,13 +98,17 @@ def _train_block(config: Callable, pixels: int, batch: int = 2) -> Row:
     def step(model, *args):
       return jax.value_and_grad(lambda model: (model(*args) ** 2).mean())(model)
 
-    return step, _transformer(config(), pixels, batch)
+    return step, _transformer(config(), pixels, batch, workloads.TEXT_LENGTH)
 
   return Row(make, batch * flops.training(_forward(config(), pixels)))
 
 
-def _forward(config: config_lib.SanaConfig, pixels: int) -> int:
-  return flops.forward(_one_block(config), pixels, pixels)
+def _forward(
+  config: config_lib.SanaConfig,
+  pixels: int,
+  length: int = workloads.TEXT_LENGTH,
+) -> int:
+  return flops.forward(_one_block(config), pixels, pixels, text_length=length)
 
 
 def _decode(pixels: int) -> Row:
@@ -162,6 +173,7 @@ ROWS = {
   "block_600m_1024": _sample_block(_600M, 1024),
   "block_1600m_512": _sample_block(_1600M, 512),
   "block_1600m_1024": _sample_block(_1600M, 1024),
+  "block_1600m_1024_text64": _sample_block(_1600M, 1024, length=64),
   "block_1600m_4096": _sample_block(_1600M, 4096),
   "train_block_600m_1024": _train_block(_600M, 1024),
   "train_block_1600m_1024": _train_block(_1600M, 1024),

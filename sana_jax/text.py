@@ -222,18 +222,46 @@ def tokenize_prompts(
     ValueError: no prompts, something that is not a string, or an instruction
       that is one string.
   """
+  texts, instructing = _instructed(
+    tokenizer, prompts, complex_human_instruction, lowercase
+  )
+  return tokenizer.encode(texts, instructing + max_sequence_length, warn=warn)
+
+
+def prompt_lengths(
+  tokenizer: Tokenizer,
+  prompts: Sequence[str],
+  *,
+  complex_human_instruction: Sequence[str] | None = None,
+  lowercase: bool = True,
+) -> list[int]:
+  """Returns the `max_sequence_length` that each prompt needs to be kept whole.
+
+  See `tokenize_prompts` for the arguments and what it raises.
+  """
+  texts, instructing = _instructed(
+    tokenizer, prompts, complex_human_instruction, lowercase
+  )
+  return [len(tokenizer.tokenize(text)) - instructing for text in texts]
+
+
+def _instructed(
+  tokenizer: Tokenizer,
+  prompts: Sequence[str],
+  instruction: Sequence[str] | None,
+  lowercase: bool,
+) -> tuple[list[str], int]:
+  """Prepares prompts; says how many tokens the instruction takes of each."""
   _check_texts(prompts)
-  if isinstance(complex_human_instruction, str):
+  if isinstance(instruction, str):
     raise ValueError(
       "complex_human_instruction must be a list of lines, got one string."
     )
   texts = [prepare(prompt, lowercase=lowercase) for prompt in prompts]
-  length = max_sequence_length
-  if complex_human_instruction:
-    instruction = "\n".join(complex_human_instruction)
-    texts = [instruction + text for text in texts]
-    length += len(tokenizer.tokenize(instruction)) - 2
-  return tokenizer.encode(texts, length, warn=warn)
+  if not instruction:
+    return texts, 0
+  lines = "\n".join(instruction)
+  return [lines + text for text in texts], len(tokenizer.tokenize(lines)) - 2
 
 
 def instruction_ids(

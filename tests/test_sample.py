@@ -479,6 +479,37 @@ def test_an_image_of_a_larger_batch_is_made_again_within_one_level(
   assert np.abs(ours - theirs).max() <= 1
 
 
+def test_an_image_made_beside_a_longer_prompt_is_made_again(run, tmp_path):
+  prompts = tmp_path / "prompts.jsonl"
+  lines = [
+    {"prompt": prompt, "max_sequence_length": 80}
+    for prompt in ("a cat", "dogs and 1 mouse " * 9)
+  ]
+  prompts.write_text("\n".join(map(json.dumps, lines)))
+  out = run(prompt_file=str(prompts), batch_size=2)
+  path = out / "0000-a-cat.png"
+  run(reproduce=str(path), output_dir=str(tmp_path / "again"))
+  copy = tmp_path / "again" / "0000-a-cat.png"
+  for image in (path, copy):
+    # Left to itself, it would be made with 64.
+    assert json.loads(picture(image).text["sana_jax"])["text_length"] == 80
+  ours, theirs = (np.asarray(picture(p), np.int64) for p in (path, copy))
+  # Batches of two and of one.
+  assert np.abs(ours - theirs).max() <= 1
+
+
+@pytest.mark.parametrize("length", [0, -1, "64", 64.0, True])
+def test_an_image_with_an_impossible_text_length_is_refused(
+  run, capsys, tmp_path, length
+):
+  path = run(prompt=["a cat"], batch_size=1) / "0000-a-cat.png"
+  described = json.loads(picture(path).text["sana_jax"])
+  described["text_length"] = length
+  save_described(path, tmp_path / "a.png", described)
+  message = failure(run, capsys, reproduce=str(tmp_path / "a.png"))
+  assert f"text_length is {length!r}" in message
+
+
 def test_an_image_made_again_otherwise_warns(run, tmp_path, caplog):
   out = run(prompt=["a cat"], batch_size=1)
   original = picture(out / "0000-a-cat.png")

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -282,3 +283,23 @@ def test_an_instruction_is_identified_by_its_lines():
   assert found == hashlib.sha256(b"one\ntwo").hexdigest()
   assert text.instruction_sha256(None) is None
   assert text.instruction_sha256([]) is None
+
+
+@pytest.mark.parametrize("instruction", [("Describe", "the picture: "), None])
+def test_a_prompt_needs_as_many_tokens_as_lose_nothing(tokenizer, instruction):
+  prompts = [" A Cat ", "a green table", "zebra", "ünïcode " * 5]
+  needed = text.prompt_lengths(
+    tokenizer, prompts, complex_human_instruction=instruction
+  )
+  for prompt, length in zip(prompts, needed, strict=True):
+    arguments = {"complex_human_instruction": instruction}
+    with warnings.catch_warnings():
+      warnings.simplefilter("error")
+      _, mask = text.tokenize_prompts(
+        tokenizer, [prompt], max_sequence_length=length, **arguments
+      )
+    assert mask.all()
+    with pytest.warns(UserWarning, match="dropped"):
+      text.tokenize_prompts(
+        tokenizer, [prompt], max_sequence_length=length - 1, **arguments
+      )

@@ -70,6 +70,7 @@ class Maker:
     """
     description = self._describe(request)
     output = self._run(request, post)
+    description[metadata.TEXT_LENGTH] = output.text_length
     pngs = []
     for number, pixels in enumerate(output.images, request.image_index):
       chunks = metadata.png_chunks(
@@ -98,6 +99,7 @@ class Maker:
           "the first image took %.1f s, compilation included",
           time.monotonic() - started,
         )
+        self._warm_up_longer_texts(post)
       latents = np.concatenate([out.latents for out in outputs])
       if preview_lib.enough(latents):
         break
@@ -110,6 +112,15 @@ class Maker:
       100 * self._preview.explained,
       len(outputs),
     )
+
+  def _warm_up_longer_texts(self, post: PostFn) -> None:
+    """Compiles what prompts need that are too long for a `text_length`."""
+    most = self._pipe.generation_config.max_sequence_length
+    for length in self._pipe.text_lengths:
+      if length < most:
+        # A token a word, and one that begins every text.
+        prompt = " ".join(["a"] * length)
+        self._run(requests.GenerationRequest(prompt=prompt, seed=0), post)
 
   def _run(
     self, request: requests.GenerationRequest, post: PostFn

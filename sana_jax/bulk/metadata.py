@@ -12,6 +12,8 @@ from etils import epath
 from sana_jax import pipeline as pipeline_lib
 from sana_jax.bulk import fields, plan, requests
 
+# See `SanaOutput.text_length`.
+TEXT_LENGTH = "text_length"
 # Another one of these may make another image.
 _COMPARED = {
   "checkpoint_sha256": "--checkpoint gives another model",
@@ -56,8 +58,8 @@ def describe_image(
   """Collects everything that an image is made from, as JSON values.
 
   Args:
-    details: those of `describe_run`, and the batch_size that the image was
-      made in, which may change the last bit.
+    details: those of `describe_run`, and the batch_size and text_length that
+      the image was made in, which may change the last bit.
   """
   return {
     "prompt": image.prompt,
@@ -152,6 +154,23 @@ def request_again(
     if name in description
   }
   return requests.Reader().make(path, 1, record | settings)
+
+
+def prescribe_text_length(
+  pipe: pipeline_lib.SanaPipeline, description: Mapping[str, Any]
+) -> None:
+  """Has a pipeline pad texts as those of a described image were padded.
+
+  Raises:
+    ValueError: the description says what cannot be.
+  """
+  # Images that do not say it are older than the choice.
+  length = description.get(TEXT_LENGTH)
+  if length is not None and (type(length) is not int or length < 1):
+    raise ValueError(
+      f"{TEXT_LENGTH} is {length!r}; expected a positive whole number."
+    )
+  pipe.text_lengths = () if length is None else (length,)
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:

@@ -111,8 +111,12 @@ class Runner:
       **loaded.arrays,
       **images[0].settings,
     )
+    alike = {
+      "batch_size": batch.size,
+      metadata.TEXT_LENGTH: output.text_length,
+    }
     return [
-      Made(image, pixels, {**digests, **how, "batch_size": batch.size})
+      Made(image, pixels, {**digests, **how, **alike})
       for image, pixels, digests in zip(
         images, output.images, loaded.digests, strict=False
       )
@@ -151,6 +155,7 @@ class Runner:
         **loaded.digests[0],
         **how,
         "batch_size": selection.count,
+        metadata.TEXT_LENGTH: best.output.text_length,
         "score": float(best.scores.max()),
       },
     )

@@ -67,7 +67,7 @@ def best_of(
   negatives = checks.negative_prompt_list(
     negative_prompt, len(prompts), is_sprint=pipe.is_sprint
   )
-  chosen, numbers, all_scores = [], [], []
+  chosen, numbers, all_scores, lengths = [], [], [], []
   for i, prompt in enumerate(prompts):
     first = image_index + i * n
     output = pipe(
@@ -81,10 +81,13 @@ def best_of(
     best = int(np.argmax(scores))
     chosen.append((output.images[best], output.latents[best]))
     numbers.append(first + best)
+    lengths.append(output.text_length)
     all_scores.append(scores)
   columns = (np.stack(column) for column in zip(*chosen, strict=True))
   return Best(
-    output_lib.SanaOutput(*columns), np.array(numbers), np.stack(all_scores)
+    output_lib.SanaOutput(*columns, text_length=max(lengths)),
+    np.array(numbers),
+    np.stack(all_scores),
   )
 
 

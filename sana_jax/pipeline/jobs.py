@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float
 
+from sana_jax import text
 from sana_jax.diffusion import schedules
 from sana_jax.pipeline import (
   checks,
@@ -22,11 +23,17 @@ if TYPE_CHECKING:
 
 
 class Job(NamedTuple):
-  """The arguments of a call, resolved."""
+  """The arguments of a call, resolved.
+
+  Attributes:
+    text_length: in the place of `max_sequence_length`: the padding that no
+      prompt of the call needs is left out.
+  """
 
   settings: options.GenerationConfig
   prompts: list[str]
   negatives: list[str]
+  text_length: int
   size: sizes.ImageSize
   start: starts.Start
   control: Float[np.ndarray, "n height width 3"] | None
@@ -121,10 +128,37 @@ def resolve(
     settings,
     prompts,
     negatives,
+    _text_length(pipe, settings, prompts, negatives),
     size,
     start,
     starts.read_picture(control_image, size, count, name="control_image"),
     schedule,
     latents,
     noise,
+  )
+
+
+def _text_length(
+  pipe: "SanaPipeline",
+  settings: options.GenerationConfig,
+  prompts: Sequence[str],
+  negatives: Sequence[str],
+) -> int:
+  """Picks the fewest tokens that hold the longest text of a call.
+
+  What is masked has no influence, so the images are the same up to rounding.
+  """
+  needed = text.prompt_lengths(
+    pipe.tokenizer,
+    prompts,
+    complex_human_instruction=settings.complex_human_instruction,
+    lowercase=settings.lowercase,
+  )
+  if options.is_guided(settings, is_sprint=pipe.is_sprint):
+    needed += text.prompt_lengths(
+      pipe.tokenizer, negatives, lowercase=settings.lowercase
+    )
+  most = settings.max_sequence_length
+  return min(
+    (n for n in pipe.text_lengths if max(needed) <= n < most), default=most
   )

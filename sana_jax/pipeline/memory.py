@@ -165,7 +165,7 @@ def plan_call(
     complex_human_instruction=settings.complex_human_instruction,
     max_sequence_length=settings.max_sequence_length,
   )
-  guided = settings.guidance_scale > 1 and not pipeline.is_sprint
+  guided = options.is_guided(settings, is_sprint=pipeline.is_sprint)
   perturbed = settings.pag_scale > 0
   work = footprint.Work(
     prompts=num_prompts,

@@ -176,6 +176,11 @@ def _check_interval(interval: Any) -> None:
     )
 
 
+def is_guided(settings: GenerationConfig, *, is_sprint: bool) -> bool:
+  """Says whether a negative prompt is read, for classifier-free guidance."""
+  return settings.guidance_scale > 1 and not is_sprint
+
+
 def pag_layers(settings: GenerationConfig, num_layers: int) -> tuple[int, ...]:
   """Returns the blocks that perturbed-attention guidance perturbs.
 

@@ -7,7 +7,6 @@ from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from etils import epath
 from jaxtyping import Array, ArrayLike, Float
 
@@ -58,6 +57,8 @@ class SanaPipeline:
     devices: None: all devices of this process.
     prompt_batch_size: encodes so many prompts at a time, filled up, so that
       what one gives does not depend on the others; None: all new ones at once.
+    text_lengths: texts of a call that fit into so many tokens are padded to
+      these, not to `max_sequence_length`, for less work; none: always to that.
   """
 
   tokenizer: text.Tokenizer
@@ -77,6 +78,7 @@ class SanaPipeline:
   memory: memory_lib.Policy = memory_lib.Policy()
   devices: Sequence[jax.Device] | None = None
   prompt_batch_size: int | None = None
+  text_lengths: Sequence[int] = (64, 128)
 
   def __post_init__(self):
     checks.check_components(
@@ -237,7 +239,7 @@ class SanaPipeline:
       images = self._decode(latents, plan.decoding, job.size, progress)
     if job.settings.composite_pixels:
       images = job.start.composite(images)
-    return output.SanaOutput(np.asarray(images), np.asarray(latents))
+    return output.fetch(images, latents, job.text_length)
 
   def encode_prompt(
     self,
@@ -453,11 +455,14 @@ class SanaPipeline:
 
   def _conditions(self, job: jobs.Job, num_images_per_prompt: int, progress):
     """Encodes the prompts, and what to stay away from; a row an image."""
-    condition = self.encode_prompt(job.prompts, job.settings, progress=progress)
+    settings = dataclasses.replace(
+      job.settings, max_sequence_length=job.text_length
+    )
+    condition = self.encode_prompt(job.prompts, settings, progress=progress)
     null_condition = None
-    if job.settings.guidance_scale > 1 and not self.is_sprint:
+    if options.is_guided(settings, is_sprint=self.is_sprint):
       null_condition = self.encode_negative_prompt(
-        job.negatives, condition, job.settings, progress=progress
+        job.negatives, condition, settings, progress=progress
       )
     return jax.tree.map(
       lambda a: jnp.repeat(a, num_images_per_prompt, axis=0),

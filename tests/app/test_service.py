@@ -274,7 +274,10 @@ def test_closing_at_once_tells_everyone(pipe, gate):
     assert list(job.updates())[-1].stage == "failed"
 
 
-def test_a_warm_up_gives_previews_and_saves_the_first_one_the_compiling(pipe):
+def test_a_warm_up_gives_previews_and_saves_the_first_one_the_compiling(
+  pipe, monkeypatch
+):
+  monkeypatch.setattr(pipe, "text_lengths", (6,))
   service = Service(pipe, warm_up=True)
   assert service.ready.wait(SECONDS)
   job = service.submit(ask())
@@ -284,6 +287,9 @@ def test_a_warm_up_gives_previews_and_saves_the_first_one_the_compiling(pipe):
   assert shown[-1].shape == (64, 64, 3)
   assert shown[-1].dtype == np.uint8
   assert np.any(shown[0] != shown[-1])
+  longer = list(service.submit(ask(prompt="a " * 6)).updates())
+  assert longer[-1].stage == "done"
+  assert not any(update.compiling for update in longer)
   assert service.close()
 
 

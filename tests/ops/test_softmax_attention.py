@@ -1,7 +1,13 @@
+import functools
+
+import jax
 import jax.numpy as jnp
+import jax.test_util
 import numpy as np
+import pytest
 
 from sana_jax.ops import attention as attention_op
+from sana_jax.ops.attention import cudnn, xla
 
 
 def _attend(q, k, v, *, mask=None, **options):
@@ -75,3 +81,118 @@ def test_the_soft_cap_bounds_the_logits_but_keeps_small_ones(rng):
 def test_softmax_attention_returns_the_dtype_of_the_values(rng):
   q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in _inputs(rng))
   assert _attend(q, k, v).dtype == jnp.bfloat16
+
+
+def _masked(rng):
+  """Returns a mask with a row that keeps nothing."""
+  mask = rng.random((2, 1, 5)) < 0.6
+  mask[0, 0], mask[1, 0, 0] = False, True
+  return jnp.asarray(mask)
+
+
+def test_softmax_attention_is_differentiated_both_ways_twice(rng):
+  q, k, v = map(jnp.asarray, _inputs(rng))
+  attend = functools.partial(attention_op.softmax_attention, mask=_masked(rng))
+  jax.test_util.check_grads(
+    attend, (q, k, v), order=2, modes=("fwd", "rev"), atol=2e-2, rtol=2e-2
+  )
+
+
+@pytest.fixture
+def library(monkeypatch):
+  """Puts XLA's form in the place of cuDNN, differentiable once, in reverse."""
+  calls = []
+
+  @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+  def attend(q, k, v, mask, scale):
+    calls.append(q.shape)
+    return xla.attend(q, k, v, mask=mask, scale=scale, softcap=None)
+
+  def refuse(*args):
+    raise AssertionError("the library's own rule is used")
+
+  attend.defvjp(refuse, refuse)
+  monkeypatch.setattr(cudnn, "unsupported", lambda *_, **__: None)
+  monkeypatch.setattr(
+    cudnn, "attend", lambda q, k, v, mask, scale: attend(q, k, v, mask, scale)
+  )
+  return calls
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_library_without_forward_rules_is_differentiated_by_xla(
+  rng, library, masked
+):
+  args = tuple(map(jnp.asarray, _inputs(rng)))
+  tangents = tuple(map(jnp.asarray, _inputs(rng)))
+  mask = _masked(rng) if masked else None
+
+  def second_order(implementation):
+    def loss(q, k, v):
+      # Twice, under what blocks are run with.
+      def layer(q, _):
+        return attention_op.softmax_attention(
+          q, k, v, mask=mask, implementation=implementation
+        ), None
+
+      q, _ = jax.lax.scan(jax.checkpoint(layer), q, length=2)
+      return (q**2).sum()
+
+    gradient = jax.grad(loss, argnums=(0, 1, 2))
+    return jax.jit(lambda a, t: jax.jvp(gradient, a, t))(args, tangents)
+
+  found = second_order("cudnn")
+  assert library
+  jax.tree.map(
+    # float32, sums in another order
+    functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4),
+    found,
+    second_order("xla"),
+  )
+
+
+def test_a_library_works_under_vmap(rng, library):
+  q, k, v = (jnp.asarray(x)[:, None] for x in _inputs(rng))
+  attend = functools.partial(
+    attention_op.softmax_attention, implementation="cudnn"
+  )
+  out = jax.vmap(attend)(q, k, v)
+  expected = _attend(q[:, 0], k[:, 0], v[:, 0])
+  np.testing.assert_allclose(out[:, 0], expected, rtol=1e-6, atol=1e-6)
+  assert library
+
+
+@pytest.mark.parametrize(
+  ("dtype", "options", "message"),
+  [
+    ("float32", {}, "must be bfloat16, got float32, float32, float32"),
+    ("bfloat16", {"softcap": 50.0}, "no soft-cap, got 50.0"),
+    ("bfloat16", {}, "it needs a GPU, and JAX runs on cpu here"),
+  ],
+)
+def test_cudnn_says_what_it_cannot_do(rng, dtype, options, message):
+  if jax.default_backend() != "cpu":
+    pytest.skip("there is more than a CPU")
+  args = (jnp.asarray(x, dtype) for x in _inputs(rng))
+  with pytest.raises(NotImplementedError, match=message):
+    attention_op.softmax_attention(*args, implementation="cudnn", **options)
+
+
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
+@pytest.mark.parametrize("head_dim", [72, 112])
+def test_cudnn_agrees_with_xla(rng, head_dim):
+  q = jnp.asarray(rng.normal(size=(2, 64, 4, head_dim)), jnp.bfloat16)
+  k, v = jnp.asarray(rng.normal(size=(2, 2, 30, 4, head_dim)), jnp.bfloat16)
+  mask = jnp.arange(30) < jnp.array([[[0]], [[17]]])
+  ours = attention_op.softmax_attention(
+    q, k, v, mask=mask, implementation="cudnn"
+  )
+  expected = attention_op.softmax_attention(q, k, v, mask=mask)
+  np.testing.assert_allclose(
+    *(np.asarray(x, np.float32) for x in (ours, expected)), rtol=2e-2, atol=2e-2
+  )
+
+
+def test_an_unknown_implementation_is_refused(rng):
+  with pytest.raises(ValueError, match=r"\('xla', 'cudnn'\), got 'flash'"):
+    _attend(*_inputs(rng), implementation="flash")

@@ -1,33 +1,20 @@
-"""Softmax attention with a mask and an optional soft-cap."""
+"""Softmax attention as XLA runs it, on every device."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 
-def softmax_attention(
+def attend(
   q: Float[Array, "b n heads head_dim"],
   k: Float[Array, "b m kv_heads head_dim"],
   v: Float[Array, "b m kv_heads head_dim"],
   *,
-  mask: Bool[Array, "#b #n m"] | None = None,
-  scale: float | None = None,
-  softcap: float | None = None,
+  mask: Bool[Array, "#b #n m"] | None,
+  scale: float,
+  softcap: float | None,
 ) -> Float[Array, "b n heads head_dim"]:
-  """Computes softmax(cap(scale * q k^T) + mask) v, in float32 inside.
-
-  cap(s) = softcap * tanh(s / softcap). Each key/value head serves
-  heads / kv_heads consecutive query heads. The result has the dtype of `v`.
-
-  Args:
-    mask: True where a query may attend to a key. A row without any True gives
-      the plain average over all keys, not NaN.
-    scale: multiplies the logits; 1 / sqrt(head_dim) when None.
-    softcap: bound on the logits' magnitude, applied before the mask.
-
-  Source: Vaswani et al., arXiv:1706.03762; soft-cap: Gemma 2, arXiv:2408.00118.
-  """
+  """Attends, with float32 logits, weights and sums."""
   heads, kv_heads, head_dim = q.shape[2], k.shape[2], q.shape[3]
-  scale = head_dim**-0.5 if scale is None else scale
   grouped = q.reshape(*q.shape[:2], kv_heads, heads // kv_heads, head_dim)
   logits = jnp.einsum(
     "bngrd,bmgd->bgrnm", grouped, k, preferred_element_type=jnp.float32
