@@ -24,7 +24,7 @@ _KERNELS: dict[str, tuple[str, ModuleType]] = {
 }
 # Of tokens on a device, from which on None takes the kernel on a TPU. Below,
 # XLA keeps what it computes on the chip, and the estimates are too close.
-MIN_TOKENS_OF_KERNEL = 16384
+MIN_TOKENS_OF_KERNEL = 1024
 _AXES = ("batch", "rows", "heads", None)
 
 
