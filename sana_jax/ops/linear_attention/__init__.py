@@ -22,8 +22,8 @@ _KERNELS: dict[str, tuple[str, ModuleType]] = {
   "pallas_tpu": ("tpu", pallas_tpu),
   "pallas_gpu": ("cuda", pallas_gpu),
 }
-# Of tokens on a device, from which on None takes the kernel on a TPU. The fewest
-# that there are estimates of the compiler for, all of which say that it gains.
+# Of tokens on a device, from which on None is the kernel on a TPU. Of fewer,
+# there are no estimates of the compiler.
 MIN_TOKENS_OF_KERNEL = 256
 _AXES = ("batch", "rows", "heads", None)
 
