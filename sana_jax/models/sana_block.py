@@ -90,7 +90,7 @@ class SanaBlock(nnx.Module):
   def attend_image(
     self, x: Float[Array, "b h w d"], identity: Bool[Array, " b"] | None = None
   ) -> Float[Array, "b h w d"]:
-    return self.self_attention(_tokens(x), identity).reshape(x.shape)
+    return self.self_attention(x, identity)
 
   def attend_text(
     self,
@@ -98,7 +98,7 @@ class SanaBlock(nnx.Module):
     text: Float[Array, "b l d"] | attention.KeysValues,
     text_mask: Bool[Array, "b l"] | None,
   ) -> Float[Array, "b h w d"]:
-    return self.cross_attention(_tokens(x), text, text_mask).reshape(x.shape)
+    return self.cross_attention(x, text, text_mask)
 
 
 def block_builder(
@@ -164,7 +164,3 @@ def rows_of(
   # float32: gates are small, and bfloat16 would round their updates away.
   total = table[...].astype(jnp.float32)[None] + embedded
   return tuple(total[:, i, None, None] for i in range(total.shape[1]))
-
-
-def _tokens(x: Float[Array, "b h w d"]) -> Float[Array, "b n d"]:
-  return x.reshape(x.shape[0], -1, x.shape[-1])

@@ -57,11 +57,12 @@ class LinearSelfAttention(nnx.Module):
     )
 
   def __call__(
-    self, x: Float[Array, "b n d"], identity: Bool[Array, " b"] | None = None
-  ) -> Float[Array, "b n d"]:
+    self, x: Float[Array, "b *n d"], identity: Bool[Array, " b"] | None = None
+  ) -> Float[Array, "b *n d"]:
     """Attends.
 
     Args:
+      x: patches, their rows and columns apart or not.
       identity: where True, every patch attends to itself alone: the perturbed
         branch of perturbed-attention guidance.
     """
@@ -74,7 +75,7 @@ class LinearSelfAttention(nnx.Module):
       y = jnp.where(identity[:, None, None, None], v.astype(y.dtype), y)
     return self.project(y.reshape(x.shape))
 
-  def project(self, y: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+  def project(self, y: Float[Array, "b *n d"]) -> Float[Array, "b *n d"]:
     """Maps what was attended to the output, limited if so wished."""
     y = self.out(y)
     if not self.fp16_clamp:
@@ -120,13 +121,14 @@ class CrossAttention(nnx.Module):
 
   def __call__(
     self,
-    x: Float[Array, "b n d"],
+    x: Float[Array, "b *n d"],
     text: Float[Array, "b l d"] | KeysValues,
     text_mask: Bool[Array, "b l"] | None,
-  ) -> Float[Array, "b n d"]:
+  ) -> Float[Array, "b *n d"]:
     """Attends.
 
     Args:
+      x: patches, their rows and columns apart or not.
       text: tokens, or what `encode` makes of them.
     """
     q = self.q(x)
@@ -151,7 +153,7 @@ def _qk_norm(features: int, param_dtype: DTypeLike) -> layers.RMSNorm:
 
 
 def _split_heads(
-  x: Float[Array, "b n d"], head_dim: int, tokens: str | None
-) -> Float[Array, "b n heads head_dim"]:
-  x = x.reshape(*x.shape[:2], -1, head_dim)
+  x: Float[Array, "b *n d"], head_dim: int, tokens: str | None
+) -> Float[Array, "b tokens heads head_dim"]:
+  x = x.reshape(x.shape[0], -1, x.shape[-1] // head_dim, head_dim)
   return sharding.constrain(x, ("batch", tokens, "heads", None))

@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from sana_jax import sharding
+from sana_jax.ops import last_axis
 
 Initializer = Callable[..., Array]
 
@@ -163,8 +164,8 @@ class LayerNorm(nnx.Module):
   def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
     # float32: the mean square of a wide residual stream needs the mantissa.
     y = x.astype(jnp.float32)
-    y = y - y.mean(axis=-1, keepdims=True)
-    y = y * jax.lax.rsqrt(jnp.square(y).mean(axis=-1, keepdims=True) + self.eps)
+    y = y - last_axis.mean(y)
+    y = y * jax.lax.rsqrt(last_axis.mean(jnp.square(y)) + self.eps)
     if self.scale is not None:
       y = y * _row(self.scale[...], y.ndim) + _row(self.bias[...], y.ndim)
     return y.astype(x.dtype)
@@ -198,7 +199,7 @@ class RMSNorm(nnx.Module):
 
   def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
     y = x.astype(jnp.float32)
-    y = y * jax.lax.rsqrt(jnp.square(y).mean(axis=-1, keepdims=True) + self.eps)
+    y = y * jax.lax.rsqrt(last_axis.mean(jnp.square(y)) + self.eps)
     scale = self.scale[...].astype(jnp.float32)
     y = y * _row(1.0 + scale if self.zero_centered else scale, y.ndim)
     if self.bias is not None:

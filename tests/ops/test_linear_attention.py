@@ -288,7 +288,8 @@ def test_the_mosaic_kernel_compiles_for_tpus(chip, dtype, shape):
 def test_on_a_tpu_many_tokens_take_the_kernel_and_few_do_not():
   pytest.importorskip("libtpu")
   mesh = topology.one_chip("v5e:2x2")
-  for tokens, taken in ((1024, False), (16384, True)):
+  least = linear_attention_op.MIN_TOKENS_OF_KERNEL
+  for tokens, taken in ((least - 1, False), (least, True), (16384, True)):
     shape = (1, tokens, 8, 32)
     text = _lower(None, mesh, shape, jnp.bfloat16).compile().as_text()
     assert ("tpu_custom_call" in text) == taken

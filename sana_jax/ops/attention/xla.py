@@ -3,6 +3,8 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from sana_jax.ops import last_axis
+
 
 def attend(
   q: Float[Array, "b n heads head_dim"],
@@ -25,13 +27,11 @@ def attend(
   if mask is not None:
     logits = jnp.where(mask[:, None, None], logits, -1e30)
   weights = jnp.exp(logits - logits.max(axis=-1, keepdims=True))
+  weights = weights.astype(v.dtype)
   # Dividing after the product with v touches head_dim values per query, not m.
-  total = weights.sum(axis=-1)
+  total = last_axis.total(weights)
   out = jnp.einsum(
-    "bgrnm,bmgd->bngrd",
-    weights.astype(v.dtype),
-    v,
-    preferred_element_type=jnp.float32,
+    "bgrnm,bmgd->bngrd", weights, v, preferred_element_type=jnp.float32
   )
-  out = out / total.transpose(0, 3, 1, 2)[..., None]
+  out = out / total.transpose(0, 3, 1, 2, 4)
   return out.reshape(q.shape).astype(v.dtype)

@@ -22,9 +22,9 @@ _KERNELS: dict[str, tuple[str, ModuleType]] = {
   "pallas_tpu": ("tpu", pallas_tpu),
   "pallas_gpu": ("cuda", pallas_gpu),
 }
-# Of tokens on a device, from which on None takes the kernel on a TPU. Below,
-# XLA keeps what it computes on the chip, and the estimates are too close.
-MIN_TOKENS_OF_KERNEL = 16384
+# Of tokens on a device, from which on None is the kernel on a TPU. Of fewer,
+# there are no estimates of the compiler.
+MIN_TOKENS_OF_KERNEL = 256
 _AXES = ("batch", "rows", "heads", None)
 
 
@@ -53,7 +53,7 @@ def relu_linear_attention(
       "pallas_gpu", a Triton kernel. None: the Mosaic kernel on a TPU
       where a device has at least `MIN_TOKENS_OF_KERNEL` tokens, else "xla".
       All of them have the derivatives of "xla", forward and reverse, of any
-      order.
+      order, and its value where they are taken.
     interpret: runs the steps of a kernel on any device, slowly: what
       `pallas_call` takes.
 
@@ -137,10 +137,9 @@ def _attend(
 
 @_attend.defjvp
 def _attend_jvp(choice, eps, primals, tangents):
-  # The primal is this function itself: differentiated again, this rule holds.
-  out = _attend(choice, eps, *primals)
-  plain = functools.partial(xla.attend, eps=eps)
-  return out, jax.jvp(plain, primals, tangents)[1]
+  del choice
+  # With derivatives comes their value: a kernel beside them would sum twice.
+  return jax.jvp(functools.partial(xla.attend, eps=eps), primals, tangents)
 
 
 def _on_mesh(choice, eps, q, k, v):

@@ -213,7 +213,9 @@ def _prepare(state_ref, operand_ref, head_dim):
     jax.lax.broadcasted_iota(jnp.int32, (LANES, 2 * LANES), axis)
     for axis in (0, 1)
   )
-  own = row // head_dim == (column % LANES) // head_dim
+  # Both are powers of two. Without a division, which Mosaic compiles only where
+  # it is told for which TPU.
+  own = (row ^ (column & (LANES - 1))) < head_dim
   parts = operand_ref.shape[0]
   for group in range(state_ref.shape[1]):
     rest = jnp.where(own, state_ref[0, group], 0.0)
