@@ -238,10 +238,20 @@ class Decoder(nnx.Module):
     )
 
   def __call__(self, latents: Float[Array, "b h w c"]) -> Array:
+    return self.finish(self.begin(latents), self.stages)
+
+  def begin(self, latents: Float[Array, "b h w c"]) -> Float[Array, "b h w d"]:
+    """Makes the features that the innermost stage starts from."""
     x = self.conv_in(latents)
     if self.in_shortcut:
       x = x + vision.repeat_channels(latents.astype(x.dtype), self.width)
-    for stage in reversed(self.stages):
+    return x
+
+  def finish(
+    self, x: Float[Array, "b h w c"], stages: Sequence[DecoderStage]
+  ) -> Array:
+    """Makes images of features, by the outermost `stages`."""
+    for stage in reversed(stages):
       x = stage(x, remat=self.remat)
     return self.conv_out(self.out_activation(self.norm_out(x)))
 
