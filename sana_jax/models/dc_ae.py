@@ -188,6 +188,9 @@ class Decoder(nnx.Module):
   Args:
     in_shortcut: adds the repeated latent channels to the first features.
     out_activation: before the last convolution.
+
+  Attributes:
+    specs: the stages, as `upsample` for who cuts images.
   """
 
   def __init__(
@@ -205,6 +208,8 @@ class Decoder(nnx.Module):
     param_dtype: DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
   ):
+    self.specs = tuple(stages)
+    self.upsample = upsample
     self.remat = remat
     self.in_shortcut = in_shortcut
     self.width = stages[-1].width

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from sana_jax.models import dc_ae
-from sana_jax.nn import efficientvit, vision
+from sana_jax.nn import efficientvit, layers, vision
 from sana_jax.ops import linear_attention as linear_attention_op
 
 # Levels that windows go through from features to pixels. Each further one would
@@ -82,20 +82,25 @@ class Outer(NamedTuple):
   halo: int
 
 
-def outer_levels(decoder: dc_ae.Decoder) -> Outer:
-  """Finds what windows are decoded through: at most three levels."""
-  if isinstance(decoder.conv_out, vision.Upsample):
-    scale, halo = 2, _below(decoder.conv_out, 0)
+def outer_levels(stages: Sequence[dc_ae.StageSpec], upsample: str) -> Outer:
+  """Finds what windows are decoded through: at most three levels.
+
+  Args:
+    stages: of a decoder, from full resolution down.
+    upsample: its method.
+  """
+  if stages[0].depth:
+    scale, halo = 1, layers.Conv.reach
   else:
-    scale, halo = 1, decoder.conv_out.padding
+    scale, halo = 2, vision.reach_before_upsample(0, upsample)
   count = 0
-  for stage in decoder.stages[:-1][:_MAX_OUTER]:
-    if not all(isinstance(b, efficientvit.ResBlock) for b in stage.blocks):
+  for stage in stages[:-1][:_MAX_OUTER]:
+    if stage.depth and stage.block != "ResBlock":
       break
     count += 1
-    halo += _reach(stage.blocks)
-    if stage.up is not None:
-      scale, halo = 2 * scale, _below(stage.up, halo)
+    if stage.depth:
+      halo += stage.depth * efficientvit.ResBlock.reach
+      scale, halo = 2 * scale, vision.reach_before_upsample(halo, upsample)
   return Outer(count, scale, halo)
 
 
@@ -112,12 +117,12 @@ def decode(
   """
   windows.check_multiples(autoencoder.spatial_compression)
   decoder = autoencoder.decoder
-  outer = outer_levels(decoder)
+  outer = outer_levels(decoder.specs, decoder.upsample)
   side = windows.window_side // outer.scale
   x = decoder.begin(latents)
   for stage in reversed(decoder.stages[outer.count :]):
     if stage.up is not None:
-      halo = _below(stage.up, 0)
+      halo = vision.reach_before_upsample(0, decoder.upsample)
       x = apply_local(stage.up, x, side=side, halo=halo, scale=2)
     for block in stage.blocks:
       x = _apply_block(block, x, side)
@@ -240,16 +245,17 @@ def _window(x: Array, cuts, rows: _Place, columns: _Place) -> Array:
 
 def _apply_block(block, x: Float[Array, "b h w c"], side: int) -> Array:
   if isinstance(block, efficientvit.ResBlock):
-    return apply_local(block, x, side=side, halo=_reach([block]))
+    return apply_local(block, x, side=side, halo=block.reach)
   attention = block.attention
-  if all(cut.count == 1 for cut in _cuts(x, side, attention.reach + 1)):
+  halo = attention.reach + block.feed_forward_reach
+  if all(cut.count == 1 for cut in _cuts(x, side, halo)):
     return block(x)
   state = _attention_state(attention, x, side)
 
   def rest(window):
     return block.feed_forward(window + attention.attend(window, state))
 
-  return apply_local(rest, x, side=side, halo=attention.reach + 1)
+  return apply_local(rest, x, side=side, halo=halo)
 
 
 def _attention_state(
@@ -293,15 +299,3 @@ def _counted(cut: _Cut, place: _Place) -> Array:
   """Which rows or columns of a window no other window is to count."""
   index = jnp.arange(cut.size) - place.margin
   return (index >= place.repeated) & (index < cut.side)
-
-
-def _reach(blocks: Sequence[efficientvit.ResBlock]) -> int:
-  """Pixels to each side that a pixel after these blocks depends on."""
-  return sum(block.conv1.padding + block.conv2.padding for block in blocks)
-
-
-def _below(up: vision.Upsample, halo: int) -> int:
-  """The halo that `halo` after a step up makes before it."""
-  if up.shuffle:
-    return -(-halo // 2) + up.conv.padding
-  return -(-(halo + up.conv.padding) // 2)

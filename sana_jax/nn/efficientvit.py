@@ -36,7 +36,13 @@ def make_norm(
 
 
 class ResBlock(nnx.Module):
-  """x + norm(conv2(activation(conv1(x)))), two 3x3 convolutions."""
+  """x + norm(conv2(activation(conv1(x)))), two 3x3 convolutions.
+
+  Attributes:
+    reach: pixels to each side that one depends on.
+  """
+
+  reach = 2 * layers.Conv.reach
 
   def __init__(
     self,
@@ -186,7 +192,12 @@ class EfficientViTBlock(nnx.Module):
   """x + attention(x), then x + norm(ffn(x)).
 
   Norms close the residual branches; there are none before them.
+
+  Attributes:
+    feed_forward_reach: pixels to each side that one depends on there.
   """
+
+  feed_forward_reach = 1
 
   def __init__(
     self,
@@ -211,7 +222,7 @@ class EfficientViTBlock(nnx.Module):
     return self.feed_forward(x + self.attention(x))
 
   def feed_forward(self, x: Float[Array, "b h w c"]) -> Array:
-    """The second half of the block; it reaches one pixel to each side."""
+    """The second half of the block."""
     return x + self.norm(self.ffn(x))
 
 
