@@ -189,7 +189,7 @@ class _Cut(NamedTuple):
 
   @property
   def count(self) -> int:
-    return -(-self.extent // self.side)
+    return _divide_up(self.extent, self.side)
 
 
 class _Place(NamedTuple):
@@ -212,12 +212,17 @@ class _Place(NamedTuple):
 
 def _cuts(x: Array, side: int, halo: int) -> tuple[_Cut, _Cut]:
   def cut(extent: int) -> _Cut:
-    size = side + 2 * halo
-    if size >= extent:
+    if side + 2 * halo >= extent:
       return _Cut(extent, extent, extent)
-    return _Cut(extent, side, size)
+    # As many windows, but as small as will do.
+    kept = _divide_up(extent, _divide_up(extent, side))
+    return _Cut(extent, kept, kept + 2 * halo)
 
   return cut(x.shape[1]), cut(x.shape[2])
+
+
+def _divide_up(a: int, b: int) -> int:
+  return -(-a // b)
 
 
 def _places(
