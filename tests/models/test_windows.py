@@ -35,7 +35,7 @@ def config_of(kinds, depths, upsample="interpolate", *, width=4):
 
 
 CONFIGS = {
-  "interpolate": config_of((RES, RES, VIT, VIT), (1, 1, 1, 1)),
+  "interpolate": config_of((RES, VIT, VIT), (1, 1, 1)),
   "empty": config_of((RES, RES, VIT), (0, 1, 1), "pixel_shuffle"),
   "no attention": config_of((RES,) * 5, (0, 1, 1, 1, 1), "pixel_shuffle"),
   "attention outside": config_of((VIT, RES), (1, 1)),
@@ -57,15 +57,14 @@ def in_windows(model, latents, side: int):
   return jax.jit(lambda m, z: windows.decode(m, z, cut))(model, latents)
 
 
-# Windows of one latent, that nothing divides, and that divide one side.
+# Nothing divides; of the last, one side of what is kept.
 @pytest.mark.parametrize(
   ("name", "size", "latents_a_side"),
   [
-    ("interpolate", (13, 9), 1),
-    ("interpolate", (11, 15), 5),
-    ("empty", (14, 8), 4),
-    ("no attention", (7, 9), 2),
-    ("attention outside", (9, 13), 4),
+    ("interpolate", (13, 9), 3),
+    ("empty", (14, 7), 4),
+    pytest.param("no attention", (7, 9), 2, marks=pytest.mark.slow),
+    pytest.param("attention outside", (9, 12), 4, marks=pytest.mark.slow),
   ],
 )
 def test_windows_decode_what_the_whole_decodes(rng, name, size, latents_a_side):
@@ -80,18 +79,26 @@ def test_windows_decode_what_the_whole_decodes(rng, name, size, latents_a_side):
   assert expected.std() > 0.1
 
 
-def test_windows_as_large_as_the_image_are_no_windows(rng):
+def test_windows_as_large_as_the_image_are_no_windows():
   model = model_of("interpolate")
-  latents = jnp.asarray(rng.normal(size=(1, 4, 6, 4)), jnp.float32)
-  expected = jax.jit(model.decode)(latents)
-  np.testing.assert_array_equal(in_windows(model, latents, 64), expected)
+  latents = jax.ShapeDtypeStruct((1, 9, 6, 4), jnp.float32)
+
+  def loops(side: int) -> int:
+    cut = windows.Windows(window_side=side)
+    program = jax.make_jaxpr(lambda z: windows.decode(model, z, cut))(latents)
+    return sum(e.primitive.name == "scan" for e in program.eqns)
+
+  assert loops(36) == 0
+  # A step up, two of each block of attention, and the rest.
+  assert loops(4) == 1 + 2 * 2 + 1
 
 
+@pytest.mark.slow
 def test_in_bfloat16_windows_are_as_near_to_float32_as_the_whole(rng):
   model = model_of("interpolate")
   narrow = model_of("interpolate", jnp.bfloat16)
   latents = jnp.asarray(rng.normal(size=(1, 13, 9, 4)), jnp.bfloat16)
-  images = in_windows(narrow, latents, 16).astype(jnp.float32)
+  images = in_windows(narrow, latents, 8).astype(jnp.float32)
   whole = jax.jit(narrow.decode)(latents).astype(jnp.float32)
   exact = jax.jit(model.decode)(latents.astype(jnp.float32))
   error = np.abs(whole - exact).mean()
@@ -99,6 +106,7 @@ def test_in_bfloat16_windows_are_as_near_to_float32_as_the_whole(rng):
   assert error < 0.1 * exact.std()
 
 
+@pytest.mark.slow
 def test_the_emoji_autoencoder_decodes_the_same_in_windows(rng):
   path = sana_jax.bundled_checkpoint() / "vae"
   model, _ = components.load_autoencoder(path, dtype=jnp.float32)
@@ -118,6 +126,8 @@ def published_structure(name: str) -> tuple[dc_ae.DCAE, windows.Outer]:
   config.encoder_block_out_channels = (4,) * 6
   config.decoder_block_out_channels = (4,) * 6
   config.latent_channels = config.attention_head_dim = 4
+  # A maximum may turn NaN into a number.
+  config.decoder_conv_act_fn = "silu"
   model = tiny.random_model(
     lambda: dc_ae.DCAE.from_config(config, rngs=nnx.Rngs(0)), 1
   )
@@ -125,7 +135,10 @@ def published_structure(name: str) -> tuple[dc_ae.DCAE, windows.Outer]:
   return model, windows.outer_levels(decoder.specs, decoder.upsample)
 
 
-@pytest.mark.parametrize(("name", "halo"), [("sana", 7), ("lite", 9)])
+@pytest.mark.parametrize(
+  ("name", "halo"),
+  [("sana", 7), pytest.param("lite", 9, marks=pytest.mark.slow)],
+)
 def test_the_halo_is_what_pixels_depend_on(rng, name, halo):
   model, outer = published_structure(name)
   assert outer == (3, 8, halo)
@@ -171,7 +184,7 @@ def test_windows_take_a_fraction_of_the_memory():
 
 def test_a_side_must_be_whole_latents(rng):
   latents = jnp.asarray(rng.normal(size=(1, 8, 8, 4)), jnp.float32)
-  with pytest.raises(ValueError, match="side of 12 must be a multiple of 8"):
-    in_windows(model_of("interpolate"), latents, 12)
+  with pytest.raises(ValueError, match="side of 10 must be a multiple of 4"):
+    in_windows(model_of("interpolate"), latents, 10)
   with pytest.raises(ValueError, match="must be positive, got 0"):
     windows.Windows(window_side=0)

@@ -513,7 +513,14 @@ def test_what_is_to_be_tried_must_be_multiples_too(published):
 
 
 def test_pictures_that_must_be_encoded_in_tiles_are_decoded_so(published):
-  plan = choose(published, published_work(4096, encoded=1), V5E)
+  plan = memory.plan(
+    published,
+    published_work(4096, encoded=1),
+    policy=memory.Policy(),
+    tiling=None,
+    available=V5E,
+    stages=("encoder", *memory.STAGES),
+  )
   assert plan.decoding.tiling == tiling.square(1024)
 
 
