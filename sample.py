@@ -93,6 +93,8 @@ _REPRODUCE = flags.DEFINE_string(
 )
 _CACHE = compilation_cache.define_flag()
 
+# Flags that exclude each other.
+_CUTS = {"vae_tile", "vae_window"}
 # How the pipeline is loaded; PNG files say it, and --reproduce does the same.
 _LOADING = loading_flags.define() | {
   "controlnet_wiring": flags.DEFINE_enum(
@@ -219,7 +221,7 @@ def run(started: float) -> int:
   if again is not None:
     items = [metadata.request_again(pipe, _REPRODUCE.value, again)]
     metadata.prescribe_text_length(pipe, again)
-    if not _is_given("vae_tile"):
+    if not any(map(_is_given, _CUTS)):
       decodings.prescribe(pipe, again)
     for difference in [
       *metadata.differences(again, run_description),
@@ -239,7 +241,7 @@ def run(started: float) -> int:
     batch_size=_BATCH_SIZE.value if again is None else again["batch_size"],
     images_per_unit=1 if _FORMAT.value == "png" else _PER_SHARD.value,
   )
-  if again is not None and not _is_given("vae_tile"):
+  if again is not None and not any(map(_is_given, _CUTS)):
     decodings.check_prescribed(prepared.images, again)
   problems = prepared.images.problems
   requests.report(problems, some_left=bool(prepared.images.requests))
@@ -323,9 +325,12 @@ def read_requests() -> list[requests.Item]:
 
 def loading_options(described: Mapping[str, Any]) -> loading.Loading:
   """Returns the flags that are given, and the image's values of others."""
+  given = {name for name in _LOADING if _is_given(name)}
+  if given & _CUTS:
+    given |= _CUTS
   values = {
     name: described[name]
-    if name in described and not _is_given(name)
+    if name in described and name not in given
     else flag.value
     for name, flag in _LOADING.items()
   }

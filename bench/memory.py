@@ -18,6 +18,7 @@ from etils import epath
 from sana_jax import config as config_lib
 from sana_jax import hardware
 from sana_jax.models import tiling as tiling_lib
+from sana_jax.models import windows as windows_lib
 from sana_jax.pipeline import footprint, memory
 from sana_jax.plan import programs, sampling, topology
 
@@ -61,7 +62,7 @@ def main(argv: list[str]) -> int:
     sizes,
     work,
     policy=memory.Policy(),
-    tiling=tiling_lib.square(args.vae_tile) if args.vae_tile else None,
+    tiling=_cut(args),
     available=available,
   )
   _print(f"{args.config}, {args.dtype}, {args.topology}: {plan.reason}")
@@ -90,11 +91,21 @@ def _parse(argv: list[str]) -> argparse.Namespace:
   add("--guidance", action=argparse.BooleanOptionalAction, default=True)
   add("--token_length", type=int, default=510, help="of prompt, instruction")
   add("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
-  add("--vae_tile", type=int, help="default: as planned")
+  cuts = parser.add_mutually_exclusive_group()
+  cuts.add_argument("--vae_tile", type=int, help="default: as planned")
+  cuts.add_argument("--vae_window", type=int, help="default: as planned")
   add("--topology", default="v5e:2x2", help="one chip of it is used")
   add("--stage", action="append", choices=memory.STAGES, help="default: all")
   add("--output", help="JSON file of the figures")
   return parser.parse_args(argv)
+
+
+def _cut(args: argparse.Namespace) -> memory.Cut | None:
+  if args.vae_tile:
+    return tiling_lib.square(args.vae_tile)
+  if args.vae_window:
+    return windows_lib.Windows(window_side=args.vae_window)
+  return None
 
 
 def describe(record: dict[str, Any]) -> str:

@@ -536,6 +536,30 @@ def test_given_flags_win_over_those_an_image_was_made_with(run):
     flags.FLAGS["dtype"].unparse()
 
 
+def test_windows_that_are_given_win_over_an_images_tiles(run):
+  flags.FLAGS["vae_window"].parse("32")
+  flags.FLAGS["vae_window"].present = 1
+  try:
+    found = sample.loading_options({"vae_tile": 64})
+    assert found == loading.Loading(vae_window=32)
+  finally:
+    flags.FLAGS["vae_window"].unparse()
+
+
+def test_an_image_in_windows_is_the_whole_and_is_made_again(run, tmp_path):
+  common = {"prompt": ["a cat"], "batch_size": 1, "height": 64}
+  path = run(**common, vae_window=16) / "0000-a-cat.png"
+  described = json.loads(picture(path).text["sana_jax"])
+  assert described["tiling"] == {"window_side": 16}
+  run(reproduce=str(path), output_dir=str(tmp_path / "again"))
+  again = picture(tmp_path / "again" / "0000-a-cat.png")
+  assert again.tobytes() == picture(path).tobytes()
+  run(**common, output_dir=str(tmp_path / "whole"))
+  whole = picture(tmp_path / "whole" / "0000-a-cat.png")
+  levels = [np.asarray(p).astype(int) for p in (whole, picture(path))]
+  assert np.abs(levels[0] - levels[1]).max() <= 1
+
+
 def test_images_begin_with_an_image_of_a_flag_or_a_line(run, tmp_path):
   rng = np.random.default_rng(0)
   for name, size in (("a.png", (40, 20)), ("b.png", (32, 32))):

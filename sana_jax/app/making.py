@@ -181,7 +181,7 @@ class Maker:
         **self.made_with,
         **self._adapters.describe(request.lora, request.lora_scale),
         "solver": request.solver or self._own_solver,
-        decodings.NAME: decodings.describe(planned.decoding.tiling),
+        decodings.NAME: decodings.describe(planned.decoding.cut),
         "batch_size": request.num_images,
       },
     )

@@ -1,4 +1,4 @@
-"""Whole images or tiles: decided once for each kind, and said in each image."""
+"""Whole images or not: decided once for each kind, and said in each image."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping
@@ -7,6 +7,7 @@ from typing import Any
 from sana_jax import pipeline as pipeline_lib
 from sana_jax.bulk import plan as plan_lib
 from sana_jax.models import tiling as tiling_lib
+from sana_jax.models import windows as windows_lib
 from sana_jax.pipeline import memory
 
 NAME = "tiling"
@@ -67,9 +68,9 @@ class Decodings:
         )
 
 
-def describe(tiling: tiling_lib.Tiling | None) -> dict[str, int] | None:
-  """Returns tiles as a JSON value; None: whole images."""
-  return None if tiling is None else dataclasses.asdict(tiling)
+def describe(cut: memory.Cut | None) -> dict[str, int] | None:
+  """Returns windows or tiles as a JSON value; None: whole images."""
+  return None if cut is None else dataclasses.asdict(cut)
 
 
 def prescribe(
@@ -87,7 +88,9 @@ def prescribe(
     pipe.memory = dataclasses.replace(pipe.memory, tile_sides=())
     return
   try:
-    pipe.tiling = tiling_lib.Tiling(**value)
+    windows = "window_side" in value
+    make = windows_lib.Windows if windows else tiling_lib.Tiling
+    pipe.tiling = make(**value)
   except TypeError as error:
     raise ValueError(f"{NAME} is {value!r}, which is no tiling.") from error
 

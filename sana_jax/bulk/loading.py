@@ -7,7 +7,7 @@ from absl import logging
 from etils import epath
 
 from sana_jax import pipeline as pipeline_lib
-from sana_jax.models import tiling
+from sana_jax.models import tiling, windows
 from sana_jax.pipeline import memory, sources
 from sana_jax.weights import components, lora, opening
 
@@ -18,7 +18,8 @@ class Loading:
 
   Attributes:
     components: see `SanaPipeline.from_pretrained`, as `step` and `fp16_clamp`.
-    vae_tile: decode in square tiles of so many pixels; None: whole.
+    vae_tile: decode in square tiles of so many pixels; None: as memory has it.
+    vae_window: likewise in windows, exactly.
     controlnet: directory, file or published name of one; None: no ControlNet.
     controlnet_wiring: see `SanaPipeline`; None: that of the file's layout.
     lora: directories or files of adapters.
@@ -33,6 +34,7 @@ class Loading:
   step: int | None = None
   fp16_clamp: bool | None = None
   vae_tile: int | None = None
+  vae_window: int | None = None
   controlnet: str | None = None
   controlnet_wiring: str | None = None
   lora: tuple[str, ...] = ()
@@ -42,6 +44,8 @@ class Loading:
 
   def __post_init__(self):
     problems = []
+    if self.vae_tile is not None and self.vae_window is not None:
+      problems.append("vae_tile and vae_window exclude each other; give one")
     if self.controlnet_wiring is not None and self.controlnet is None:
       problems.append("controlnet_wiring has no effect without controlnet")
     if self.fuse_lora and not self.lora:
@@ -86,6 +90,8 @@ def load(
   changes: dict[str, Any] = {}
   if loading.vae_tile is not None:
     changes["tiling"] = tiling.square(loading.vae_tile)
+  if loading.vae_window is not None:
+    changes["tiling"] = windows.Windows(window_side=loading.vae_window)
   if loading.offload_text_encoder is not None:
     changes["memory"] = memory.Policy(
       offload_text_encoder=loading.offload_text_encoder

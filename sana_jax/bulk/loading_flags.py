@@ -25,7 +25,12 @@ def define() -> dict[str, flags.FlagHolder[Any]]:
       "fp16_clamp", None, "Limit activations as float16 does; None: if needed."
     ),
     "vae_tile": flags.DEFINE_integer(
-      "vae_tile", None, "Decode in tiles of so many pixels, for 4K images."
+      "vae_tile",
+      None,
+      "Decode in tiles of so many pixels, which shows faintly.",
+    ),
+    "vae_window": flags.DEFINE_integer(
+      "vae_window", None, "Decode in windows of so many pixels, exactly."
     ),
     "controlnet": flags.DEFINE_string(
       "controlnet", None, "Directory, file or name."

@@ -96,7 +96,7 @@ class Runner:
     """
     images = batch.images
     decoding = self.decodings.plan(images[0].settings, batch.size).decoding
-    how = {decodings_lib.NAME: decodings_lib.describe(decoding.tiling)}
+    how = {decodings_lib.NAME: decodings_lib.describe(decoding.cut)}
     if self.selection is not None:
       return [self._best(image, self.selection, how) for image in images]
     # Filled up, so that the last batch needs no compilation of its own.

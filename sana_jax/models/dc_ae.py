@@ -188,6 +188,9 @@ class Decoder(nnx.Module):
   Args:
     in_shortcut: adds the repeated latent channels to the first features.
     out_activation: before the last convolution.
+
+  Attributes:
+    specs: the stages, as `upsample` for who cuts images.
   """
 
   def __init__(
@@ -205,6 +208,8 @@ class Decoder(nnx.Module):
     param_dtype: DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
   ):
+    self.specs = tuple(stages)
+    self.upsample = upsample
     self.remat = remat
     self.in_shortcut = in_shortcut
     self.width = stages[-1].width
@@ -238,10 +243,20 @@ class Decoder(nnx.Module):
     )
 
   def __call__(self, latents: Float[Array, "b h w c"]) -> Array:
+    return self.finish(self.begin(latents), self.stages)
+
+  def begin(self, latents: Float[Array, "b h w c"]) -> Float[Array, "b h w d"]:
+    """Makes the features that the innermost stage starts from."""
     x = self.conv_in(latents)
     if self.in_shortcut:
       x = x + vision.repeat_channels(latents.astype(x.dtype), self.width)
-    for stage in reversed(self.stages):
+    return x
+
+  def finish(
+    self, x: Float[Array, "b h w c"], stages: Sequence[DecoderStage]
+  ) -> Array:
+    """Makes images of features, by the outermost `stages`."""
+    for stage in reversed(stages):
       x = stage(x, remat=self.remat)
     return self.conv_out(self.out_activation(self.norm_out(x)))
 

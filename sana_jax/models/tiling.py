@@ -44,6 +44,9 @@ class Tiling:
           f"for tiles of {tile} pixels."
         )
 
+  def __str__(self) -> str:
+    return f"tiles of {self.tile_height}x{self.tile_width}"
+
   @property
   def tile(self) -> _Size:
     return self.tile_height, self.tile_width

@@ -36,7 +36,13 @@ def make_norm(
 
 
 class ResBlock(nnx.Module):
-  """x + norm(conv2(activation(conv1(x)))), two 3x3 convolutions."""
+  """x + norm(conv2(activation(conv1(x)))), two 3x3 convolutions.
+
+  Attributes:
+    reach: pixels to each side that one depends on.
+  """
+
+  reach = 2 * layers.Conv.reach
 
   def __init__(
     self,
@@ -103,6 +109,9 @@ class MultiScaleLinearAttention(nnx.Module):
   and value of one head. The first half of the heads hence reads plain tokens,
   the others (one share per entry of `scales`) neighbourhoods of them.
 
+  Attributes:
+    reach: pixels to each side that a query, key or value is made of.
+
   Source: Cai et al., EfficientViT, arXiv:2205.14756, section 3.1.
   """
 
@@ -118,6 +127,7 @@ class MultiScaleLinearAttention(nnx.Module):
     rngs: nnx.Rngs,
   ):
     self.head_dim = head_dim
+    self.reach = max(scales, default=1) // 2
     common = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
     inner = features // head_dim * head_dim
     self.qkv = layers.Linear(
@@ -145,21 +155,49 @@ class MultiScaleLinearAttention(nnx.Module):
     self.norm = make_norm(norm, features, param_dtype)
 
   def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-    b, h, w, _ = x.shape
+    tokens = (_tokens(part) for part in self.queries_keys_values(x))
+    return self._close(linear_attention_op.relu_linear_attention(*tokens), x)
+
+  def attend(
+    self, x: Float[Array, "b h w c"], state: linear_attention_op.State
+  ) -> Float[Array, "b h w c"]:
+    """Computes `self(x)` with the state of another `x`, such as a larger one.
+
+    Args:
+      state: `linear_attention.state` of its keys and values.
+    """
+    queries, _, _ = self.queries_keys_values(x)
+    y = linear_attention_op.apply(
+      _tokens(queries), state, eps=linear_attention_op.EPS, dtype=queries.dtype
+    )
+    return self._close(y, x)
+
+  def queries_keys_values(
+    self, x: Float[Array, "b h w c"]
+  ) -> tuple[Float[Array, "b h w heads head_dim"], ...]:
     qkv = self.qkv(x)
     qkv = jnp.concatenate(
       [qkv, *(branch(qkv) for branch in self.branches)], axis=-1
     )
-    heads = qkv.reshape(b, h * w, -1, 3 * self.head_dim)
-    y = linear_attention_op.relu_linear_attention(*jnp.split(heads, 3, axis=-1))
-    return self.norm(self.out(y.reshape(b, h, w, -1)))
+    heads = qkv.reshape(*x.shape[:3], -1, 3 * self.head_dim)
+    return tuple(jnp.split(heads, 3, axis=-1))
+
+  def _close(
+    self, y: Float[Array, "b n heads head_dim"], x: Float[Array, "b h w c"]
+  ) -> Float[Array, "b h w c"]:
+    return self.norm(self.out(y.reshape(*x.shape[:3], -1)))
 
 
 class EfficientViTBlock(nnx.Module):
   """x + attention(x), then x + norm(ffn(x)).
 
   Norms close the residual branches; there are none before them.
+
+  Attributes:
+    feed_forward_reach: pixels to each side that one depends on there.
   """
+
+  feed_forward_reach = 1
 
   def __init__(
     self,
@@ -181,5 +219,12 @@ class EfficientViTBlock(nnx.Module):
     self.norm = make_norm("rms_norm", features, param_dtype)
 
   def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-    x = x + self.attention(x)
+    return self.feed_forward(x + self.attention(x))
+
+  def feed_forward(self, x: Float[Array, "b h w c"]) -> Array:
+    """The second half of the block."""
     return x + self.norm(self.ffn(x))
+
+
+def _tokens(x: Float[Array, "b h w heads d"]) -> Float[Array, "b n heads d"]:
+  return x.reshape(x.shape[0], -1, *x.shape[3:])

@@ -103,7 +103,12 @@ class Conv(nnx.Module):
 
   XLA's "SAME" pads a strided convolution on the far side only; the published
   models pad both sides, so the padding is always explicit.
+
+  Attributes:
+    reach: pixels to each side that one depends on, with the default size.
   """
+
+  reach = 1
 
   def __init__(
     self,

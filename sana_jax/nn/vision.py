@@ -114,6 +114,18 @@ def _conv(x: Array, kernel: Array, *, padding: int, dilation: int = 1) -> Array:
   )
 
 
+def reach_before_upsample(reach: int, method: str) -> int:
+  """Says how far pixels see before an `Upsample`, that see `reach` after it.
+
+  Args:
+    method: "interpolate" or "pixel_shuffle".
+  """
+  conv = layers.Conv.reach
+  if method == "pixel_shuffle":
+    return -(-reach // 2) + conv
+  return -(-(reach + conv) // 2)
+
+
 def average_channels(
   x: Float[Array, "b h w c"], features: int
 ) -> Float[Array, "b h w d"]:

@@ -1,4 +1,4 @@
-"""Pictures to latents and back: whole or in tiles, on one device or many."""
+"""Pictures to latents and back: whole or cut, on one device or many."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -9,6 +9,7 @@ from jaxtyping import Array, ArrayLike, Float
 
 from sana_jax import resolution
 from sana_jax.models import tiling as tiling_lib
+from sana_jax.models import windows as windows_lib
 from sana_jax.pipeline import execution, stages
 
 _STAGE = "decoder"
@@ -18,12 +19,25 @@ class Decoding(NamedTuple):
   """How a batch of latents is decoded, and one of images encoded.
 
   Attributes:
-    tiling: None: whole images. Tiles are decoded one at a time by each device.
+    tiling: None: no tiles, which are decoded one at a time by each device.
     one_at_a_time: each device decodes its images one by one.
+    windows: None: no windows. With them images are decoded one by one, too;
+      they are encoded whole.
   """
 
   tiling: tiling_lib.Tiling | None = None
   one_at_a_time: bool = False
+  windows: windows_lib.Windows | None = None
+
+  @property
+  def cut(self) -> tiling_lib.Tiling | windows_lib.Windows | None:
+    """What images are cut into; None: whole images."""
+    return self.windows if self.tiling is None else self.tiling
+
+  @property
+  def separate(self) -> bool:
+    """Whether images do not share a batch of the autoencoder's."""
+    return self.one_at_a_time or self.cut is not None
 
 
 def encode(
@@ -43,7 +57,7 @@ def encode(
       latents = tiling_lib.encode(autoencoder, batch, how.tiling)
     return latents.astype(jnp.float32) * scaling_factor
 
-  if how.tiling is None and not how.one_at_a_time:
+  if not how.separate:
     return encode_batch(images)
   return jax.lax.map(lambda image: encode_batch(image[None])[0], images)
 
@@ -61,8 +75,8 @@ def decode(
 ) -> Float[Array, "b height width 3"]:
   """Decodes latents, fits the images to a size, and maps them to [0, 1].
 
-  Tiles are spread over all devices, whatever image they belong to, and blended
-  on the first one.
+  Images are spread over all devices; or tiles, whatever image they belong to,
+  which are blended on the first device.
   """
   size = {"height": height, "width": width}
   if how.tiling is None:
@@ -74,7 +88,8 @@ def decode(
       static=size
       | {
         "scaling_factor": scaling_factor,
-        "one_at_a_time": how.one_at_a_time,
+        "one_at_a_time": how.separate,
+        "windows": how.windows,
       },
       progress=progress,
     )
@@ -111,28 +126,22 @@ def decode_whole(
   one_at_a_time: bool,
   height: int,
   width: int,
+  windows: windows_lib.Windows | None = None,
 ) -> Float[Array, "b height width 3"]:
-  """Decodes whole images, and finishes them."""
-  if not one_at_a_time:
+  """Decodes whole images, if need be in windows, and finishes them."""
+
+  def decode_batch(batch):
     images = stages.decode_raw(
       autoencoder=autoencoder,
-      latents=latents,
+      latents=batch,
       scaling_factor=scaling_factor,
-      tiling=None,
+      tiling=windows,
     )
     return _finish(images, height, width)
 
-  def decode_one(latent):
-    return decode_whole(
-      autoencoder=autoencoder,
-      latents=latent[None],
-      scaling_factor=scaling_factor,
-      one_at_a_time=False,
-      height=height,
-      width=width,
-    )[0]
-
-  return jax.lax.map(decode_one, latents)
+  if not one_at_a_time:
+    return decode_batch(latents)
+  return jax.lax.map(lambda latent: decode_batch(latent[None])[0], latents)
 
 
 def decode_tiles(

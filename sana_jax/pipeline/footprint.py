@@ -14,6 +14,7 @@ import numpy as np
 
 from sana_jax import config as config_lib
 from sana_jax.models import dc_ae
+from sana_jax.models import windows as windows_lib
 from sana_jax.pipeline import decoding
 
 _FLOAT32 = 4
@@ -240,24 +241,29 @@ def decoder(models: Models, work: Work, how: decoding.Decoding) -> int:
   config, images = part.config, work.images_per_device
   factor = config.spatial_compression
   height, width = (factor * side for side in work.latent_size)
-  at_once = images
-  if how.tiling is not None or how.one_at_a_time:
-    at_once = 1
+  at_once = 1 if how.separate else images
   tiled = how.tiling is not None
   sides = (
     (min(how.tiling.tile_height, height), min(how.tiling.tile_width, width))
     if tiled
     else (height, width)
   )
-  live = decoder_live(
-    config,
-    batch=at_once,
-    height=sides[0],
-    width=sides[1],
-    dtype=part.dtype,
-  )
+  whole = 0
+  if how.windows is None:
+    live = decoder_live(
+      config,
+      batch=at_once,
+      height=sides[0],
+      width=sides[1],
+      dtype=part.dtype,
+    )
+  else:
+    live, whole = windows_live(
+      config, height=height, width=width, dtype=part.dtype, windows=how.windows
+    )
   program = (
     int(factors.decoder[part.dtype.itemsize] * live)
+    + whole
     + _recast(part, factors)
     + factors.program
   )
@@ -281,7 +287,6 @@ def encoder(models: Models, work: Work, how: decoding.Decoding) -> int:
   factor = config.spatial_compression
   height, width = (factor * side for side in work.latent_size)
   images = -(-work.encoded // work.devices)
-  one = how.tiling is not None or how.one_at_a_time
   sides = (height, width)
   if how.tiling is not None:
     sides = (
@@ -290,7 +295,7 @@ def encoder(models: Models, work: Work, how: decoding.Decoding) -> int:
     )
   live = encoder_live(
     config,
-    batch=1 if one else images,
+    batch=1 if how.separate else images,
     height=sides[0],
     width=sides[1],
     dtype=part.dtype,
@@ -380,6 +385,45 @@ def decoder_live(
     c = stages[1].width
     moments.append(0.25 * e * (2 * c + 4 * config.in_channels))
   return int(batch * height * width * max(moments))
+
+
+def windows_live(
+  config: config_lib.DCAEConfig,
+  *,
+  height: int,
+  width: int,
+  dtype: Any,
+  windows: windows_lib.Windows,
+) -> tuple[int, int]:
+  """Bytes of the largest live set of a window, and of what is kept whole.
+
+  Args:
+    height: of the image, in pixels, as `width`.
+  """
+  e = np.dtype(dtype).itemsize
+  stages = dc_ae.decoder_stages(config)
+  outer = windows_lib.outer_levels(stages, config.upsample_block_type)
+  side = windows.window_side // outer.scale
+  largest = outer.scale * (side + 2 * outer.halo)
+  live = decoder_live(
+    config,
+    batch=1,
+    height=min(height, largest),
+    width=min(width, largest),
+    dtype=dtype,
+  )
+  features = 0
+  for level, stage in enumerate(stages):
+    if level < outer.count or not stage.depth:
+      continue
+    rows, columns = height >> level, width >> level
+    features = max(features, rows * columns * stage.width * e)
+    # Of the blocks, those with attention reach furthest.
+    reach = max(stage.scales, default=0) // 2 + 1
+    rows, columns = (min(n, side + 2 * reach) for n in (rows, columns))
+    live = max(live, int(rows * columns * _block_live(stage, e)))
+  # Features before and after a block, and the image that windows fill.
+  return live, 2 * features + height * width * config.in_channels * e
 
 
 def encoder_live(

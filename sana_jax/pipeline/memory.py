@@ -2,7 +2,7 @@
 
 Before anything runs, `plan` predicts what every stage needs (`footprint.py`)
 and picks the least intrusive way of running that fits: whole images, one image
-at a time, tiles, tiles with the text encoder on the host.
+at a time, windows, tiles, all of it again with the text encoder on the host.
 """
 
 import dataclasses
@@ -17,6 +17,7 @@ import jax
 
 from sana_jax import text
 from sana_jax.models import tiling as tiling_lib
+from sana_jax.models import windows as windows_lib
 from sana_jax.pipeline import decoding, footprint, options, sizes
 
 if typing.TYPE_CHECKING:
@@ -26,6 +27,8 @@ STAGES = ("text encoder", "transformer", "decoder")
 # Of calls that are given pictures.
 _WITH_ENCODER = ("text encoder", "encoder", "transformer", "decoder")
 _GIB = 2**30
+# What images may be cut into.
+Cut = tiling_lib.Tiling | windows_lib.Windows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,9 +36,13 @@ class Policy:
   """What a pipeline may do on its own to fit into memory.
 
   Args:
-    tile_sides: square tiles, in pixels, to decode in when whole images do not
-      fit, best first; overlaps are an eighth. Tiles leave faint seams, so that
-      the choice, which depends on the free memory, is warned of. Empty: never.
+    window_sides: of windows, in pixels, to decode in when whole images do not
+      fit, best first: of the smaller there are more halos to compute. Images
+      are the same, up to rounding. Empty: never.
+    tile_sides: square tiles, in pixels, to decode in when windows do not fit,
+      or pictures that are given have to be encoded in tiles; best first,
+      overlaps are an eighth. Tiles leave faint seams, so that the choice, which
+      depends on the free memory, is warned of. Empty: never.
     offload_text_encoder: keep it on the host except while it encodes. None:
       when the rest does not fit otherwise.
     available_bytes: what models and programs may take on each device. None:
@@ -45,6 +52,7 @@ class Policy:
     ValueError: `available_bytes` is not positive.
   """
 
+  window_sides: tuple[int, ...] = (2048, 1024, 512)
   tile_sides: tuple[int, ...] = (2048, 1024, 512)
   offload_text_encoder: bool | None = None
   available_bytes: int | None = None
@@ -76,7 +84,7 @@ class Plan(NamedTuple):
   """How to run, and why.
 
   Attributes:
-    decoding: whole images or tiles.
+    decoding: whole images, windows or tiles.
     offload_text_encoder: whether it leaves the devices once it has encoded.
     needs: by stage.
     available: bytes on each device for all of it; None: unknown.
@@ -101,14 +109,14 @@ def plan(
   work: footprint.Work,
   *,
   policy: Policy,
-  tiling: tiling_lib.Tiling | None,
+  tiling: Cut | None,
   available: int | None,
   stages: Sequence[str] = STAGES,
 ) -> Plan:
   """Picks the first way of running that fits.
 
-  In this order: whole images, one image at a time, tiles from the largest on;
-  then the same with the text encoder on the host.
+  In this order: whole images, one image at a time, windows from the largest
+  on, tiles likewise; then the same with the text encoder on the host.
 
   Args:
     tiling: the user's choice; None: any.
@@ -231,9 +239,9 @@ def _plan_pipeline(pipeline, work, stages: Sequence[str]) -> Plan:
 
 
 def check_tiling(
-  tiling: tiling_lib.Tiling, work: footprint.Work, models: footprint.Models
+  tiling: Cut, work: footprint.Work, models: footprint.Models
 ) -> None:
-  """Refuses tiles that cannot be, or that are as large as the image.
+  """Refuses what cannot be, or is as large as the image.
 
   Raises:
     ValueError: names both sizes.
@@ -243,9 +251,8 @@ def check_tiling(
   height, width = (factor * side for side in work.latent_size)
   if tiling.covers(height, width):
     raise ValueError(
-      f"tiling: tiles of {tiling.tile_height}x{tiling.tile_width} have no "
-      f"effect on images decoded at {height}x{width}; take smaller tiles, or "
-      "None."
+      f"tiling: {tiling} have no effect on images decoded at {height}x{width}; "
+      "take smaller ones, or None."
     )
 
 
@@ -300,19 +307,28 @@ def _ways(models, work, policy, tiling) -> Iterator[_Way]:
 
 def _decodings(models, work, policy, tiling) -> Iterator[decoding.Decoding]:
   if tiling is not None:
-    yield decoding.Decoding(tiling)
+    yield _cut(tiling)
     return
   factor = models.autoencoder.config.spatial_compression
-  candidates = [tiling_lib.square(side) for side in policy.tile_sides]
-  for tiles in candidates:
-    tiles.check_multiples(factor)
+  candidates: list[Cut] = [
+    *(windows_lib.Windows(window_side=side) for side in policy.window_sides),
+    *(tiling_lib.square(side) for side in policy.tile_sides),
+  ]
+  for candidate in candidates:
+    candidate.check_multiples(factor)
   yield decoding.Decoding()
   if work.images_per_device > 1:
     yield decoding.Decoding(one_at_a_time=True)
   height, width = (factor * side for side in work.latent_size)
-  for tiles in candidates:
-    if not tiles.covers(height, width):
-      yield decoding.Decoding(tiles)
+  for candidate in candidates:
+    if not candidate.covers(height, width):
+      yield _cut(candidate)
+
+
+def _cut(into: Cut) -> decoding.Decoding:
+  if isinstance(into, windows_lib.Windows):
+    return decoding.Decoding(windows=into)
+  return decoding.Decoding(into)
 
 
 def _needs(models, work, way: _Way) -> dict[str, Need]:
@@ -346,10 +362,9 @@ def _peak(needs: Mapping[str, Need]) -> int:
 
 def _reason(work, tried, available: int | None) -> str:
   way, needs = tried[-1]
-  tiling = way.decoding.tiling
   parts = []
-  if tiling is not None:
-    parts.append(f"in tiles of {tiling.tile_height}x{tiling.tile_width}")
+  if way.decoding.cut is not None:
+    parts.append(f"in {way.decoding.cut}")
   elif way.decoding.one_at_a_time:
     parts.append("one image at a time")
   else:

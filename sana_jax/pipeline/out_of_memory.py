@@ -11,8 +11,8 @@ from flax import nnx
 from sana_jax.pipeline import execution, memory
 
 _GIB = 2**30
-# The smallest tile that a policy chooses.
-_TILE = 512
+# Of the smallest windows and tiles that a policy chooses, in pixels.
+_SIDE = 512
 
 
 class _Knob(NamedTuple):
@@ -94,9 +94,16 @@ class OutOfMemoryError(execution.StageMemoryError):
 
   def _knobs(self) -> Iterator[_Knob]:
     yield _FEWER
-    if self.stage in ("decoder", "encoder"):
-      now = self.plan.decoding.tiling
-      side = _TILE if now is None else min(_TILE, now.tile_height // 2)
+    tiles, windows = self.plan.decoding.tiling, self.plan.decoding.windows
+    if self.stage == "decoder" and tiles is None:
+      side = _SIDE if windows is None else min(_SIDE, windows.window_side // 2)
+      yield _Knob(
+        "smaller windows",
+        f"tiling=windows.Windows(window_side={side})",
+        f"--vae_window={side}",
+      )
+    elif self.stage in ("decoder", "encoder"):
+      side = _SIDE if tiles is None else min(_SIDE, tiles.tile_height // 2)
       yield _Knob(
         "smaller tiles", f"tiling=tiling.square({side})", f"--vae_tile={side}"
       )

@@ -14,6 +14,7 @@ from sana_jax import text
 from sana_jax.diffusion import schedules
 from sana_jax.models import gemma2
 from sana_jax.models import tiling as tiling_lib
+from sana_jax.models import windows as windows_lib
 from sana_jax.pipeline import checks
 from sana_jax.pipeline.denoising import Condition
 
@@ -106,12 +107,14 @@ def decode_raw(
   autoencoder: Any,
   latents: Float[Array, "b h w c"],
   scaling_factor: float,
-  tiling: tiling_lib.Tiling | None,
+  tiling: tiling_lib.Tiling | windows_lib.Windows | None,
 ) -> Float[Array, "b height width 3"]:
-  """Decodes latents to images in about [-1, 1], in tiles if so wished."""
+  """Decodes latents to images in about [-1, 1], cut as one wishes."""
   latents = latents / scaling_factor
   if tiling is None:
     images = autoencoder.decode(latents)
+  elif isinstance(tiling, windows_lib.Windows):
+    images = windows_lib.decode(autoencoder, latents, tiling)
   else:
     images = tiling_lib.decode(autoencoder, latents, tiling)
   return images.astype(jnp.float32)

@@ -15,7 +15,6 @@ from sana_jax import sharding, text
 from sana_jax.diffusion import samplers, scheduler_config, schedules
 from sana_jax.models import controlnet as controlnet_lib
 from sana_jax.models import dc_ae, gemma2, sana
-from sana_jax.models import tiling as tiling_lib
 from sana_jax.pipeline import (
   checks,
   decoding,
@@ -51,8 +50,8 @@ class SanaPipeline:
     controlnet: steers the transformer by a `control_image`.
     controlnet_wiring: how it is connected, which its weights were trained for:
       "diffusers" or "original"; see `controlnet.control_residuals`.
-    tiling: decodes images in overlapping tiles; None: as `memory` has it,
-      whole if that fits.
+    tiling: decodes images in `windows.Windows`, exactly, or in overlapping
+      tiles; None: as `memory` has it, whole if that fits.
     memory: what may be done to fit into the memory of the devices.
     devices: None: all devices of this process.
     prompt_batch_size: encodes so many prompts at a time, filled up, so that
@@ -74,7 +73,7 @@ class SanaPipeline:
   controlnet_config: config_lib.SanaControlNetConfig | None = None
   controlnet_wiring: str = "diffusers"
   tokenizer_directory: epath.PathLike | None = None
-  tiling: tiling_lib.Tiling | None = None
+  tiling: memory_lib.Cut | None = None
   memory: memory_lib.Policy = memory_lib.Policy()
   devices: Sequence[jax.Device] | None = None
   prompt_batch_size: int | None = None
@@ -285,7 +284,7 @@ class SanaPipeline:
     """Encodes images in [0, 1] to latents in the transformer's scale.
 
     Args:
-      how: whole or in tiles, like decoding; None: whole.
+      how: in tiles if decoding is; None: whole.
 
     Raises:
       FloatingPointError: the latents are not finite.
@@ -386,7 +385,7 @@ class SanaPipeline:
     size: sizes.ImageSize | None = None,
     progress: execution.ProgressFn | None = None,
   ) -> Float[Array, "b height width 3"]:
-    """Decodes latents to images in [0, 1], in tiles if they have to be.
+    """Decodes latents to images in [0, 1], cut if they have to be.
 
     Args:
       size: to scale and crop to; None: as decoded.

@@ -174,11 +174,13 @@ def _decoder(config, model, work, how: decoding.Decoding) -> Iterator[Program]:
         autoencoder=model,
         latents=latents,
         scaling_factor=scaling,
-        one_at_a_time=how.one_at_a_time,
+        one_at_a_time=how.separate,
+        windows=how.windows,
         **size,
       )
 
-    yield Program("decoder", "whole", decode, model, (latents,))
+    name = str(how.windows or "whole")
+    yield Program("decoder", name, decode, model, (latents,))
     return
 
   def decode_tiles(model, latents):

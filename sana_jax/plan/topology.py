@@ -214,7 +214,9 @@ def memory_analysis(
     ),
     args,
   )
-  lowered = jax.jit(function).lower(*placed)
+  # Kernels are lowered for the chips of the mesh in use.
+  with jax.set_mesh(mesh):
+    lowered = jax.jit(function).lower(*placed)
   return lowered.compile(dict(compiler_options(mesh))).memory_analysis()
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from sana_jax import storage
 from sana_jax.bulk import decodings, history, job, requests
+from sana_jax.models import windows
 from sana_jax.pipeline import memory
 from tests import tiny
 
@@ -101,9 +102,22 @@ def test_what_was_whole_is_not_made_in_tiles(pipe):
   decodings.check_prescribed(images, {})
 
 
+def test_windows_are_said_and_prescribed(pipe):
+  cut = windows.Windows(window_side=16)
+  pipe.tiling = cut
+  plan = decodings.Decodings(pipe).plan({"height": 64}, 1)
+  described = {"tiling": decodings.describe(plan.decoding.cut)}
+  assert described == {"tiling": {"window_side": 16}}
+  pipe.tiling = None
+  decodings.prescribe(pipe, json.loads(json.dumps(described)))
+  assert pipe.tiling == cut
+
+
 def test_a_strange_tiling_is_refused(pipe):
   with pytest.raises(ValueError, match=re.escape("{'side': 3}, which is no")):
     decodings.prescribe(pipe, {"tiling": {"side": 3}})
+  with pytest.raises(ValueError, match="is 3, which is no"):
+    decodings.prescribe(pipe, {"tiling": 3})
 
 
 @pytest.mark.filterwarnings("ignore:Outside")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from sana_jax.models import dc_ae, tiling
+from sana_jax.models import dc_ae, tiling, windows
 from sana_jax.pipeline import decoding, execution, stages
 from tests import tiny
 
@@ -70,6 +70,15 @@ def test_images_one_at_a_time_are_those_of_a_batch(rng, autoencoder):
   how = decoding.Decoding(one_at_a_time=True)
   images = decode(autoencoder, latents, how, devices=2)
   np.testing.assert_allclose(images, expected, **TOLERANCE)
+
+
+def test_images_in_windows_are_whole_images(rng, autoencoder):
+  latents = jnp.asarray(rng.normal(size=(3, 13, 9, 4)), jnp.float32)
+  expected = decode(autoencoder, latents, decoding.Decoding(), size=(50, 36))
+  how = decoding.Decoding(windows=windows.Windows(window_side=16))
+  images = decode(autoencoder, latents, how, devices=2, size=(50, 36))
+  np.testing.assert_allclose(images, expected, **TOLERANCE)
+  assert expected.std() > 0.05
 
 
 def test_one_at_a_time_takes_the_memory_of_one(autoencoder):

@@ -11,7 +11,7 @@ from flax import nnx
 
 from sana_jax import config as config_lib
 from sana_jax.diffusion import schedules
-from sana_jax.models import dc_ae, gemma2, sana, tiling
+from sana_jax.models import dc_ae, gemma2, sana, tiling, windows
 from sana_jax.pipeline import decoding, denoising, footprint, memory, stages
 from tests import tiny
 
@@ -320,6 +320,34 @@ def test_tiles_and_their_blending_are_predicted():
   assert predicted < whole / 2
 
 
+@pytest.mark.parametrize("side", [32, 64])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_windows_are_predicted(side, dtype):
+  config = autoencoder_config((16, 32, 64))
+  model = abstract(dc_ae.DCAE, config, jnp.dtype(dtype))
+  part = footprint.make_part(config, model)
+  cut = windows.Windows(window_side=side)
+
+  def decode(model, latents):
+    return decoding.decode_whole(
+      autoencoder=model,
+      latents=latents,
+      scaling_factor=1.0,
+      one_at_a_time=True,
+      windows=cut,
+      height=256,
+      width=384,
+    )
+
+  real = working_bytes(decode, model, array((1, 64, 96, 4)))
+  predicted = footprint.decoder(
+    models_of(autoencoder=part),
+    work_of(latent_size=(64, 96), height=256, width=384),
+    decoding.Decoding(windows=cut),
+  )
+  check_bound(predicted, real, part.weights, dtype)
+
+
 def autoencoder_config(
   widths,
   *,
@@ -381,8 +409,18 @@ def choose(models, work, available, *, tiles=None, **policy) -> memory.Plan:
 V5E = int(15.75 * GIB)
 
 
-def test_4k_on_16_gb_is_decoded_in_the_published_tiles(published):
+def test_4k_on_16_gb_is_decoded_in_windows(published):
   plan = choose(published, published_work(4096), V5E)
+  cut = windows.Windows(window_side=1024)
+  assert plan.decoding == decoding.Decoding(windows=cut)
+  assert not plan.offload_text_encoder
+  assert not plan.notable
+  assert plan.peak <= V5E
+  assert "4096x4096: in windows of 1024x1024; " in plan.reason
+
+
+def test_without_windows_4k_on_16_gb_is_decoded_in_published_tiles(published):
+  plan = choose(published, published_work(4096), V5E, window_sides=())
   assert plan.decoding.tiling == tiling.square(1024)
   assert tiling.square(1024).stride == (896, 896)
   assert not plan.offload_text_encoder
@@ -415,7 +453,7 @@ def test_more_memory_means_larger_tiles(published):
     return memory.plan(
       published,
       published_work(4096),
-      policy=memory.Policy(),
+      policy=memory.Policy(window_sides=()),
       tiling=None,
       available=available * GIB,
       stages=("decoder",),
@@ -449,11 +487,13 @@ def test_choices_of_the_user_win(published):
   work = published_work(4096)
   given = tiling.square(512)
   assert choose(published, work, V5E, tiles=given).decoding.tiling == given
+  given = windows.Windows(window_side=512)
+  assert choose(published, work, V5E, tiles=given).decoding.windows == given
   plan = choose(published, work, 100 * GIB, offload_text_encoder=True)
   assert plan.offload_text_encoder
   assert not plan.notable
   with pytest.raises(ValueError, match="the decoder needs"):
-    choose(published, work, V5E, tile_sides=())
+    choose(published, work, V5E, window_sides=(), tile_sides=())
   with pytest.raises(ValueError, match="do not fit"):
     choose(
       published,
@@ -496,9 +536,28 @@ def test_tiles_that_cannot_be_or_have_no_effect_are_refused(
     choose(published, published_work(1024), V5E, tiles=tiling.square(side))
 
 
-def test_tiles_to_try_must_be_multiples_too(published):
-  with pytest.raises(ValueError, match="must be multiples of 32"):
-    choose(published, published_work(1024), V5E, tile_sides=(500,))
+def test_windows_without_effect_are_refused(published):
+  cut = windows.Windows(window_side=1024)
+  with pytest.raises(ValueError, match="windows of 1024x1024 have no effect"):
+    choose(published, published_work(1024), V5E, tiles=cut)
+
+
+def test_what_is_to_be_tried_must_be_multiples_too(published):
+  for sides in ({"tile_sides": (500,)}, {"window_sides": (500,)}):
+    with pytest.raises(ValueError, match="multiples? of 32"):
+      choose(published, published_work(1024), V5E, **sides)
+
+
+def test_pictures_that_must_be_encoded_in_tiles_are_decoded_so(published):
+  plan = memory.plan(
+    published,
+    published_work(4096, encoded=1),
+    policy=memory.Policy(),
+    tiling=None,
+    available=V5E,
+    stages=("encoder", *memory.STAGES),
+  )
+  assert plan.decoding.tiling == tiling.square(1024)
 
 
 def test_available_bytes_must_be_positive():
@@ -569,6 +628,25 @@ def test_a_pipeline_decodes_in_tiles_when_whole_images_do_not_fit(pipe):
   with pytest.warns(UserWarning, match="in tiles of 32x32"):
     alone = changed.decode(whole.latents)
   np.testing.assert_array_equal(alone, tiled.images)
+
+
+def test_a_pipeline_decodes_in_windows_before_it_does_in_tiles(pipe, recwarn):
+  size = {"height": 64, "width": 64}
+  settings = pipe.generation_config.replace(size)
+  whole = pipe("a cat", **size)
+  needs = pipe.plan_memory(settings=settings).needs
+  policy = memory.Policy(
+    available_bytes=needs["decoder"].total - 1,
+    window_sides=(16,),
+    tile_sides=(32,),
+  )
+  changed = dataclasses.replace(pipe, memory=policy)
+  plan = changed.plan_memory(settings=settings)
+  assert plan.decoding.windows == windows.Windows(window_side=16)
+  output = changed("a cat", **size)
+  # float32.
+  np.testing.assert_allclose(output.images, whole.images, rtol=0, atol=1e-5)
+  assert not [w for w in recwarn if "64x64" in str(w.message)]
 
 
 def test_an_impossible_budget_is_refused_before_anything_runs(pipe):

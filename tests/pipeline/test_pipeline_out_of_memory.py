@@ -8,7 +8,7 @@ import pytest
 from absl import flags
 
 import sample  # noqa: F401 (defines its flags)
-from sana_jax.models import tiling
+from sana_jax.models import tiling, windows
 from sana_jax.pipeline import decoding, execution, memory, out_of_memory
 from tests import tiny
 
@@ -60,9 +60,13 @@ def test_a_call_says_what_was_planned(tmp_path, monkeypatch):
   assert lines[-1].startswith("XLA: RESOURCE_EXHAUSTED")
 
 
-def error_of(stage="decoder", *, is_half=False, tiles=None, offload=False):
+def error_of(
+  stage="decoder", *, is_half=False, tiles=None, side=None, offload=False
+):
   plan = memory.Plan(
-    decoding=decoding.Decoding(tiles),
+    decoding=decoding.Decoding(
+      tiles, windows=side and windows.Windows(window_side=side)
+    ),
     offload_text_encoder=offload,
     needs={stage: memory.Need(3 * GIB, GIB // 2)},
     available=4 * GIB,
@@ -87,7 +91,9 @@ def test_the_prediction_is_a_table():
 @pytest.mark.parametrize(
   ("changes", "offered", "not_offered"),
   [
-    ({}, ["--vae_tile=512", "--dtype", "--offload_text_encoder"], []),
+    ({}, ["--vae_window=512", "--dtype", "--offload_text_encoder"], []),
+    ({"side": 512}, ["--vae_window=256"], ["vae_tile"]),
+    ({"stage": "encoder"}, ["--vae_tile=512"], ["vae_window"]),
     ({"tiles": tiling.square(512)}, ["--vae_tile=256"], []),
     ({"stage": "transformer"}, ["--batch_size", "--height"], ["vae_tile"]),
     ({"is_half": True, "offload": True}, [], ["--dtype", "--offload"]),

@@ -17,6 +17,10 @@ from sana_jax.ops.linear_attention import (
   xla,
 )
 
+# For who does not have all tokens at a time: the sums over some, which add up,
+# and what queries make of them.
+State, state, apply = xla.State, xla.state, xla.apply
+EPS = 1e-15
 IMPLEMENTATIONS = ("xla", "pallas_tpu", "pallas_gpu")
 _KERNELS: dict[str, tuple[str, ModuleType]] = {
   "pallas_tpu": ("tpu", pallas_tpu),
@@ -33,7 +37,7 @@ def relu_linear_attention(
   k: Float[Array, "b n heads head_dim"],
   v: Float[Array, "b n heads head_dim"],
   *,
-  eps: float = 1e-15,
+  eps: float = EPS,
   implementation: str | None = None,
   interpret: Any = False,
 ) -> Float[Array, "b n heads head_dim"]:
