@@ -128,5 +128,6 @@ def test_another_encoder_or_instruction_is_read_anew(pipe):
   pipe.text_encoder = jax.tree.map(lambda w: 1.2 * w, pipe.text_encoder)
   check("a table", tiny.INSTRUCTION, 2)
   # On the host it is the same encoder.
-  pipe._offload_text_encoder()
+  plan = pipe.plan_memory()._replace(offload_text_encoder=True)
+  pipe._offload_text_encoder(plan)
   check("a red apple", tiny.INSTRUCTION, 1)
