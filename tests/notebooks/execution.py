@@ -26,17 +26,20 @@ CACHE = pathlib.Path(tempfile.gettempdir()) / "sana_jax_test_cache"
 ROOT = pathlib.Path(__file__).parents[2]
 
 
+METADATA = {
+  "kernelspec": {
+    "display_name": "Python 3",
+    "language": "python",
+    "name": "python3",
+  },
+  "language_info": {"name": "python"},
+}
+
+
 def read_text(path: pathlib.Path) -> Any:
   """Returns a text as a notebook without outputs, the same every time."""
   notebook = jupytext.read(path, fmt="py:percent")
-  notebook.metadata = {
-    "kernelspec": {
-      "display_name": "Python 3",
-      "language": "python",
-      "name": "python3",
-    },
-    "language_info": {"name": "python"},
-  }
+  notebook.metadata = nbformat.from_dict(METADATA)
   for number, cell in enumerate(notebook.cells):
     cell.id = f"cell-{number:02d}"
     cell.metadata = {}
@@ -70,6 +73,8 @@ def execute(notebook: Any) -> None:
       resources={"metadata": {"path": directory}},
     )
     client.execute(env=environment)
+  # The kernel adds what version of Python it is.
+  notebook.metadata = nbformat.from_dict(METADATA)
 
 
 def shrink(notebook: Any) -> None:
