@@ -62,7 +62,7 @@ ALSO_FINE = {"sana_jax.tools.doctor": 1, "sana_jax.tools.parity": 1}
 OTHERS = {
   r"make (test|check|format|setup)": "this test is part of it",
   r"make (docs|docs-serve|figures)": "tests/docs/test_site.py",
-  r"pip install|python3 -m (venv|uv)|git clone": "needs a network",
+  r"pip (install|wheel)|python3 -m (venv|uv)|git clone": "needs a network",
   r"curl |hf ": "needs a server",
   r"gcloud|xpk|srun|#SBATCH|#!/bin/bash|cd sana_jax|--command|--accelerator":
     "needs a cloud or a cluster",
