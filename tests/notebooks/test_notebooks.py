@@ -63,5 +63,6 @@ def test_notebooks_run_and_show_what_is_stored(path):
   stored = pairs.read(path.with_suffix(".ipynb"))
   # By jupytext's reading of the text, too.
   assert pairs.cells_of_notebook(notebook) == pairs.cells_of_notebook(stored)
+  execution.shorten(notebook, path.stem)
   execution.execute(notebook)
   assert pairs.count_pictures(notebook) >= pairs.count_pictures(stored)
