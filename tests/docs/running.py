@@ -47,10 +47,9 @@ STEPS = 2
 # What makes them short. Nothing else about them is changed.
 SHORTER = {
   r"train\.py .*configs/emoji": "--config.num_steps=2 --config.batch_size=8 "
-  "--config.data.split=heldout --config.sample_every=2",
+  "--config.data.split=heldout",
   r"train\.py .*configs/(emoji|folder)\.py": "--config.sample_steps=2 "
   "--config.scan_layers=True",
-  # Sampling while it trains is in the runs of emoji.
   r"train\.py .*configs/folder": "--config.num_steps=2 --config.batch_size=4",
   r"emoji_retrieval": "--num_captions=2",
   r"bench\.data": "--seconds=0.2",
