@@ -18,6 +18,10 @@ from sana_jax.weights import lora_files as lora
 from tests.docs import reading
 
 BUNDLED = "sana_jax/assets/emoji_model"
+# Most of the time is compilation, and of programs that run for seconds.
+XLA_FLAGS = (
+  "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+)
 CACHE = pathlib.Path(tempfile.gettempdir()) / "sana_jax_test_cache"
 
 # Why commands are not run: what is sought in "PAGE: PROGRAM ARGUMENTS". Their
@@ -46,11 +50,11 @@ NOT_RUN = {
 STEPS = 2
 # What makes them short. Nothing else about them is changed.
 SHORTER = {
-  r"train\.py .*configs/emoji": "--config.num_steps=2 --config.batch_size=8 "
+  r"train\.py .*configs/emoji": "--config.num_steps=2 --config.batch_size=2 "
   "--config.data.split=heldout",
   r"train\.py .*configs/(emoji|folder)\.py": "--config.sample_steps=2 "
   "--config.scan_layers=True",
-  r"train\.py .*configs/folder": "--config.num_steps=2 --config.batch_size=4",
+  r"train\.py .*configs/folder": "--config.num_steps=2 --config.batch_size=2",
   r"emoji_retrieval": "--num_captions=2",
   r"bench\.data": "--seconds=0.2",
 }
@@ -103,9 +107,7 @@ def environment(root: pathlib.Path) -> dict[str, str]:
   return {
     **os.environ,
     "JAX_PLATFORMS": "cpu",
-    # Most of the time is compilation, and of programs that run for seconds.
-    "XLA_FLAGS": "--xla_backend_optimization_level=0 "
-    "--xla_llvm_disable_expensive_passes=true",
+    "XLA_FLAGS": XLA_FLAGS,
     "PYTHONPATH": str(root),
     "JAX_COMPILATION_CACHE_DIR": str(CACHE),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",

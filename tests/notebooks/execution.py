@@ -85,10 +85,14 @@ def shorten(notebook: Any, name: str) -> None:
     found[0].source = found[0].source.replace(whole, short)
 
 
-def execute(notebook: Any) -> None:
+def execute(notebook: Any, xla_flags: str = "") -> None:
   """Runs all cells in a fresh kernel, and keeps their outputs.
 
   What they write is gone afterwards.
+
+  Args:
+    xla_flags: the kernel's XLA_FLAGS. A reader's machine has one device, not
+      the eight of the tests.
 
   Raises:
     nbclient.exceptions.CellExecutionError: a cell raised something.
@@ -101,9 +105,8 @@ def execute(notebook: Any) -> None:
       "PYTHONPATH": str(ROOT),
       "TMPDIR": directory,
       "TQDM_DISABLE": "1",
+      "XLA_FLAGS": xla_flags,
     }
-    # A reader's machine has one device, not the eight of the tests.
-    environment.pop("XLA_FLAGS", None)
     client = nbclient.NotebookClient(
       notebook,
       timeout=TIMEOUT,
