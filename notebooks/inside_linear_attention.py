@@ -16,35 +16,29 @@
 # and looks at them, by layer and by noise level.
 
 # %%
-# Installs the package where it is missing, as on Colab, with what jax needs for
-# the device that it was installed for.
+# Installs the package where it is missing, with what jax needs for the device
+# that it was installed for. Colab asks for a wheel: docs/guides/notebook.md.
 import importlib.util
 import pathlib
 import subprocess
 import sys
 
-SOURCE = ".."  # a clone of the repository, or "git+https://..." of it
-spec = importlib.util.find_spec("sana_jax")
-if spec is None or spec.origin is None:  # a folder of that name has none
-  clone = pathlib.Path(SOURCE).resolve()
-  if "://" not in SOURCE and not (clone / "sana_jax/__init__.py").exists():
-    raise FileNotFoundError(
-      f"SOURCE is {SOURCE!r}, which is no clone of the repository: clone it "
-      "and set SOURCE to its folder, or set SOURCE to git+https://... of it."
-    )
-  plugins = {
-    "libtpu": "tpu",
-    "jax_cuda12_plugin": "cuda12",
-    "jax_cuda13_plugin": "cuda13",
-  }
-  extras = [
-    extra for name, extra in plugins.items() if importlib.util.find_spec(name)
-  ]
-  source = SOURCE if "://" in SOURCE else str(clone)
-  needed = [source, f"jax[{','.join(extras)}]", "matplotlib"]
-  subprocess.run(
-    [sys.executable, "-m", "pip", "install", "--quiet", *needed], check=True
-  )
+SOURCE = ".."  # a clone, wheel or zip of the repository, or git+https://...
+has = importlib.util.find_spec
+if has("sana_jax") is None or has("sana_jax").origin is None:  # a mere folder
+  path = pathlib.Path(SOURCE).resolve()
+  is_there = path.is_file() or (path / "sana_jax/__init__.py").exists()
+  source = path if is_there else SOURCE if "://" in SOURCE else None
+  if not source and "google.colab" in sys.modules:
+    from google.colab import files
+
+    source = next(iter(files.upload()), None)
+  if not source:
+    raise FileNotFoundError(f"Set {SOURCE=} to a clone or wheel of sana_jax.")
+  extras = [name for name in ("cuda12", "cuda13") if has(f"jax_{name}_plugin")]
+  extras += ["tpu"] if has("libtpu") else []
+  pip = [sys.executable, "-m", "pip", "install", "--quiet", source]
+  subprocess.run([*pip, f"jax[{','.join(extras)}]", "matplotlib"], check=True)
 
 # %%
 import jax
@@ -56,7 +50,7 @@ import sana_jax
 from sana_jax import images as images_lib
 from sana_jax.models import sana_block
 
-plt.rcParams["figure.dpi"] = 72
+plt.rcParams["figure.dpi"] = 96
 jax.config.update("jax_default_matmul_precision", "highest")
 pipe = sana_jax.SanaPipeline.from_pretrained(sana_jax.bundled_checkpoint())
 model = pipe.transformer
@@ -176,22 +170,25 @@ np.testing.assert_allclose(found["error"], 0, atol=1e-3)
 # ## Where patches look, by layer
 #
 # The latents are a grid of 4 x 4 patches: each stands for 16 x 16 pixels. For
-# three of them (framed), here are the weights over the picture, the mean of the
-# heads, at the last step. Yellow is 1/8 and more, dark is 0; were all patches
-# looked at alike, every weight would be 1/16.
+# three of them (framed), here are the weights, the mean of the heads, at the
+# last step: a patch is as bright as it is looked at. With 1/8 and more it is as
+# in the picture, with 0 it is black; were all patches looked at alike, every
+# weight would be 1/16.
 
 
 # %%
+FULL = 1 / 8
+
+
+def lit(picture, weights, full):
+  """Returns a picture whose 16 patches are as bright as weights are large."""
+  light = np.clip(weights.reshape(4, 4) / full, 0, 1)
+  return picture * light.repeat(16, 0).repeat(16, 1)[..., None]
+
+
 def draw_weights(axis, picture, weights, query):
-  """Shows weights of the 16 patches over a picture."""
-  axis.imshow(picture)
-  axis.imshow(
-    weights.reshape(4, 4),
-    extent=(-0.5, 63.5, 63.5, -0.5),
-    vmin=0,
-    vmax=1 / 8,
-    alpha=0.7,
-  )
+  """Lights the picture by the weights, and frames who looks."""
+  axis.imshow(lit(picture, weights, FULL))
   row, column = divmod(query, 4)
   axis.add_patch(
     plt.Rectangle((16 * column, 16 * row), 15, 15, fill=False, color="red")
@@ -204,7 +201,7 @@ def draw_grid(picture, columns, titles):
   """Draws layers by columns; `columns` gives (weights by layer, query)."""
   figure, axes = plt.subplots(
     *(model.num_layers, len(columns)),
-    figsize=(1.1 * len(columns), 4.8),
+    figsize=(1.1 * len(columns) + 1, 4.8),
     layout="constrained",
     squeeze=False,
   )
@@ -212,8 +209,10 @@ def draw_grid(picture, columns, titles):
     for layer, axis in enumerate(axes[:, number]):
       draw_weights(axis, picture, weights[layer], query)
       if number == 0:
-        axis.set_ylabel(f"layer {layer}", fontsize=8)
-    axes[0, number].set_title(titles[number], fontsize=8)
+        axis.set_ylabel(f"layer {layer}", fontsize=9)
+    axes[0, number].set_title(titles[number], fontsize=9)
+  scale = plt.cm.ScalarMappable(plt.Normalize(0, FULL), "gray")
+  figure.colorbar(scale, ax=axes, shrink=0.6, label="weight")
   plt.show()
 
 
@@ -273,10 +272,11 @@ figure, axes = plt.subplots(
 )
 for layer, row in enumerate(axes):
   for head, axis in enumerate(row):
-    axis.imshow(found["weights"][-1, layer, 0, head], vmin=0, vmax=0.25)
+    image = axis.imshow(found["weights"][-1, layer, 0, head], vmin=0, vmax=0.25)
     axis.set_xticks([])
     axis.set_yticks([])
-  row[0].set_ylabel(f"layer {layer}", fontsize=8)
+  row[0].set_ylabel(f"layer {layer}", fontsize=9)
+figure.colorbar(image, ax=axes, shrink=0.6, label="weight")
 plt.show()
 
 # %% [markdown]
@@ -336,18 +336,21 @@ def words_of(prompt):
   return [pipe.tokenizer.decode([i]) for i in pipe.tokenizer.tokenize(prompt)]
 
 
-figure, axes = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
+figure, axes = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
 for axis, picture in zip(axes, (0, 3), strict=True):
   names = words_of(prompts[picture])
   attended = found["words"].mean((3, 4))[:, :, picture, : len(names)]
-  axis.imshow(attended.reshape(-1, len(names)), vmin=0, vmax=0.6)
-  axis.set_xticks(range(len(names)), names, rotation=60, fontsize=8)
+  image = axis.imshow(
+    attended.reshape(-1, len(names)), vmin=0, vmax=0.6, aspect="auto"
+  )
+  axis.set_xticks(range(len(names)), names, rotation=60, fontsize=9)
   labels = [
     f"sigma {sigma:.2f}, layer {layer}"
     for sigma in sigmas
     for layer in range(model.num_layers)
   ]
-  axis.set_yticks(range(len(labels)), labels, fontsize=7)
+  axis.set_yticks(range(len(labels)), labels, fontsize=9)
+figure.colorbar(image, ax=axes, label="weight")
 plt.show()
 
 # %% [markdown]
@@ -358,7 +361,8 @@ plt.show()
 # knows nothing of the prompt. It is where to look when no word is needed.
 #
 # And where a word is looked at: for each patch the weight of the word, mean of
-# the heads and layers, at the last step. Every map has its own scale.
+# the heads and layers, at the last step. The patch that reads it most is as
+# bright as in the picture.
 
 # %%
 names = words_of(prompts[0])
@@ -367,11 +371,8 @@ figure, axes = plt.subplots(
   1, len(names), figsize=(1.1 * len(names), 1.5), layout="constrained"
 )
 for number, (axis, name) in enumerate(zip(axes, names, strict=True)):
-  axis.imshow(pictures[0])
-  axis.imshow(
-    maps[:, number].reshape(4, 4), extent=(-0.5, 63.5, 63.5, -0.5), alpha=0.7
-  )
-  axis.set_title(name, fontsize=8)
+  axis.imshow(lit(pictures[0], maps[:, number], maps[:, number].max()))
+  axis.set_title(name, fontsize=9)
   axis.axis("off")
 plt.show()
 

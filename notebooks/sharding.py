@@ -7,41 +7,37 @@
 # virtual ones of the CPU.
 
 # %%
-# Installs the package where it is missing, as on Colab, with what jax needs for
-# the device that it was installed for.
+# Installs the package where it is missing, with what jax needs for the device
+# that it was installed for. Colab asks for a wheel: docs/guides/notebook.md.
 import importlib.util
 import pathlib
 import subprocess
 import sys
 
-SOURCE = ".."  # a clone of the repository, or "git+https://..." of it
-spec = importlib.util.find_spec("sana_jax")
-if spec is None or spec.origin is None:  # a folder of that name has none
-  clone = pathlib.Path(SOURCE).resolve()
-  if "://" not in SOURCE and not (clone / "sana_jax/__init__.py").exists():
-    raise FileNotFoundError(
-      f"SOURCE is {SOURCE!r}, which is no clone of the repository: clone it "
-      "and set SOURCE to its folder, or set SOURCE to git+https://... of it."
-    )
-  plugins = {
-    "libtpu": "tpu",
-    "jax_cuda12_plugin": "cuda12",
-    "jax_cuda13_plugin": "cuda13",
-  }
-  extras = [
-    extra for name, extra in plugins.items() if importlib.util.find_spec(name)
-  ]
-  source = SOURCE if "://" in SOURCE else str(clone)
-  needed = [source, f"jax[{','.join(extras)}]", "matplotlib"]
-  subprocess.run(
-    [sys.executable, "-m", "pip", "install", "--quiet", *needed], check=True
-  )
+SOURCE = ".."  # a clone, wheel or zip of the repository, or git+https://...
+has = importlib.util.find_spec
+if has("sana_jax") is None or has("sana_jax").origin is None:  # a mere folder
+  path = pathlib.Path(SOURCE).resolve()
+  is_there = path.is_file() or (path / "sana_jax/__init__.py").exists()
+  source = path if is_there else SOURCE if "://" in SOURCE else None
+  if not source and "google.colab" in sys.modules:
+    from google.colab import files
+
+    source = next(iter(files.upload()), None)
+  if not source:
+    raise FileNotFoundError(f"Set {SOURCE=} to a clone or wheel of sana_jax.")
+  extras = [name for name in ("cuda12", "cuda13") if has(f"jax_{name}_plugin")]
+  extras += ["tpu"] if has("libtpu") else []
+  pip = [sys.executable, "-m", "pip", "install", "--quiet", source]
+  subprocess.run([*pip, f"jax[{','.join(extras)}]", "matplotlib"], check=True)
 
 # %%
 import os
 
 # Read when jax starts; it has no effect on devices other than CPUs.
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+os.environ["XLA_FLAGS"] = (
+  os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
 
 import jax
 import matplotlib.pyplot as plt

@@ -1,9 +1,9 @@
-"""What MkDocs does not do itself: pages from elsewhere, and MathML.
+"""What MkDocs does not do itself: pages from elsewhere, MathML, large figures.
 
 README, CHANGELOG and other texts have one place in the repository, from which
 their pages are made; links between them and the pages of docs/ are turned to
 what they are on the site. Formulas become MathML, which browsers show without
-a script.
+a script. A figure is a link to itself: on a phone its words are small.
 """
 
 import html
@@ -34,6 +34,7 @@ _HOME = "---\nhide:\n  - navigation\n---\n\n"
 _FORMULA = re.compile(
   r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL
 )
+_FIGURE = re.compile(r'<img\b[^>]*\bsrc="([^"]+)"[^>]*>')
 
 
 def on_files(files: Files, *, config: MkDocsConfig) -> Files:
@@ -69,9 +70,10 @@ def on_page_markdown(
 def on_page_content(
   content: str, *, page: Page, config: MkDocsConfig, files: Files
 ) -> str:
-  """Makes MathML of formulas."""
+  """Makes MathML of formulas, and links of figures."""
   del page, config, files
-  return _FORMULA.sub(_mathml, content)
+  content = _FORMULA.sub(_mathml, content)
+  return _FIGURE.sub(r'<a href="\1">\g<0></a>', content)
 
 
 def moved(markdown: str, source: str, target: str) -> str:

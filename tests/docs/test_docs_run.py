@@ -37,6 +37,10 @@ config = config_lib.TextToImageConfig()
 REPLACED = {
   '"Sana_1600M_1024px_BF16"': "sana_jax.bundled_checkpoint()",
   "image_size=1024, max_sequence_length=300": "image_size=64",
+  # As the commands: tests/docs/running.py.
+  "num_inference_steps=20": f"num_inference_steps={running.STEPS}",
+  ".schedule(20)": f".schedule({running.STEPS})",
+  ".schedule(10)": f".schedule({running.STEPS})",
 }
 # These need PyTorch (tests/docs/test_checkpoints_doc.py), and a server.
 PYTHON_NOT_RUN = ("docs/checkpoints.md", "docs/serving.md")
@@ -79,6 +83,10 @@ def test_commands_and_python_of_a_page_run(page, tmp_path):
     fine = {0, running.ALSO_FINE.get(command.program, 0)}
     argv = running.plan(command).argv
     run(root, [sys.executable, *program, *argv], fine=fine)
+  for command in COMMANDS[page]:
+    for word in command.argv:
+      if word.startswith("--reproduce="):
+        assert (root / word.removeprefix("--reproduce=")).is_file(), command
   if source := python(page):
     run(root, [sys.executable, "-c", source])
 

@@ -1,6 +1,7 @@
 """The site is built without a warning, and its figures without a hand."""
 
 import os
+import pkgutil
 import re
 import subprocess
 import sys
@@ -51,6 +52,25 @@ def test_formulas_are_mathml(site):
   page = (site / "method/model.html").read_text(encoding="utf-8")
   assert page.count("<math ") > 10
   assert "arithmatex" not in page
+
+
+def test_figures_are_links_to_themselves(site):
+  page = site / "guides/pretraining.html"
+  linked = re.findall(
+    r'<a href="([^"]+)"><img [^>]*src="([^"]+)"', page.read_text("utf-8")
+  )
+  assert linked
+  for target, shown in linked:
+    assert target == shown
+    assert (page.parent / shown).is_file()
+
+
+def test_no_class_is_shown_twice(site):
+  for path in (site / "api").glob("*.html"):
+    text = path.read_text(encoding="utf-8")
+    names = re.findall(r'<h\d id="(sana_jax[\w.]*\.[A-Z]\w*)"', text)
+    shown = [pkgutil.resolve_name(name) for name in names]
+    assert len(set(shown)) == len(shown), f"{path.name}: {names}"
 
 
 def test_signatures_show_shapes_as_they_are_written(site):
