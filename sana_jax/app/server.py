@@ -22,7 +22,7 @@ _MAX_CONNECTIONS = 512
 def make_app(
   service: Service, *, api_key: str | None = None, with_page: bool = True
 ) -> fastapi.FastAPI:
-  """Returns the ASGI application.
+  """Returns the ASGI application; its `state.end_streams` is for `Server`.
 
   Args:
     api_key: see `openai_api.install`; the page needs none.
@@ -30,8 +30,9 @@ def make_app(
   """
   app = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
   openai_api.install(app, service, api_key=api_key)
+  app.state.end_streams = lambda: None
   if with_page:
-    page.mount(app, service)
+    app.state.end_streams = page.mount(app, service)
   return app
 
 
@@ -66,6 +67,7 @@ class Server(uvicorn.Server):
         timeout_graceful_shutdown=_LAST_SECONDS,
       )
     )
+    self._end_streams = app.state.end_streams
     self._service = service
     self._grace_seconds = grace_seconds
     self._closer: threading.Thread | None = None
@@ -78,6 +80,10 @@ class Server(uvicorn.Server):
         host, port = open_socket.getsockname()[:2]
         host = f"[{host}]" if ":" in host else host
         logging.info("listening at http://%s:%d", host, port)
+
+  async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+    self._end_streams()
+    await super().shutdown(sockets)
 
   def handle_exit(self, sig: int, frame: object) -> None:
     """Begins to end; a second signal ends at once.

@@ -154,6 +154,8 @@ class Service:
     if running is not None:
       running.stop(ClosedError(_CLOSED))
     self._thread.join(_STOP_SECONDS)
+    if running is not None:
+      running.end(error=ClosedError(_CLOSED))  # if it hangs
     return not self._thread.is_alive()
 
   def _check_room(self, client: str) -> None:

@@ -5,7 +5,7 @@ import dataclasses
 import html
 import os
 import pathlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import fastapi
@@ -42,8 +42,13 @@ _EVENT: dict[str, Any] = {
 }
 
 
-def mount(app: fastapi.FastAPI, service: Service) -> None:
-  """Serves the page at "/"; routes that `app` has already come first."""
+def mount(app: fastapi.FastAPI, service: Service) -> Callable[[], None]:
+  """Serves the page at "/"; routes that `app` has already come first.
+
+  Returns:
+    What ends the streams that open pages hold, which never end by themselves;
+    to be called in the server's loop.
+  """
   files = own_files.PageFiles()
   # Gradio asks for this when components are made, and when uploads come.
   os.environ["GRADIO_TEMP_DIR"] = str(files.path)
@@ -61,6 +66,7 @@ def mount(app: fastapi.FastAPI, service: Service) -> None:
     css_paths=_CSS,
   )
   mounted = app.routes[-1]
+  end_streams = mounted.app.stop_event.set
   mounted.app = guard.guard(
     mounted.app, files.path, service.limits.max_upload_bytes
   )
@@ -72,6 +78,7 @@ def mount(app: fastapi.FastAPI, service: Service) -> None:
       yield state
 
   app.router.lifespan_context = lifespan
+  return end_streams
 
 
 def build(service: Service, files: own_files.PageFiles) -> gradio.Blocks:
