@@ -90,9 +90,7 @@ class Maker:
 
     outputs: list[SanaOutput] = []
     for seed, prompt in enumerate(_WARM_UP_PROMPTS):
-      outputs.append(
-        self._run(requests.GenerationRequest(prompt=prompt, seed=seed), post)
-      )
+      outputs.append(self._run(self._plain_request(prompt, seed), post))
       if seed == 0:
         logging.info(
           "the first image took %.1f s, compilation included",
@@ -109,6 +107,22 @@ class Maker:
       time.monotonic() - started,
       100 * self._preview.explained,
       len(outputs),
+    )
+
+  def _plain_request(
+    self, prompt: str, seed: int
+  ) -> requests.GenerationRequest:
+    """Returns one of the checkpoint's own size; a ControlNet follows grey."""
+    size = self._pipe.image_size()
+    sides = (size.width, size.height)
+    return requests.GenerationRequest(
+      prompt=prompt,
+      seed=seed,
+      width=size.width,
+      height=size.height,
+      control_image=None
+      if self._pipe.controlnet is None
+      else PIL.Image.new("RGB", sides, "grey"),
     )
 
   def _run(

@@ -151,6 +151,7 @@ def check(
   _number("strength", request.strength, 0.0, 1.0)
   _number("lora_scale", request.lora_scale, -_MAX_SCALE, _MAX_SCALE)
   _check_names(request, pipe, loras)
+  _check_control(request, pipe)
   _check_pictures(request, limits)
   _check_size_fields(request, limits)
   size = _resolve(request, pipe)
@@ -236,6 +237,23 @@ def _check_names(
   if request.lora_scale is not None and request.lora is None:
     raise InvalidRequestError(
       "lora_scale", "lora_scale has no effect without lora; name one."
+    )
+
+
+def _check_control(
+  request: GenerationRequest, pipe: pipeline_lib.SanaPipeline
+) -> None:
+  """Says what `pipeline.checks` does, to those who have no pipeline."""
+  name = "control_image"
+  if pipe.controlnet is None and request.control_image is not None:
+    raise InvalidRequestError(
+      name, f"{name} cannot be used: there is no ControlNet here; leave it out."
+    )
+  if pipe.controlnet is not None and request.control_image is None:
+    raise InvalidRequestError(
+      name,
+      f"{name} is missing: images are made with a ControlNet here, which needs "
+      "one to follow; add it.",
     )
 
 

@@ -132,6 +132,15 @@ def test_what_cannot_be_is_said_with_its_field(pipe, field, value, hint):
   assert len(str(caught.value)) < 600
 
 
+def test_a_controlnet_needs_a_picture(tokenizer):
+  steered = tiny.make_pipeline(tokenizer, controlnet=True)
+  with pytest.raises(InvalidRequestError, match="is missing") as caught:
+    check(steered)
+  assert caught.value.field == "control_image"
+  picture = PIL.Image.new("RGB", (32, 32))
+  assert check(steered, control_image=picture).control_image.size == (32, 32)
+
+
 def test_line_breaks_and_other_scripts_are_no_control_characters(pipe):
   text = "Katze\nкошка\t猫 🐈‍⬛ e\u0301"
   assert check(pipe, prompt=text).prompt == text

@@ -60,6 +60,16 @@ def serving(pipe, limits=Limits(), **options):  # noqa: B008  frozen
 
 
 @pytest.fixture(scope="module")
+def steered(tmp_path_factory):
+  """Serves a pipeline with a ControlNet."""
+  path = tmp_path_factory.mktemp("tokenizer")
+  tiny.make_tokenizer(path)
+  pipe = tiny.make_pipeline(path, controlnet=True, devices=jax.devices()[:1])
+  with serving(pipe, Limits(max_upload_bytes=300_000)) as running:
+    yield running
+
+
+@pytest.fixture(scope="module")
 def served(pipe):
   with serving(pipe) as running:
     yield running
@@ -104,6 +114,12 @@ def gate(monkeypatch):
   monkeypatch.setattr(making.Maker, "make", wait)
   yield gate
   gate.set()
+
+
+def encoded(picture: np.ndarray) -> str:
+  buffer = io.BytesIO()
+  PIL.Image.fromarray(picture).save(buffer, "PNG")
+  return base64.b64encode(buffer.getvalue()).decode()
 
 
 def wait_until(condition):
@@ -179,6 +195,11 @@ def test_openais_client_gets_images_that_say_how_they_were_made(client):
     ({"quality": "hd"}, "quality", "Unknown field"),
     ({"__class__": {}}, "__class__", "Unknown field"),
     ({"image": "/etc/passwd"}, "image", "Unknown field"),
+    ({"control_image": "AA=="}, "control_image", "not a readable picture"),
+    (
+      {"control_image": encoded(np.zeros((4, 4), np.uint8))},
+      *("control_image", "there is no ControlNet here; leave it out"),
+    ),
     ({"lora": "../../etc/passwd"}, "lora", "no adapters here; leave lora out"),
     ({"seed": -1}, "seed", "from 0"),
     ({"guidance_scale": -1}, "guidance_scale", "from 0"),
@@ -200,6 +221,61 @@ def test_wrong_input_is_an_error_of_openais_client(client, fields, param, hint):
   assert error.type == "invalid_request_error"
   assert error.code == "invalid_value"
   assert hint in error.message
+
+
+def test_a_controlnet_follows_the_picture_it_is_sent(steered, rng):
+  def pixels(picture, scale):
+    answer = client_of(steered[1]).images.generate(
+      prompt="a cat",
+      extra_body={
+        "seed": 3,
+        "control_image": encoded(picture),
+        "controlnet_conditioning_scale": scale,
+      },
+    )
+    image = PIL.Image.open(
+      io.BytesIO(base64.b64decode(answer.data[0].b64_json))
+    )
+    described = json.loads(image.info["sana_jax"])
+    assert described["control_image"] == "uploaded"
+    assert described["controlnet_conditioning_scale"] == scale
+    return np.asarray(image, np.int16)
+
+  # More than a body without a picture may have.
+  large = rng.integers(0, 255, (310, 310, 3), np.uint8)
+  small = np.zeros((32, 32, 3), np.uint8)
+  assert len(encoded(large)) > bodies.MAX_BODY_BYTES
+  first, second = pixels(large, 1.0), pixels(small, 1.0)
+  assert np.abs(first - second).max() > 2
+  without = pixels(large, 0.0)
+  assert np.abs(first - without).max() > 2
+  np.testing.assert_array_equal(pixels(small, 0.0), without)
+
+
+@pytest.mark.parametrize(
+  ("value", "hint"),
+  [
+    (None, "control_image is missing: images are made with a ControlNet"),
+    ("/etc/passwd", "base64"),
+    (["a"], "base64"),
+    ("\u00e4", "base64"),
+    (base64.b64encode(b"no picture").decode(), "not a readable picture"),
+    (base64.b64encode(bytes(300_001)).decode(), "at most 300000"),
+  ],
+)
+def test_what_is_no_picture_for_a_controlnet_is_said(steered, value, hint):
+  body = {"prompt": "a cat", "control_image": value}
+  answer = post(steered[1], json.dumps(body).encode())
+  assert answer.status_code == 400
+  error = answer.json()["error"]
+  assert hint in error["message"]
+  assert "pipeline" not in error["message"]
+  assert error["param"] == "control_image"
+
+
+def test_a_body_for_a_controlnet_is_bounded_too(steered):
+  with send_head(steered[1], JSON, "Content-Length: 700000") as connection:
+    assert b" 413 " in connection.recv(100)
 
 
 def test_another_model_is_not_found(client):

@@ -213,6 +213,16 @@ def _all(generate, values):
   return asyncio.run(collect())
 
 
+def test_a_missing_picture_for_a_controlnet_is_said_beside_it(build):
+  generate = _event(build(controlnet=True), "generate")
+  fields = {field.elem_id: field for field in generate.inputs[1:]}
+  values = _form(solver="FlowEuler", controlnet_conditioning_scale=1)
+  *_, outcome = _all(generate.fn, [values.get(name) for name in fields])
+  said = outcome[generate.fn.__self__.parts.status]
+  assert "ControlNet image is missing: images are made with" in said
+  assert outcome[fields["control_image"]]["elem_classes"] == ["refused"]
+
+
 def test_a_mask_of_another_size_is_refused_beside_it(build, tmp_path):
   mask = _file(tmp_path / "m.png", np.full((8, 8), 255, np.uint8))
   image = _file(tmp_path / "i.png", np.full((8, 9), 255, np.uint8))
@@ -473,6 +483,34 @@ def test_pictures_that_an_image_was_made_from_stay_in_the_form(
   assert notes == [
     "it was made from pictures that it does not contain: add Image"
   ]
+
+
+def test_how_much_a_controlnet_adds_is_shown_and_comes_back(
+  tokenizer_directory,
+):
+  pipe = tiny.make_pipeline(tokenizer_directory, controlnet=True)
+  maker = making.Maker(pipe, adapters.Adapters(pipe.transformer, {}), None)
+  name = "controlnet_conditioning_scale"
+  asked = requests.GenerationRequest(
+    prompt="a red apple",
+    seed=3,
+    control_image=PIL.Image.new("RGB", (32, 32)),
+    controlnet_conditioning_scale=0.35,
+  )
+  checked = requests.check(asked, pipe, limits.Limits())
+  described = maker._describe(checked)
+  values, notes = form_from_image.values(described, pipe, (), maker.made_with)
+  assert values[name] == 0.35
+  assert notes == [
+    "it was made from pictures that it does not contain: add ControlNet image"
+  ]
+  assert "<dt>ControlNet scale</dt><dd>0.35</dd>" in markup.settings(described)
+  del described["control_image"]
+  assert "ControlNet" not in markup.settings(described)
+  plain = tiny.make_pipeline(tokenizer_directory)
+  values, notes = form_from_image.values(described, plain, (), maker.made_with)
+  assert name not in values
+  assert "no field for controlnet_conditioning_scale" in notes[-1]
 
 
 def test_an_own_image_is_read_however_large(tmp_path, rng):

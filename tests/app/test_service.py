@@ -6,11 +6,13 @@ import time
 
 import jax
 import numpy as np
+import PIL.Image
 import pytest
 
 from sana_jax import images as images_lib
 from sana_jax import pipeline as pipeline_lib
 from sana_jax.app import errors, making
+from sana_jax.app import service as service_lib
 from sana_jax.app.jobs import Update
 from sana_jax.app.limits import Limits
 from sana_jax.app.requests import GenerationRequest
@@ -284,6 +286,23 @@ def test_a_warm_up_gives_previews_and_saves_the_first_one_the_compiling(pipe):
   assert shown[-1].shape == (64, 64, 3)
   assert shown[-1].dtype == np.uint8
   assert np.any(shown[0] != shown[-1])
+  assert service.close()
+
+
+def test_a_controlnet_is_warmed_up_too(tmp_path, monkeypatch):
+  failed = []
+  monkeypatch.setattr(service_lib.logging, "exception", failed.append)
+  tiny.make_tokenizer(tmp_path)
+  pipe = tiny.make_pipeline(
+    tmp_path, controlnet=True, devices=jax.devices()[:1]
+  )
+  service = Service(pipe, warm_up=True)
+  assert service.ready.wait(SECONDS)
+  assert failed == []
+  picture = PIL.Image.new("RGB", (32, 32), "red")
+  updates = list(service.submit(ask(control_image=picture)).updates())
+  assert not any(update.compiling for update in updates)
+  assert any(update.preview is not None for update in updates)
   assert service.close()
 
 

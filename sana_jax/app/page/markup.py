@@ -17,7 +17,7 @@ _PREVIEW_HEIGHT = 380
 _SHOWN = (
   *("prompt", "negative_prompt", "size", "seed", "image_index"),
   *("num_inference_steps", "guidance_scale", "solver", "strength"),
-  *("lora", "lora_scale", "checkpoint"),
+  *("controlnet_conditioning_scale", "lora", "lora_scale", "checkpoint"),
 )
 _LABELS = form.LABELS | {"size": "Size", "checkpoint": "Checkpoint"}
 
@@ -72,6 +72,8 @@ def settings(description: Mapping[str, Any]) -> str:
 def _readable(description: Mapping[str, Any]) -> list[tuple[str, Any]]:
   width, height = description.get("width"), description.get("height")
   known = dict(description)
+  if "control_image" not in known:
+    known.pop("controlnet_conditioning_scale", None)
   if width and height:
     known["size"] = f"{width}×{height}"
   if (solver := description.get("solver")) in form.SOLVER_NAMES:
