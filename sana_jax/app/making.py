@@ -13,7 +13,7 @@ from etils import epath
 from sana_jax import images as images_lib
 from sana_jax import pipeline as pipeline_lib
 from sana_jax.app import preview as preview_lib
-from sana_jax.app import requests, solvers
+from sana_jax.app import requests, solvers, warned
 from sana_jax.app.adapters import Adapters
 from sana_jax.app.jobs import Result, Update
 from sana_jax.bulk import decodings, metadata, plan
@@ -69,7 +69,8 @@ class Maker:
       post: is told of every stage and step; what it raises ends the work.
     """
     description = self._describe(request)
-    output = self._run(request, post)
+    with warned.collected() as warnings:
+      output = self._run(request, post)
     pngs = []
     for number, pixels in enumerate(output.images, request.image_index):
       chunks = metadata.png_chunks(
@@ -77,7 +78,11 @@ class Maker:
       )
       pngs.append(images_lib.encode_png(pixels, chunks))
     return Result(
-      [_opened(png) for png in pngs], pngs, request.seed, request.settings()
+      [_opened(png) for png in pngs],
+      pngs,
+      request.seed,
+      request.settings(),
+      tuple(warnings),
     )
 
   def warm_up(self, check_stopped: Callable[[], None]) -> None:

@@ -263,6 +263,7 @@ def _response(result: Result) -> JSONResponse:
       ],
       "output_format": "png",
       "seed": result.seed,
+      "warnings": list(result.warnings),
     }
   )
 

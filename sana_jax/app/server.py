@@ -1,5 +1,6 @@
 """Serves a page and an endpoint over HTTP, until told to stop."""
 
+import errno
 import signal
 import socket
 import threading
@@ -34,6 +35,30 @@ def make_app(
   if with_page:
     app.state.end_streams = page.mount(app, service)
   return app
+
+
+def check_port(host: str, port: int) -> None:
+  """Finds out at once what would else be found after the model is loaded.
+
+  Raises:
+    OSError: it cannot be listened at.
+  """
+  try:
+    addresses = socket.getaddrinfo(
+      host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )
+    for family, kind, protocol, _, address in addresses:
+      with socket.socket(family, kind, protocol) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(address)
+  except OSError as error:
+    # A name may have addresses of another machine or protocol besides.
+    if error.errno == errno.EADDRNOTAVAIL and len(addresses) > 1:
+      return
+    raise OSError(
+      f"Cannot listen at {host}, port {port}: {error.strerror}. End what "
+      "listens there, or choose another --port or --host."
+    ) from error
 
 
 class Server(uvicorn.Server):

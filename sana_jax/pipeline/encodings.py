@@ -1,5 +1,6 @@
 """Encodes every distinct prompt once."""
 
+import functools
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -55,18 +56,20 @@ class EncodingCache:
     wanted = {prompt: (prompt, settings) for prompt in prompts}
     new = [p for p, key in wanted.items() if key not in self._rows]
     found = {p: self._rows[k] for p, k in wanted.items() if k in self._rows}
+    tokenize = functools.partial(
+      text.tokenize_prompts,
+      tokenizer,
+      complex_human_instruction=complex_human_instruction,
+      max_sequence_length=max_sequence_length,
+      lowercase=lowercase,
+    )
+    if found:
+      tokenize(list(found))  # warns of what is cut off, like the first time
     size = batch_size or 1 << max(len(new) - 1, 0).bit_length()
     for start in range(0, len(new), size):
       batch = new[start : start + size]
       filled = batch + batch[-1:] * (size - len(batch))
-      tokens = text.tokenize_prompts(
-        tokenizer,
-        filled,
-        complex_human_instruction=complex_human_instruction,
-        max_sequence_length=max_sequence_length,
-        lowercase=lowercase,
-      )
-      arrays = [np.asarray(array) for array in encode(*tokens)]
+      arrays = [np.asarray(array) for array in encode(*tokenize(filled))]
       found |= {p: tuple(a[i] for a in arrays) for i, p in enumerate(batch)}
     for prompt, key in wanted.items():
       # A copy: a row must not keep the whole batch alive.

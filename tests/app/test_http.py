@@ -140,6 +140,7 @@ def test_openais_client_gets_images_that_say_how_they_were_made(client):
     extra_body={"seed": 5, "guidance_scale": 3, "num_inference_steps": 2},
   )
   assert answer.seed == 5
+  assert answer.warnings == []
   assert abs(answer.created - time.time()) < 3600
   images = [
     PIL.Image.open(io.BytesIO(base64.b64decode(data.b64_json)))

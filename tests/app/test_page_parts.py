@@ -549,6 +549,14 @@ def test_nothing_of_a_prompt_is_markup():
   assert "<b>" not in markup.message("<b>", kind="error")
 
 
+def test_warnings_are_shown_in_the_words_of_the_page():
+  warning = "Outside the trained range: guidance_scale 12: <b>."
+  shown = markup.outcome("1 image.", [warning, "Another."])
+  assert shown.startswith(markup.message("1 image."))
+  assert "range: Guidance 12: &lt;b&gt;." in shown
+  assert shown.count('class="message warning"') == 2
+
+
 def test_a_preview_keeps_its_shape(rng):
   preview = rng.integers(0, 256, (8, 24, 3), dtype=np.uint8)
   shown = markup.progress("Step 1 of 4.", 1, 4, preview)

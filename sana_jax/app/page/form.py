@@ -39,9 +39,18 @@ LABELS = {
   "lora": "LoRA",
   "lora_scale": "LoRA scale",
 }
+# Those that no sentence has by chance.
+_IDENTIFIERS = tuple(name for name in LABELS if "_" in name)
 _BRUSH = "#e11d48"
 
 Fields = dict[str, gradio.components.Component]
+
+
+def in_words(text: str) -> str:
+  """Returns a message of the pipeline with fields named as people see them."""
+  for name in _IDENTIFIERS:
+    text = text.replace(name, LABELS[name])
+  return text
 
 
 def texts(pipe: pipeline_lib.SanaPipeline, limits: limits_lib.Limits) -> Fields:

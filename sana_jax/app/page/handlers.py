@@ -205,14 +205,13 @@ class Events:
     kept = [image for image in images if pathlib.Path(image[0]).exists()]
     images = [*made, *kept][:_MAX_IMAGES]
     count = len(made)
+    told = f"{count} image{'s' if count > 1 else ''} of seed {result.seed}."
     return self._look(images, 0) | {
       self.parts.images: images,
       self.parts.gallery: gradio.update(
         value=images, visible=True, selected_index=0
       ),
-      self.parts.status: markup.message(
-        f"{count} image{'s' if count > 1 else ''} of seed {result.seed}."
-      ),
+      self.parts.status: markup.outcome(told, result.warnings),
       self.fields["seed"]: result.seed,
       self.fields["image_index"]: first,
     }

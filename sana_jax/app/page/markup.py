@@ -3,7 +3,7 @@
 import base64
 import html
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,12 @@ def message(text: str, *, kind: str = "note") -> str:
   """Returns one line; kind "error" is read out at once by screen readers."""
   role = "alert" if kind == "error" else "status"
   return f'<p class="message {kind}" role="{role}">{html.escape(text)}</p>'
+
+
+def outcome(text: str, warnings: Sequence[str]) -> str:
+  """Returns a line, and one for each warning of the pipeline."""
+  lines = [message(form.in_words(line), kind="warning") for line in warnings]
+  return "".join([message(text), *lines])
 
 
 def progress(
