@@ -6,6 +6,7 @@ Source: https://platform.openai.com/docs/api-reference/images/create.
 import asyncio
 import base64
 import hmac
+import json
 import math
 import re
 import time
@@ -26,6 +27,16 @@ from sana_jax.app.service import Service
 _OPENAI_FIELDS = (
   *("prompt", "model", "n", "size", "response_format", "output_format", "user"),
 )
+# Fields of that API without a meaning here, with values that ask for nothing.
+_NEUTRAL = {
+  "quality": ("auto", "standard"),
+  "style": ("vivid",),
+  "background": ("auto", "opaque"),
+  "moderation": ("auto",),
+  "output_compression": (100,),
+  "partial_images": (0,),
+  "stream": (False,),
+}
 EXTENSIONS = (
   *("negative_prompt", "seed", "num_inference_steps", "guidance_scale"),
   *("aspect", "pag_scale", "solver", "lora", "lora_scale", "image_index"),
@@ -156,8 +167,10 @@ def _translate(
   Raises:
     InvalidRequestError: a field that is unknown, or cannot be.
   """
-  for name in fields:
-    if name not in _OPENAI_FIELDS + EXTENSIONS:
+  for name, value in fields.items():
+    if name in _NEUTRAL:
+      _check_neutral(name, value)
+    elif name not in _OPENAI_FIELDS + EXTENSIONS:
       raise errors.InvalidRequestError(
         name[:100],
         f"Unknown field {name[:100]!r}; there are "
@@ -196,6 +209,14 @@ def _translate(
       "aspect", "aspect cannot go with size; give one or the other."
     )
   return requests.from_mapping(values | size)
+
+
+def _check_neutral(name: str, value: Any) -> None:
+  if value is not None and value not in _NEUTRAL[name]:
+    allowed = " or ".join(json.dumps(one) for one in _NEUTRAL[name])
+    raise errors.InvalidRequestError(
+      name, f"{name} has no other values here than {allowed}; leave it out."
+    )
 
 
 def _picture(name: str, text: Any, service: Service) -> PIL.Image.Image:

@@ -143,6 +143,7 @@ class Service:
     """
     with self._changed:
       self._closing = True
+      self._post_positions()  # who waits is to know
       self._changed.notify_all()
     self._thread.join(drain_seconds)
     with self._changed:

@@ -279,6 +279,7 @@ def test_closing_makes_what_waits_and_admits_nothing(pipe, gate):
   service = Service(pipe)
   held = hold(service, gate)
   waiting = service.submit(ask())
+  version = waiting._version
   ended = []
   closer = threading.Thread(target=lambda: ended.append(service.close(SECONDS)))
   closer.start()
@@ -286,6 +287,7 @@ def test_closing_makes_what_waits_and_admits_nothing(pipe, gate):
     time.sleep(0.001)
   with pytest.raises(errors.ClosedError):
     service.submit(ask())
+  assert waiting._version > version  # who follows it looks again
   gate.set()
   closer.join(SECONDS)
   assert ended == [True]

@@ -11,7 +11,6 @@ from typing import Any
 import fastapi
 import gradio
 
-from sana_jax import pipeline as pipeline_lib
 from sana_jax.app.page import form, guard, handlers, markup, own_files
 from sana_jax.app.service import Service
 
@@ -31,7 +30,6 @@ _SCENES = (
   "a paper-cut illustration of a fox in a birch forest",
   "a small robot watering plants on a balcony, watercolour",
 )
-_EMOJI_SIDE = 64
 _CLEANING = (600, 24 * 3600)  # how often, and after how long, in seconds
 _EVENT: dict[str, Any] = {
   "show_progress": "hidden",
@@ -107,7 +105,7 @@ def _layout(
   with gradio.Row(equal_height=False):
     with gradio.Column(scale=3, min_width=320):
       fields = form.texts(pipe, limits)
-      _examples(pipe, fields["prompt"])
+      _examples(service.model_name, fields["prompt"])
       results = _results()
     with gradio.Column(scale=2, min_width=300, elem_id="settings"):
       sizes, sides = form.sizes(pipe)
@@ -186,14 +184,10 @@ def _results() -> dict[str, gradio.blocks.Block]:
   }
 
 
-def _examples(
-  pipe: pipeline_lib.SanaPipeline, prompt: gradio.components.Component
-) -> None:
+def _examples(model_name: str, prompt: gradio.components.Component) -> None:
   """Offers prompts that the checkpoint can make something of."""
-  size = pipe.image_size()
-  is_emoji = max(size.height, size.width) <= _EMOJI_SIDE
   gradio.Examples(
-    [[text] for text in (_EMOJI if is_emoji else _SCENES)],
+    [[text] for text in (_EMOJI if "emoji" in model_name else _SCENES)],
     [prompt],
     label="Examples",
     api_visibility="private",
@@ -234,6 +228,7 @@ def _connect(blocks: gradio.Blocks, events: handlers.Events) -> None:
       [parts.images, parts.selected],
     ),
     (parts.from_image.upload, events.read_image, [parts.from_image]),
+    (parts.from_image.clear, events.forget_image, []),
     (fields["aspect"].change, events.show_size, [fields["aspect"]]),
   ):
     trigger(function, inputs, everything, concurrency_limit=None, **_EVENT)
