@@ -4,13 +4,14 @@ import errno
 import signal
 import socket
 import threading
+from collections.abc import Collection
 
 import fastapi
 import uvicorn
 from absl import logging
 from uvicorn.protocols.http import h11_impl
 
-from sana_jax.app import openai_api, page
+from sana_jax.app import hosts, openai_api, page
 from sana_jax.app.service import Service
 
 # For the head of a request to arrive.
@@ -21,16 +22,23 @@ _MAX_CONNECTIONS = 512
 
 
 def make_app(
-  service: Service, *, api_key: str | None = None, with_page: bool = True
+  service: Service,
+  *,
+  api_key: str | None = None,
+  with_page: bool = True,
+  host_names: Collection[str] | None = None,
 ) -> fastapi.FastAPI:
   """Returns the ASGI application; its `state.end_streams` is for `Server`.
 
   Args:
     api_key: see `openai_api.install`; the page needs none.
     with_page: at "/".
+    host_names: what the server may be called by its clients; None: anything.
   """
   app = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
   openai_api.install(app, service, api_key=api_key)
+  if host_names is not None:
+    app.add_middleware(hosts.HostCheck, hosts=host_names)
   app.state.end_streams = lambda: None
   if with_page:
     app.state.end_streams = page.mount(app, service)

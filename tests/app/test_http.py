@@ -19,7 +19,7 @@ pytest.importorskip("gradio")
 
 import httpx  # noqa: E402  comes with openai
 
-from sana_jax.app import bodies, making, server  # noqa: E402
+from sana_jax.app import bodies, hosts, making, server  # noqa: E402
 from sana_jax.app import service as service_lib  # noqa: E402
 from sana_jax.app.jobs import Update  # noqa: E402
 from sana_jax.app.limits import Limits  # noqa: E402
@@ -453,6 +453,22 @@ def test_a_key_is_asked_for_if_there_is_one(pipe):
     assert httpx.get(url_of(address, "/v1/models")).status_code == 401
     assert list(client_of(address, api_key="sesame").models.list())
     assert httpx.get(url_of(address, "/health")).status_code == 200
+
+
+def test_a_server_of_this_machine_is_not_called_by_other_names(pipe):
+  names = [*hosts.LOOPBACK, "images.example.org"]
+  with serving(pipe, host_names=names) as (_, address):
+    health = url_of(address, "/health")
+    for host, status in (
+      *(("localhost", 200), ("localhost:80", 200), ("[::1]:7860", 200)),
+      *(("127.0.0.1", 200), ("Images.Example.org", 200)),
+      *(("evil.example", 421), ("evil.example:7860", 421), ("127.0.0.2", 421)),
+      *(("localhost.evil.example", 421), ("10.0.0.1", 421)),
+    ):
+      answer = httpx.get(health, headers={"host": host})
+      assert answer.status_code == status, host
+    assert "--allowed_host=10.0.0.1" in answer.text
+    assert "access-control-allow-origin" not in answer.headers
 
 
 @pytest.mark.parametrize(
