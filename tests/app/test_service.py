@@ -305,6 +305,26 @@ def test_closing_at_once_tells_everyone(pipe, gate):
     assert list(job.updates())[-1].stage == "failed"
 
 
+def test_who_waits_for_what_hangs_is_told_at_the_end(pipe, monkeypatch):
+  monkeypatch.setattr(service_lib, "_STOP_SECONDS", 0.1)
+  let_go, running = threading.Event(), threading.Event()
+
+  def hang(self, request, post):  # like a compilation, it asks nobody
+    running.set()
+    let_go.wait(SECONDS)
+    return making.Result([], [], 0, {})
+
+  monkeypatch.setattr(making.Maker, "make", hang)
+  service = Service(pipe)
+  job = service.submit(ask())
+  assert running.wait(SECONDS)
+  assert not service.close()
+  with pytest.raises(errors.ClosedError, match="later"):
+    job.result(0)
+  let_go.set()
+  assert service.close()
+
+
 def test_a_warm_up_gives_previews_and_saves_the_first_one_the_compiling(pipe):
   service = Service(pipe, warm_up=True)
   assert service.ready.wait(SECONDS)
