@@ -240,7 +240,7 @@ def test_a_running_job_ends_at_its_next_step(service):
   service.submit(ask()).result(SECONDS)
   job = service.submit(ask(num_inference_steps=90))
   for update in job.updates():
-    if update.step == 2:
+    if update.step >= 2:  # a slow reader misses some
       job.cancel()
   assert update.stage == "cancelled"
   assert update.step < 90
