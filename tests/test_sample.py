@@ -13,7 +13,9 @@ from absl import flags
 from absl.testing import flagsaver
 
 import sample
+from sana_jax import pipeline as pipeline_lib
 from sana_jax.bulk import loading
+from sana_jax.pipeline import execution
 from sana_jax.pipeline import files as pipeline_files
 from sana_jax.weights import components, lora
 from tests import tiny
@@ -62,6 +64,22 @@ def failure(run, capsys, **values) -> str:
   message = capsys.readouterr().err.strip().splitlines()[-1]
   assert message.startswith("sample.py: ")
   return message
+
+
+def test_a_stage_that_runs_out_of_memory_is_explained_by_flags(
+  run, capsys, monkeypatch
+):
+  def decode(*args, **kwargs):
+    raise execution.StageMemoryError("decoder", "RESOURCE_EXHAUSTED: much")
+
+  monkeypatch.setattr(pipeline_lib.SanaPipeline, "_decode", decode)
+  with pytest.raises(SystemExit) as error:
+    run(prompt=["a red apple"])
+  assert error.value.code == 1
+  said = capsys.readouterr().err
+  assert "sample.py: Out of device memory in the decoder, against" in said
+  assert "  1. fewer images at a time: --batch_size\n" in said
+  assert said.endswith("XLA: RESOURCE_EXHAUSTED: much\n")
 
 
 def test_images_of_flags_and_files_are_written_and_listed(
