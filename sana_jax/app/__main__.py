@@ -6,7 +6,6 @@ SIGTERM and SIGINT admit nothing more, make what waits within --grace_seconds,
 refuse the rest with a message, and end with exit code 0.
 """
 
-import ipaddress
 import logging as std_logging
 import os
 import re
@@ -20,6 +19,7 @@ from etils import epath
 from sana_jax import checkpoint as checkpoint_lib
 from sana_jax import compilation_cache, devices
 from sana_jax import pipeline as pipeline_lib
+from sana_jax.app import hosts
 from sana_jax.app.limits import Limits
 from sana_jax.app.service import Service
 from sana_jax.bulk import loading, loading_flags, metadata, weight_files
@@ -36,7 +36,15 @@ _CHECKPOINT = flags.DEFINE_string(
 _HOST = flags.DEFINE_string(
   "host", "127.0.0.1", "Address to listen at; 0.0.0.0: all of this machine."
 )
-_PORT = flags.DEFINE_integer("port", 7860, "0: any that is free.")
+_PORT = flags.DEFINE_integer(
+  "port", 7860, "0: any that is free.", lower_bound=0, upper_bound=65535
+)
+_ALLOWED_HOSTS = flags.DEFINE_multi_string(
+  "allowed_host",
+  [],
+  "A name that the server may be asked for by, besides this machine's own; "
+  "repeatable. None: any, but at the loopback address none.",
+)
 _PAGE = flags.DEFINE_boolean("page", True, "Serve the page, not only the API.")
 _API_KEY = flags.DEFINE_string(
   "api_key",
@@ -51,29 +59,44 @@ _WARM_UP = flags.DEFINE_boolean(
   "warm_up", True, "Compile before the first request; previews need it."
 )
 _GRACE = flags.DEFINE_float(
-  "grace_seconds", 30.0, "For requests that wait when the server is to end."
+  "grace_seconds",
+  30.0,
+  "For requests that wait when the server is to end.",
+  lower_bound=0.0,
 )
 _CACHE = compilation_cache.define_flag()
 _LOADING = loading_flags.define()
-# Fields of `Limits`; None: its default.
+_USUAL = Limits()
 _LIMITS = {
-  "max_images": flags.DEFINE_integer("max_images", None, "Of one request."),
+  "max_images": flags.DEFINE_integer(
+    "max_images", _USUAL.max_images, "Of one request."
+  ),
   "max_pixels": flags.DEFINE_integer(
-    "max_pixels", None, "Of one image; None: twice those it was trained at."
+    "max_pixels",
+    _USUAL.max_pixels,
+    "Of one image; None: twice those it was trained at.",
   ),
   "max_prompt_characters": flags.DEFINE_integer(
-    "max_prompt_characters", None, "Of the prompt, and of the negative prompt."
+    "max_prompt_characters",
+    _USUAL.max_prompt_characters,
+    "Of the prompt, and of the negative prompt.",
   ),
-  "max_steps": flags.DEFINE_integer("max_steps", None, "Of one request."),
+  "max_steps": flags.DEFINE_integer(
+    "max_steps", _USUAL.max_steps, "Of one request."
+  ),
   "max_upload_bytes": flags.DEFINE_integer(
-    "max_upload_bytes", None, "Of one picture."
+    "max_upload_bytes", _USUAL.max_upload_bytes, "Of one picture."
   ),
   "max_upload_pixels": flags.DEFINE_integer(
-    "max_upload_pixels", None, "Of one picture."
+    "max_upload_pixels", _USUAL.max_upload_pixels, "Of one picture."
   ),
-  "max_waiting": flags.DEFINE_integer("max_waiting", None, "Requests."),
+  "max_waiting": flags.DEFINE_integer(
+    "max_waiting", _USUAL.max_waiting, "Requests."
+  ),
   "max_waiting_per_client": flags.DEFINE_integer(
-    "max_waiting_per_client", None, "Requests from one address."
+    "max_waiting_per_client",
+    _USUAL.max_waiting_per_client,
+    "Requests from one address.",
   ),
 }
 
@@ -94,6 +117,7 @@ def main(argv: list[str]) -> int:
         "The API key has characters that no header can have; use letters, "
         "digits and signs of ASCII."
       )
+    server_lib.check_port(_HOST.value, _PORT.value)
     devices.check()
     service = make_service()
   except (ValueError, OSError, ImportError) as error:
@@ -109,9 +133,7 @@ def make_service() -> Service:
     OSError: something is missing.
     ValueError: something is unreadable, does not fit, or cannot be.
   """
-  limits = Limits(
-    **{n: f.value for n, f in _LIMITS.items() if f.value is not None}
-  )
+  limits = Limits(**{name: flag.value for name, flag in _LIMITS.items()})
   adapters = named_paths(_LORA.value)
   how = loading.Loading(**{n: f.value for n, f in _LOADING.items()})
   checkpoint = (
@@ -134,14 +156,20 @@ def make_service() -> Service:
 
 def serve(service: Service, api_key: str | None) -> int:
   """Listens until a signal comes; returns the exit code."""
-  if not is_loopback(_HOST.value):
+  names = None
+  is_private = hosts.is_loopback(_HOST.value)
+  if is_private or _ALLOWED_HOSTS.value:
+    names = [*hosts.LOOPBACK, _HOST.value, *_ALLOWED_HOSTS.value]
+  if not is_private:
     logging.warning(
       "listening at %s: whoever reaches this machine can use it%s; put a proxy "
       "with TLS and a login in front of it",
       _HOST.value,
       "" if api_key is None else " (the page; the API has its key)",
     )
-  http = server_lib.make_app(service, api_key=api_key, with_page=_PAGE.value)
+  http = server_lib.make_app(
+    service, api_key=api_key, with_page=_PAGE.value, host_names=names
+  )
   server = server_lib.Server(
     http,
     service,
@@ -165,24 +193,19 @@ def named_paths(texts: list[str]) -> dict[str, str]:
   """Reads values of --lora.
 
   Raises:
-    ValueError: one is not NAME=PATH, or a name comes twice.
+    ValueError: one is not NAME=PATH, or a name comes twice or is "none".
   """
   found: dict[str, str] = {}
   for text in texts:
     name, _, path = text.partition("=")
-    if not name or not path or name in found:
+    # The page has "none" for itself.
+    if not name or not path or name in found or name == "none":
       raise ValueError(
-        f"--lora={text}: expected NAME=PATH, with a name of its own."
+        f"--lora={text}: expected NAME=PATH, with a name of its own, which is "
+        "not 'none'."
       )
     found[name] = path
   return found
-
-
-def is_loopback(host: str) -> bool:
-  try:
-    return ipaddress.ip_address(host).is_loopback
-  except ValueError:
-    return host == "localhost"
 
 
 def _log_warning(message, *_args, **_kwargs) -> None:

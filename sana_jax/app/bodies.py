@@ -6,7 +6,7 @@ from typing import Any
 
 import fastapi
 
-# Prompts, and what else there is; pictures do not come this way.
+# Prompts, and what else there is, but for pictures.
 MAX_BODY_BYTES = 256 * 1024
 _READ_SECONDS = 20.0
 
@@ -23,8 +23,10 @@ class BodyError(ValueError):
     self.status = status
 
 
-async def read_object(request: fastapi.Request) -> dict[str, Any]:
-  """Reads a JSON object, and never more than `MAX_BODY_BYTES`.
+async def read_object(
+  request: fastapi.Request, max_bytes: int = MAX_BODY_BYTES
+) -> dict[str, Any]:
+  """Reads a JSON object, and never more than `max_bytes`.
 
   Raises:
     BodyError: another type, too large, too slow, or no JSON object.
@@ -36,7 +38,7 @@ async def read_object(request: fastapi.Request) -> dict[str, Any]:
       415, f"The content type is {kind[:80]!r}; expected 'application/json'."
     )
   try:
-    body = await asyncio.wait_for(_read(request), _READ_SECONDS)
+    body = await asyncio.wait_for(_read(request, max_bytes), _READ_SECONDS)
   except TimeoutError as error:
     raise BodyError(
       408, f"The body did not arrive within {_READ_SECONDS:.0f} s."
@@ -44,17 +46,17 @@ async def read_object(request: fastapi.Request) -> dict[str, Any]:
   return _parse(body)
 
 
-async def _read(request: fastapi.Request) -> bytes:
+async def _read(request: fastapi.Request, max_bytes: int) -> bytes:
   too_large = BodyError(
-    413, f"The body is too large; at most {MAX_BODY_BYTES} bytes are read."
+    413, f"The body is too large; at most {max_bytes} bytes are read."
   )
   said = request.headers.get("content-length", "0")
-  if not said.isdigit() or len(said) > 12 or int(said) > MAX_BODY_BYTES:
+  if not said.isdigit() or len(said) > 12 or int(said) > max_bytes:
     raise too_large
   body = bytearray()
   async for chunk in request.stream():
     body += chunk
-    if len(body) > MAX_BODY_BYTES:
+    if len(body) > max_bytes:
       raise too_large
   return bytes(body)
 

@@ -41,12 +41,14 @@ class Result(NamedTuple):
     images: as they are in `pngs`, text chunks among their `info`.
     pngs: files that say how they were made, like those of sample.py.
     settings: `GenerationRequest.settings`, nothing left open.
+    warnings: of the pipeline, such as of a size that it was not trained at.
   """
 
   images: list[PIL.Image.Image]
   pngs: list[bytes]
   seed: int
   settings: Mapping[str, Any]
+  warnings: tuple[str, ...] = ()
 
 
 class Job:

@@ -13,7 +13,7 @@ from etils import epath
 from sana_jax import images as images_lib
 from sana_jax import pipeline as pipeline_lib
 from sana_jax.app import preview as preview_lib
-from sana_jax.app import requests, solvers
+from sana_jax.app import requests, solvers, warned
 from sana_jax.app.adapters import Adapters
 from sana_jax.app.jobs import Result, Update
 from sana_jax.bulk import decodings, metadata, plan
@@ -69,7 +69,8 @@ class Maker:
       post: is told of every stage and step; what it raises ends the work.
     """
     description = self._describe(request)
-    output = self._run(request, post)
+    with warned.collected() as warnings:
+      output = self._run(request, post)
     description[metadata.TEXT_LENGTH] = output.text_length
     pngs = []
     for number, pixels in enumerate(output.images, request.image_index):
@@ -78,7 +79,11 @@ class Maker:
       )
       pngs.append(images_lib.encode_png(pixels, chunks))
     return Result(
-      [_opened(png) for png in pngs], pngs, request.seed, request.settings()
+      [_opened(png) for png in pngs],
+      pngs,
+      request.seed,
+      request.settings(),
+      tuple(warnings),
     )
 
   def warm_up(self, check_stopped: Callable[[], None]) -> None:
@@ -91,9 +96,7 @@ class Maker:
 
     outputs: list[SanaOutput] = []
     for seed, prompt in enumerate(_WARM_UP_PROMPTS):
-      outputs.append(
-        self._run(requests.GenerationRequest(prompt=prompt, seed=seed), post)
-      )
+      outputs.append(self._run(self._plain_request(prompt, seed), post))
       if seed == 0:
         logging.info(
           "the first image took %.1f s, compilation included",
@@ -120,7 +123,23 @@ class Maker:
       if length < most:
         # A token a word, and one that begins every text.
         prompt = " ".join(["a"] * length)
-        self._run(requests.GenerationRequest(prompt=prompt, seed=0), post)
+        self._run(self._plain_request(prompt, seed=0), post)
+
+  def _plain_request(
+    self, prompt: str, seed: int
+  ) -> requests.GenerationRequest:
+    """Returns one of the checkpoint's own size; a ControlNet follows grey."""
+    size = self._pipe.image_size()
+    sides = (size.width, size.height)
+    return requests.GenerationRequest(
+      prompt=prompt,
+      seed=seed,
+      width=size.width,
+      height=size.height,
+      control_image=None
+      if self._pipe.controlnet is None
+      else PIL.Image.new("RGB", sides, "grey"),
+    )
 
   def _run(
     self, request: requests.GenerationRequest, post: PostFn

@@ -6,17 +6,20 @@ Source: https://platform.openai.com/docs/api-reference/images/create.
 import asyncio
 import base64
 import hmac
+import json
+import math
 import re
 import time
 from collections.abc import Mapping
 from typing import Any
 
 import fastapi
+import PIL.Image
 from absl import logging
 from fastapi.responses import JSONResponse
 from starlette import exceptions
 
-from sana_jax.app import bodies, errors, requests
+from sana_jax.app import bodies, errors, requests, uploads
 from sana_jax.app.jobs import Job, Result
 from sana_jax.app.service import Service
 
@@ -24,9 +27,20 @@ from sana_jax.app.service import Service
 _OPENAI_FIELDS = (
   *("prompt", "model", "n", "size", "response_format", "output_format", "user"),
 )
+# Fields of that API without a meaning here, with values that ask for nothing.
+_NEUTRAL = {
+  "quality": ("auto", "standard"),
+  "style": ("vivid",),
+  "background": ("auto", "opaque"),
+  "moderation": ("auto",),
+  "output_compression": (100,),
+  "partial_images": (0,),
+  "stream": (False,),
+}
 EXTENSIONS = (
   *("negative_prompt", "seed", "num_inference_steps", "guidance_scale"),
   *("aspect", "pag_scale", "solver", "lora", "lora_scale", "image_index"),
+  *("control_image", "controlnet_conditioning_scale"),
 )
 _PARAMS = {"num_images": "n", "height": "size", "width": "size"}
 # In messages.
@@ -69,6 +83,9 @@ def install(
         code="invalid_api_key",
       )
 
+  max_body_bytes = bodies.MAX_BODY_BYTES
+  if service.pipe.controlnet is not None:
+    max_body_bytes += 4 * math.ceil(service.limits.max_upload_bytes / 3)
   protected = [fastapi.Depends(authorise)]
 
   @app.get("/health")
@@ -92,10 +109,10 @@ def install(
 
   @app.post("/v1/images/generations", dependencies=protected)
   async def generations(request: fastapi.Request) -> JSONResponse:
-    fields = await bodies.read_object(request)
-    asked = _translate(fields, service)
+    fields = await bodies.read_object(request, max_body_bytes)
     client = request.client.host if request.client else ""
-    job = service.submit(asked, client)
+    # A picture takes a while.
+    job = await asyncio.to_thread(_submit, fields, service, client)
     logging.info(
       "%s: %d images for %s, user %r",
       *(job.id, job.request.num_images, client, fields.get("user")),
@@ -138,6 +155,10 @@ class _ApiError(Exception):
     self.headers = headers
 
 
+def _submit(fields: Mapping[str, Any], service: Service, client: str) -> Job:
+  return service.submit(_translate(fields, service), client)
+
+
 def _translate(
   fields: Mapping[str, Any], service: Service
 ) -> requests.GenerationRequest:
@@ -146,8 +167,10 @@ def _translate(
   Raises:
     InvalidRequestError: a field that is unknown, or cannot be.
   """
-  for name in fields:
-    if name not in _OPENAI_FIELDS + EXTENSIONS:
+  for name, value in fields.items():
+    if name in _NEUTRAL:
+      _check_neutral(name, value)
+    elif name not in _OPENAI_FIELDS + EXTENSIONS:
       raise errors.InvalidRequestError(
         name[:100],
         f"Unknown field {name[:100]!r}; there are "
@@ -174,6 +197,8 @@ def _translate(
   values = {name: fields[name] for name in EXTENSIONS if name in fields}
   # null is the usual value, as in that API.
   values = {name: value for name, value in values.items() if value is not None}
+  if (name := "control_image") in values:
+    values[name] = _picture(name, values[name], service)
   if fields.get("n") is not None:
     values["num_images"] = fields["n"]
   if fields.get("prompt") is not None:
@@ -184,6 +209,24 @@ def _translate(
       "aspect", "aspect cannot go with size; give one or the other."
     )
   return requests.from_mapping(values | size)
+
+
+def _check_neutral(name: str, value: Any) -> None:
+  if value is not None and value not in _NEUTRAL[name]:
+    allowed = " or ".join(json.dumps(one) for one in _NEUTRAL[name])
+    raise errors.InvalidRequestError(
+      name, f"{name} has no other values here than {allowed}; leave it out."
+    )
+
+
+def _picture(name: str, text: Any, service: Service) -> PIL.Image.Image:
+  try:
+    data = base64.b64decode(text, validate=True)
+  except (TypeError, ValueError) as error:
+    raise errors.InvalidRequestError(
+      name, f"{name} must be a text: a picture's file in base64."
+    ) from error
+  return uploads.read_picture(data, service.limits, field=name)
 
 
 def _size(size: Any) -> dict[str, int]:
@@ -241,6 +284,7 @@ def _response(result: Result) -> JSONResponse:
       ],
       "output_format": "png",
       "seed": result.seed,
+      "warnings": list(result.warnings),
     }
   )
 

@@ -7,6 +7,7 @@ import unicodedata
 from collections.abc import Collection, Mapping
 from typing import Any
 
+import numpy as np
 import PIL.Image
 import PIL.ImageOps
 
@@ -16,12 +17,15 @@ from sana_jax.app.errors import InvalidRequestError
 from sana_jax.app.limits import Limits
 from sana_jax.bulk import requests as bulk_requests
 from sana_jax.bulk import runner
+from sana_jax.pipeline import pictures as pictures_lib
 from sana_jax.pipeline import sizes
 
 _MAX_SEED = 2**32 - 1
 _MAX_SCALE = 100.0
 # The bins of the published checkpoints end here.
 _MAX_RATIO = 4.0
+# Of the direction of writing: what is read is not what is there.
+_OVERRIDES = "\u202d\u202e"
 PICTURES = ("image", "mask_image", "control_image")
 # Fields that are settings of the pipeline, under the same names.
 _SETTINGS = (
@@ -133,7 +137,8 @@ def check(
   """
   limits = limits.of(pipe)
   _check_text("prompt", request.prompt, limits)
-  if not request.prompt.strip():
+  # Spaces, and what has no width at all.
+  if all(unicodedata.category(c)[0] in "ZC" for c in request.prompt):
     raise InvalidRequestError(
       "prompt", "The prompt is empty; describe what to draw."
     )
@@ -151,14 +156,17 @@ def check(
   _number("strength", request.strength, 0.0, 1.0)
   _number("lora_scale", request.lora_scale, -_MAX_SCALE, _MAX_SCALE)
   _check_names(request, pipe, loras)
+  _check_control(request, pipe)
   _check_pictures(request, limits)
   _check_size_fields(request, limits)
   size = _resolve(request, pipe)
   _check_area(request, size, limits)
   settings = pipe.generation_config.replace(request.changes())
+  fitted = _fitted(request, size)
+  _check_mask(fitted, size)
   return dataclasses.replace(
     request,
-    **_fitted(request, size),
+    **fitted,
     height=size.height,
     width=size.width,
     aspect=None,
@@ -181,9 +189,8 @@ def _check_text(name: str, text: Any, limits: Limits) -> None:
     )
   for place, character in enumerate(text):
     # Control characters, and halves of surrogate pairs; not line breaks.
-    if unicodedata.category(character) in ("Cc", "Cs") and (
-      character not in "\t\n\r"
-    ):
+    refused = unicodedata.category(character) in ("Cc", "Cs")
+    if refused and character not in "\t\n\r" or character in _OVERRIDES:
       raise InvalidRequestError(
         name,
         f"{name} has the control character U+{ord(character):04X} at position "
@@ -239,6 +246,23 @@ def _check_names(
     )
 
 
+def _check_control(
+  request: GenerationRequest, pipe: pipeline_lib.SanaPipeline
+) -> None:
+  """Says what `pipeline.checks` does, to those who have no pipeline."""
+  name = "control_image"
+  if pipe.controlnet is None and request.control_image is not None:
+    raise InvalidRequestError(
+      name, f"{name} cannot be used: there is no ControlNet here; leave it out."
+    )
+  if pipe.controlnet is not None and request.control_image is None:
+    raise InvalidRequestError(
+      name,
+      f"{name} is missing: images are made with a ControlNet here, which needs "
+      "one to follow; add it.",
+    )
+
+
 def _check_pictures(request: GenerationRequest, limits: Limits) -> None:
   for name, picture in request.pictures().items():
     if not isinstance(picture, PIL.Image.Image):
@@ -273,6 +297,25 @@ def _fitted(
     )
     for name, picture in request.pictures().items()
   }
+
+
+def _check_mask(
+  fitted: Mapping[str, PIL.Image.Image], size: sizes.ImageSize
+) -> None:
+  """Says what `pipeline.starts` does, to those who know of no latents."""
+  if not fitted.keys() >= {"image", "mask_image"}:
+    return
+  mask = pictures_lib.read_mask(
+    fitted["mask_image"], fitted["image"], *size.generated
+  )
+  if not np.any(pictures_lib.latent_mask(mask, *size.grid)):
+    side = size.compression
+    raise InvalidRequestError(
+      "mask_image",
+      "mask_image is too small: nowhere does it cover half of a square of "
+      f"{side}x{side} pixels of the image that is made. Cover more of it; in a "
+      "mask that is a picture, white is what is made anew.",
+    )
 
 
 def _check_size_fields(request: GenerationRequest, limits: Limits) -> None:

@@ -1,15 +1,17 @@
 """Serves a page and an endpoint over HTTP, until told to stop."""
 
+import errno
 import signal
 import socket
 import threading
+from collections.abc import Collection
 
 import fastapi
 import uvicorn
 from absl import logging
 from uvicorn.protocols.http import h11_impl
 
-from sana_jax.app import openai_api, page
+from sana_jax.app import hosts, openai_api, page
 from sana_jax.app.service import Service
 
 # For the head of a request to arrive.
@@ -20,19 +22,51 @@ _MAX_CONNECTIONS = 512
 
 
 def make_app(
-  service: Service, *, api_key: str | None = None, with_page: bool = True
+  service: Service,
+  *,
+  api_key: str | None = None,
+  with_page: bool = True,
+  host_names: Collection[str] | None = None,
 ) -> fastapi.FastAPI:
-  """Returns the ASGI application.
+  """Returns the ASGI application; its `state.end_streams` is for `Server`.
 
   Args:
     api_key: see `openai_api.install`; the page needs none.
     with_page: at "/".
+    host_names: what the server may be called by its clients; None: anything.
   """
   app = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
   openai_api.install(app, service, api_key=api_key)
+  if host_names is not None:
+    app.add_middleware(hosts.HostCheck, hosts=host_names)
+  app.state.end_streams = lambda: None
   if with_page:
-    page.mount(app, service)
+    app.state.end_streams = page.mount(app, service)
   return app
+
+
+def check_port(host: str, port: int) -> None:
+  """Finds out at once what would else be found after the model is loaded.
+
+  Raises:
+    OSError: it cannot be listened at.
+  """
+  try:
+    addresses = socket.getaddrinfo(
+      host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )
+    for family, kind, protocol, _, address in addresses:
+      with socket.socket(family, kind, protocol) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(address)
+  except OSError as error:
+    # A name may have addresses of another machine or protocol besides.
+    if error.errno == errno.EADDRNOTAVAIL and len(addresses) > 1:
+      return
+    raise OSError(
+      f"Cannot listen at {host}, port {port}: {error.strerror}. End what "
+      "listens there, or choose another --port or --host."
+    ) from error
 
 
 class Server(uvicorn.Server):
@@ -66,6 +100,7 @@ class Server(uvicorn.Server):
         timeout_graceful_shutdown=_LAST_SECONDS,
       )
     )
+    self._end_streams = app.state.end_streams
     self._service = service
     self._grace_seconds = grace_seconds
     self._closer: threading.Thread | None = None
@@ -78,6 +113,10 @@ class Server(uvicorn.Server):
         host, port = open_socket.getsockname()[:2]
         host = f"[{host}]" if ":" in host else host
         logging.info("listening at http://%s:%d", host, port)
+
+  async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+    self._end_streams()
+    await super().shutdown(sockets)
 
   def handle_exit(self, sig: int, frame: object) -> None:
     """Begins to end; a second signal ends at once.

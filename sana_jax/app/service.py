@@ -143,6 +143,7 @@ class Service:
     """
     with self._changed:
       self._closing = True
+      self._post_positions()  # who waits is to know
       self._changed.notify_all()
     self._thread.join(drain_seconds)
     with self._changed:
@@ -154,6 +155,8 @@ class Service:
     if running is not None:
       running.stop(ClosedError(_CLOSED))
     self._thread.join(_STOP_SECONDS)
+    if running is not None:
+      running.end(error=ClosedError(_CLOSED))  # if it hangs
     return not self._thread.is_alive()
 
   def _check_room(self, client: str) -> None:

@@ -248,11 +248,14 @@ def check_custom_times(
 
 
 def check_size(height: int, width: int, multiple: int) -> None:
-  if height < 1 or width < 1 or height % multiple or width % multiple:
-    raise ValueError(
-      f"height {height} and width {width} must be positive multiples of "
-      f"{multiple}."
-    )
+  """Raises ValueError that names the side, and the nearest it could be."""
+  for name, side in (("height", height), ("width", width)):
+    if side < 1 or side % multiple:
+      low = max(side // multiple, 1) * multiple
+      raise ValueError(
+        f"{name} {side} must be a positive multiple of {multiple}, such as "
+        f"{low} or {low + multiple}."
+      )
 
 
 def check_shape(name: str, array: Any, shape: tuple[int, ...]) -> None:

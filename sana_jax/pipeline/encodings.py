@@ -1,5 +1,6 @@
 """Encodes every distinct prompt once, and the instruction before them once."""
 
+import functools
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
@@ -149,19 +150,20 @@ class EncodingCache:
     wanted = {prompt: (prompt, settings) for prompt in prompts}
     new = [p for p, key in wanted.items() if key not in self._rows]
     found = {p: self._rows[k] for p, k in wanted.items() if k in self._rows}
+    tokenize = functools.partial(
+      text.tokenize_prompts,
+      tokenizer,
+      complex_human_instruction=complex_human_instruction,
+      max_sequence_length=max_sequence_length,
+      lowercase=lowercase,
+    )
+    if found:
+      tokenize(list(found))  # warns of what is cut off, like the first time
     if new:
-      tokens = text.tokenize_prompts(
-        tokenizer,
-        new,
-        complex_human_instruction=complex_human_instruction,
-        max_sequence_length=max_sequence_length,
-        lowercase=lowercase,
-      )
+      instruction = text.instruction_ids(tokenizer, complex_human_instruction)
       arrays = encode(
         encoder,
-        Tokens(
-          *tokens, text.instruction_ids(tokenizer, complex_human_instruction)
-        ),
+        Tokens(*tokenize(new), instruction),
         self._prefixes,
         batch_size=batch_size or 1 << (len(new) - 1).bit_length(),
         max_sequence_length=max_sequence_length,

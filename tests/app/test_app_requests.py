@@ -69,6 +69,8 @@ def test_a_picture_gives_the_size_and_waits_at_that_size(pipe, rng):
   [
     ("prompt", "", "empty"),
     ("prompt", " \n", "empty"),
+    ("prompt", "\u200b\u2060 ", "empty"),
+    ("prompt", "cat\u202etac", r"U\+202E at position 3"),
     ("prompt", 5, "text"),
     ("prompt", ["a"], "text"),
     ("prompt", "a" * 2001, "2000"),
@@ -97,7 +99,8 @@ def test_a_picture_gives_the_size_and_waits_at_that_size(pipe, rng):
     ("guidance_scale", 10**400, "20 digits"),
     ("guidance_scale", "4", "number"),
     ("pag_scale", -0.1, "from 0"),
-    ("height", 33, "multiples of 4"),
+    ("height", 33, "33 must be a positive multiple of 4, such as 32 or 36"),
+    ("width", 33, "33 must be a positive multiple of 4, such as 32 or 36"),
     ("height", -32, "from 1"),
     ("height", 32.0, "whole"),
     ("width", 10**6, "from 1"),
@@ -132,6 +135,15 @@ def test_what_cannot_be_is_said_with_its_field(pipe, field, value, hint):
   assert len(str(caught.value)) < 600
 
 
+def test_a_controlnet_needs_a_picture(tokenizer):
+  steered = tiny.make_pipeline(tokenizer, controlnet=True)
+  with pytest.raises(InvalidRequestError, match="is missing") as caught:
+    check(steered)
+  assert caught.value.field == "control_image"
+  picture = PIL.Image.new("RGB", (32, 32))
+  assert check(steered, control_image=picture).control_image.size == (32, 32)
+
+
 def test_line_breaks_and_other_scripts_are_no_control_characters(pipe):
   text = "Katze\nкошка\t猫 🐈‍⬛ e\u0301"
   assert check(pipe, prompt=text).prompt == text
@@ -157,6 +169,20 @@ def test_sizes_of_pictures_are_limited_and_must_agree(pipe):
   with pytest.raises(InvalidRequestError, match="same size") as caught:
     check(pipe, image=image, mask_image=mask)
   assert caught.value.field == "mask_image"
+
+
+def test_a_mask_must_cover_something(pipe):
+  image = PIL.Image.new("RGB", (64, 64), "red")
+  mask = PIL.Image.new("L", image.size)
+  with pytest.raises(InvalidRequestError, match="is too small") as caught:
+    check(pipe, image=image, mask_image=mask)
+  assert caught.value.field == "mask_image"
+  assert "of 4x4 pixels" in str(caught.value)
+  mask.paste(255, (8, 8, 11, 11))  # less than half of its latent
+  with pytest.raises(InvalidRequestError, match="is too small"):
+    check(pipe, image=image, mask_image=mask)
+  mask.paste(255, (8, 8, 16, 16))
+  assert check(pipe, image=image, mask_image=mask).mask_image is not None
 
 
 def test_sprint_has_no_negative_prompt_and_one_solver(tokenizer):

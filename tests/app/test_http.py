@@ -19,7 +19,7 @@ pytest.importorskip("gradio")
 
 import httpx  # noqa: E402  comes with openai
 
-from sana_jax.app import bodies, making, server  # noqa: E402
+from sana_jax.app import bodies, hosts, making, server  # noqa: E402
 from sana_jax.app import service as service_lib  # noqa: E402
 from sana_jax.app.jobs import Update  # noqa: E402
 from sana_jax.app.limits import Limits  # noqa: E402
@@ -57,6 +57,16 @@ def serving(pipe, limits=Limits(), **options):  # noqa: B008  frozen
       http.should_exit = True
       service.close()
       thread.join(30)
+
+
+@pytest.fixture(scope="module")
+def steered(tmp_path_factory):
+  """Serves a pipeline with a ControlNet."""
+  path = tmp_path_factory.mktemp("tokenizer")
+  tiny.make_tokenizer(path)
+  pipe = tiny.make_pipeline(path, controlnet=True, devices=jax.devices()[:1])
+  with serving(pipe, Limits(max_upload_bytes=300_000)) as running:
+    yield running
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +116,12 @@ def gate(monkeypatch):
   gate.set()
 
 
+def encoded(picture: np.ndarray) -> str:
+  buffer = io.BytesIO()
+  PIL.Image.fromarray(picture).save(buffer, "PNG")
+  return base64.b64encode(buffer.getvalue()).decode()
+
+
 def wait_until(condition):
   for _ in range(1000):
     if condition():
@@ -121,9 +137,16 @@ def test_openais_client_gets_images_that_say_how_they_were_made(client):
     size="32x32",
     user="somebody",
     response_format="b64_json",
+    quality="standard",
+    style="vivid",
+    background="auto",
+    moderation="auto",
+    output_compression=100,
+    stream=False,
     extra_body={"seed": 5, "guidance_scale": 3, "num_inference_steps": 2},
   )
   assert answer.seed == 5
+  assert answer.warnings == []
   assert abs(answer.created - time.time()) < 3600
   images = [
     PIL.Image.open(io.BytesIO(base64.b64decode(data.b64_json)))
@@ -166,8 +189,8 @@ def test_openais_client_gets_images_that_say_how_they_were_made(client):
     ({"prompt": "a\x00"}, "prompt", "U+0000"),
     ({"prompt": "a" * 3000}, "prompt", "2000"),
     ({"prompt": ["a"]}, "prompt", "text"),
-    ({"size": "33x32"}, "size", "size: the height 32 and width 33 must be"),
-    ({"size": "33x32"}, "size", "positive multiples of 4."),
+    ({"size": "33x32"}, "size", "size: the width 33 must be a positive"),
+    ({"size": "32x33"}, "size", "size: the height 33 must be a positive"),
     ({"size": "1024x1024"}, "size", "An image of width 1024 and height 1024"),
     ({"size": "128x16"}, "size", "Of an image's width, here 128, and height"),
     ({"size": "-32x32"}, "size", "1024x1024"),
@@ -176,9 +199,17 @@ def test_openais_client_gets_images_that_say_how_they_were_made(client):
     ({"response_format": "url"}, "response_format", "no url"),
     ({"output_format": "webp"}, "output_format", "png"),
     ({"user": "a" * 300}, "user", "256"),
-    ({"quality": "hd"}, "quality", "Unknown field"),
+    ({"quality": "hd"}, "quality", 'values here than "auto" or "standard"'),
+    ({"stream": True}, "stream", "no other values here than false; leave"),
+    ({"background": ["auto"]}, "background", "no other values"),
+    ({"colour": "red"}, "colour", "Unknown field"),
     ({"__class__": {}}, "__class__", "Unknown field"),
     ({"image": "/etc/passwd"}, "image", "Unknown field"),
+    ({"control_image": "AA=="}, "control_image", "not a readable picture"),
+    (
+      {"control_image": encoded(np.zeros((4, 4), np.uint8))},
+      *("control_image", "there is no ControlNet here; leave it out"),
+    ),
     ({"lora": "../../etc/passwd"}, "lora", "no adapters here; leave lora out"),
     ({"seed": -1}, "seed", "from 0"),
     ({"guidance_scale": -1}, "guidance_scale", "from 0"),
@@ -200,6 +231,61 @@ def test_wrong_input_is_an_error_of_openais_client(client, fields, param, hint):
   assert error.type == "invalid_request_error"
   assert error.code == "invalid_value"
   assert hint in error.message
+
+
+def test_a_controlnet_follows_the_picture_it_is_sent(steered, rng):
+  def pixels(picture, scale):
+    answer = client_of(steered[1]).images.generate(
+      prompt="a cat",
+      extra_body={
+        "seed": 3,
+        "control_image": encoded(picture),
+        "controlnet_conditioning_scale": scale,
+      },
+    )
+    image = PIL.Image.open(
+      io.BytesIO(base64.b64decode(answer.data[0].b64_json))
+    )
+    described = json.loads(image.info["sana_jax"])
+    assert described["control_image"] == "uploaded"
+    assert described["controlnet_conditioning_scale"] == scale
+    return np.asarray(image, np.int16)
+
+  # More than a body without a picture may have.
+  large = rng.integers(0, 255, (310, 310, 3), np.uint8)
+  small = np.zeros((32, 32, 3), np.uint8)
+  assert len(encoded(large)) > bodies.MAX_BODY_BYTES
+  first, second = pixels(large, 1.0), pixels(small, 1.0)
+  assert np.abs(first - second).max() > 2
+  without = pixels(large, 0.0)
+  assert np.abs(first - without).max() > 2
+  np.testing.assert_array_equal(pixels(small, 0.0), without)
+
+
+@pytest.mark.parametrize(
+  ("value", "hint"),
+  [
+    (None, "control_image is missing: images are made with a ControlNet"),
+    ("/etc/passwd", "base64"),
+    (["a"], "base64"),
+    ("\u00e4", "base64"),
+    (base64.b64encode(b"no picture").decode(), "not a readable picture"),
+    (base64.b64encode(bytes(300_001)).decode(), "at most 300000"),
+  ],
+)
+def test_what_is_no_picture_for_a_controlnet_is_said(steered, value, hint):
+  body = {"prompt": "a cat", "control_image": value}
+  answer = post(steered[1], json.dumps(body).encode())
+  assert answer.status_code == 400
+  error = answer.json()["error"]
+  assert hint in error["message"]
+  assert "pipeline" not in error["message"]
+  assert error["param"] == "control_image"
+
+
+def test_a_body_for_a_controlnet_is_bounded_too(steered):
+  with send_head(steered[1], JSON, "Content-Length: 700000") as connection:
+    assert b" 413 " in connection.recv(100)
 
 
 def test_another_model_is_not_found(client):
@@ -367,6 +453,22 @@ def test_a_key_is_asked_for_if_there_is_one(pipe):
     assert httpx.get(url_of(address, "/v1/models")).status_code == 401
     assert list(client_of(address, api_key="sesame").models.list())
     assert httpx.get(url_of(address, "/health")).status_code == 200
+
+
+def test_a_server_of_this_machine_is_not_called_by_other_names(pipe):
+  names = [*hosts.LOOPBACK, "images.example.org"]
+  with serving(pipe, host_names=names) as (_, address):
+    health = url_of(address, "/health")
+    for host, status in (
+      *(("localhost", 200), ("localhost:80", 200), ("[::1]:7860", 200)),
+      *(("127.0.0.1", 200), ("Images.Example.org", 200)),
+      *(("evil.example", 421), ("evil.example:7860", 421), ("127.0.0.2", 421)),
+      *(("localhost.evil.example", 421), ("10.0.0.1", 421)),
+    ):
+      answer = httpx.get(health, headers={"host": host})
+      assert answer.status_code == status, host
+    assert "--allowed_host=10.0.0.1" in answer.text
+    assert "access-control-allow-origin" not in answer.headers
 
 
 @pytest.mark.parametrize(

@@ -107,3 +107,19 @@ def test_50_requests_of_8_clients_and_an_end_with_some_waiting(server):
   text = log.read_text()
   assert "SIGTERM: ending" in text
   assert "Traceback" not in text
+
+
+def test_an_open_page_does_not_hold_up_the_end(server):
+  process, address, log = server
+  # What a page keeps open as long as it is there.
+  stream = f"{address}/gradio_api/heartbeat/abc"
+  with httpx.stream("GET", stream, timeout=60) as heartbeat:
+    lines = heartbeat.iter_lines()
+    assert "ALIVE" in next(lines)
+    process.send_signal(signal.SIGINT)
+    assert not [line for line in lines if line and "ALIVE" not in line]
+  assert process.wait(120) == 0
+  text = log.read_text()
+  assert "SIGINT: ending" in text
+  for trouble in ("Traceback", "ERROR", "Exception"):
+    assert trouble not in text

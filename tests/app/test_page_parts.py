@@ -25,6 +25,7 @@ from sana_jax.app import (  # noqa: E402
 from sana_jax.app.errors import InvalidRequestError  # noqa: E402
 from sana_jax.app.jobs import Update  # noqa: E402
 from sana_jax.app.page import (  # noqa: E402
+  form,
   form_from_image,
   form_values,
   guard,
@@ -32,6 +33,7 @@ from sana_jax.app.page import (  # noqa: E402
   markup,
   own_files,
 )
+from sana_jax.bulk import metadata  # noqa: E402
 from sana_jax.diffusion import schedules  # noqa: E402
 from tests import tiny  # noqa: E402
 
@@ -180,7 +182,7 @@ def test_every_field_can_be_refused(build):
     ({"aspect": "custom", "width": 0}, "Width must be from 1"),
     (
       {"aspect": "custom", "width": 33},
-      "Height 32 and width 33 must be positive multiples of 4.",
+      "Width 33 must be a positive multiple of 4, such as 32 or 36.",
     ),
     ({"num_inference_steps": 500}, "Steps must be from 1 to 100, got 500."),
     ({"image_index": -1}, "Image number must be from 0"),
@@ -211,6 +213,16 @@ def _all(generate, values):
     return [updates async for updates in generate(request, [], *values)]
 
   return asyncio.run(collect())
+
+
+def test_a_missing_picture_for_a_controlnet_is_said_beside_it(build):
+  generate = _event(build(controlnet=True), "generate")
+  fields = {field.elem_id: field for field in generate.inputs[1:]}
+  values = _form(solver="FlowEuler", controlnet_conditioning_scale=1)
+  *_, outcome = _all(generate.fn, [values.get(name) for name in fields])
+  said = outcome[generate.fn.__self__.parts.status]
+  assert "ControlNet image is missing: images are made with" in said
+  assert outcome[fields["control_image"]]["elem_classes"] == ["refused"]
 
 
 def test_a_mask_of_another_size_is_refused_beside_it(build, tmp_path):
@@ -263,12 +275,49 @@ def test_defaults_are_the_checkpoints(components):
   assert not {"lora", "control_image"} & set(found)
 
 
+@pytest.mark.usefixtures("unchecked")
+def test_a_size_is_called_by_the_nearest_aspect():
+  wide, tall = ("4:3", "3:2", "16:9"), ("3:4", "2:3", "9:16")
+  sides = {"1:1": (64, 64)}
+  sides |= dict.fromkeys(wide, (80, 48)) | dict.fromkeys(tall, (48, 80))
+  pipe = mock.Mock()
+  pipe.generation_config.replace = dict
+  pipe.image_size = lambda changes: mock.Mock(
+    width=sides[changes["aspect"]][0], height=sides[changes["aspect"]][1]
+  )
+  presets = form.presets(pipe)
+  assert presets == {(64, 64): "1:1", (80, 48): "16:9", (48, 80): "9:16"}
+
+
+@pytest.mark.parametrize(
+  ("name", "prompt"), [("emoji-64", "red heart"), ("mine", "a lighthouse on")]
+)
+def test_examples_are_of_what_the_checkpoint_knows(
+  tokenizer_directory, files, name, prompt
+):
+  pipe = tiny.make_pipeline(tokenizer_directory)
+  made_with = metadata.describe_run(
+    pipe, pathlib.Path(name), {"checkpoint_sha256": "unknown"}, {}
+  )
+  served = service.Service(pipe, made_with=made_with)
+  config = page.build(served, files).get_config_file()
+  assert served.close()
+  (examples,) = (
+    c["props"]["samples"]
+    for c in config["components"]
+    if c["type"] == "dataset"
+  )
+  assert any(text.startswith(prompt) for (text,) in examples)
+
+
 def test_sprint_has_neither_negative_prompt_nor_solvers(components):
   found = components(solver=schedules.SCM())
   assert found["num_inference_steps"]["value"] == 2
   assert not found["negative_prompt"]["interactive"]
   assert "no negative branch" in found["negative_prompt"]["info"]
   assert "solver" not in found
+  assert "made for 1 to 4" in found["num_inference_steps"]["info"]
+  assert "trained with 4 to 5" in found["guidance_scale"]["info"]
 
 
 def test_a_controlnet_has_a_field_for_its_picture(components):
@@ -475,6 +524,34 @@ def test_pictures_that_an_image_was_made_from_stay_in_the_form(
   ]
 
 
+def test_how_much_a_controlnet_adds_is_shown_and_comes_back(
+  tokenizer_directory,
+):
+  pipe = tiny.make_pipeline(tokenizer_directory, controlnet=True)
+  maker = making.Maker(pipe, adapters.Adapters(pipe.transformer, {}), None)
+  name = "controlnet_conditioning_scale"
+  asked = requests.GenerationRequest(
+    prompt="a red apple",
+    seed=3,
+    control_image=PIL.Image.new("RGB", (32, 32)),
+    controlnet_conditioning_scale=0.35,
+  )
+  checked = requests.check(asked, pipe, limits.Limits())
+  described = maker._describe(checked)
+  values, notes = form_from_image.values(described, pipe, (), maker.made_with)
+  assert values[name] == 0.35
+  assert notes == [
+    "it was made from pictures that it does not contain: add ControlNet image"
+  ]
+  assert "<dt>ControlNet scale</dt><dd>0.35</dd>" in markup.settings(described)
+  del described["control_image"]
+  assert "ControlNet" not in markup.settings(described)
+  plain = tiny.make_pipeline(tokenizer_directory)
+  values, notes = form_from_image.values(described, plain, (), maker.made_with)
+  assert name not in values
+  assert "no field for controlnet_conditioning_scale" in notes[-1]
+
+
 def test_an_own_image_is_read_however_large(tmp_path, rng):
   pixels = rng.random((64, 64, 3), np.float32)
   said = {"prompt": "a", "seed": 1, "image_index": 0, "batch_size": 1}
@@ -505,10 +582,47 @@ def test_a_visitor_is_told_where_a_job_stands(update, text):
   assert text in handlers.describe(update, is_ready=True)
 
 
+def test_who_waits_is_told_that_the_server_is_ending():
+  said = handlers.describe(Update("queued", 3), is_ready=True, is_closing=True)
+  assert "The server is shutting down; 3 before you." in said
+  said = handlers.describe(Update("decode"), is_ready=True, is_closing=True)
+  assert "Finishing." in said
+
+
+def test_an_outcome_is_not_announced_as_finishing(build, monkeypatch):
+  def fail(*args):
+    raise FloatingPointError("The decoder's result is not finite.")
+
+  monkeypatch.setattr(making.Maker, "make", fail)
+  generate = _event(build(), "generate")
+  fields = {field.elem_id: field for field in generate.inputs[1:]}
+  values = _form(solver="FlowEuler")
+  said = _all(generate.fn, [values[name] for name in fields])
+  status = generate.fn.__self__.parts.status
+  assert "not finite" in html.unescape(said[-1][status])
+  assert not any("Finishing" in update[status] for update in said)
+
+
+def test_what_was_said_of_a_file_goes_with_it(build):
+  blocks = build()
+  forget = _event(blocks, "forget_image")
+  assert _send(blocks, forget, forget.fn())["from_image_status"] == ""
+  (target,) = forget.targets
+  assert blocks.blocks[target[0]].elem_id == "from_image"
+
+
 def test_nothing_of_a_prompt_is_markup():
   shown = markup.settings({"prompt": '<img src=x onerror="alert(1)">'})
   assert "<img" not in shown
   assert "<b>" not in markup.message("<b>", kind="error")
+
+
+def test_warnings_are_shown_in_the_words_of_the_page():
+  warning = "Outside the trained range: guidance_scale 12: <b>."
+  shown = markup.outcome("1 image.", [warning, "Another."])
+  assert shown.startswith(markup.message("1 image."))
+  assert "range: Guidance 12: &lt;b&gt;." in shown
+  assert shown.count('class="message warning"') == 2
 
 
 def test_a_preview_keeps_its_shape(rng):

@@ -4,6 +4,8 @@ A field is named like what it sets in a `GenerationRequest`, so that what is
 wrong with a request can be said beside the field.
 """
 
+import functools
+import math
 from collections.abc import Collection
 
 import gradio
@@ -39,9 +41,18 @@ LABELS = {
   "lora": "LoRA",
   "lora_scale": "LoRA scale",
 }
+# Those that no sentence has by chance.
+_IDENTIFIERS = tuple(name for name in LABELS if "_" in name)
 _BRUSH = "#e11d48"
 
 Fields = dict[str, gradio.components.Component]
+
+
+def in_words(text: str) -> str:
+  """Returns a message of the pipeline with fields named as people see them."""
+  for name in _IDENTIFIERS:
+    text = text.replace(name, LABELS[name])
+  return text
 
 
 def texts(pipe: pipeline_lib.SanaPipeline, limits: limits_lib.Limits) -> Fields:
@@ -73,12 +84,20 @@ def texts(pipe: pipeline_lib.SanaPipeline, limits: limits_lib.Limits) -> Fields:
 def presets(pipe: pipeline_lib.SanaPipeline) -> dict[tuple[int, int], str]:
   """Returns aspects by the width and height that they give.
 
-  To a small model some are the same.
+  To a small model some are the same; then it is the one that is nearest.
   """
   found: dict[tuple[int, int], str] = {}
+
+  def distance(sides: tuple[int, int], aspect: str) -> float:
+    width, height = map(int, aspect.split(":"))
+    return abs(math.log(sides[0] / sides[1] * height / width))
+
   for aspect in ASPECTS:
     size = pipe.image_size(pipe.generation_config.replace({"aspect": aspect}))
-    found.setdefault((size.width, size.height), aspect)
+    sides = (size.width, size.height)
+    found[sides] = min(
+      found.get(sides, aspect), aspect, key=functools.partial(distance, sides)
+    )
   return found
 
 
@@ -129,7 +148,7 @@ def sampling(
       own.num_inference_steps,
       step=1,
       label=LABELS["num_inference_steps"],
-      info="",
+      info="SANA-Sprint is made for 1 to 4" if pipe.is_sprint else "",
       buttons=[],
       elem_id="num_inference_steps",
     ),
@@ -139,7 +158,8 @@ def sampling(
       own.guidance_scale,
       step=0.1,
       label=LABELS["guidance_scale"],
-      info="How closely to follow the prompt",
+      info="How closely to follow the prompt"
+      + ("; SANA-Sprint was trained with 4 to 5" if pipe.is_sprint else ""),
       buttons=[],
       elem_id="guidance_scale",
     ),
@@ -149,7 +169,7 @@ def sampling(
       [(SOLVER_NAMES.get(name, name), name) for name in names],
       value=names[0],
       label=LABELS["solver"],
-      info="",
+      info="How steps lead from noise to an image; Euler needs more of them",
       elem_id="solver",
     )
   return fields
@@ -170,7 +190,7 @@ def seeds(limits: limits_lib.Limits) -> Fields:
       index = gradio.Number(
         0,
         label=LABELS["image_index"],
-        info="",
+        info="Of those with this seed, from 0",
         precision=0,
         min_width=120,
         elem_id="image_index",

@@ -16,6 +16,7 @@ from sana_jax.bulk import metadata
 FIELD = "from_image"
 _SIZE = ("height", "width", "aspect")
 _IN_FORM = ("num_inference_steps", "guidance_scale", "strength")
+_OF_CONTROLNET = ("controlnet_conditioning_scale",)
 
 
 def read(data: bytes, limits: limits_lib.Limits) -> dict[str, Any]:
@@ -85,7 +86,8 @@ def values(
     **{name: None for name in requests.PICTURES if name not in description},
     **size,
   }
-  for name in _IN_FORM:
+  in_form = _IN_FORM if pipe.controlnet is None else _IN_FORM + _OF_CONTROLNET
+  for name in in_form:
     value = settings.pop(name, getattr(own, name))
     if value is not None:
       found[name] = value

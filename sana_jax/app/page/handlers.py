@@ -95,8 +95,8 @@ class Events:
       self._jobs.setdefault(session, set()).add(job)
       try:
         async for update in self._follow(job):
-          shown = describe(update, is_ready=self._service.ready.is_set())
-          yield {parts.status: shown}
+          if not job.done:  # the outcome is said below
+            yield {parts.status: self._describe(update)}
       finally:
         job.cancel()  # no effect on one that is done
         self._jobs[session].discard(job)
@@ -167,6 +167,10 @@ class Events:
 
     return self._fill(read, self.parts.from_image_status)
 
+  def forget_image(self) -> Updates:
+    """Takes away what was said of a file that is taken away."""
+    return {self.parts.from_image_status: ""}
+
   def show_size(self, aspect: str) -> Updates:
     """Shows the fields for width and height if they are used."""
     visible = aspect == form.CUSTOM
@@ -175,6 +179,12 @@ class Events:
   def _submit(self, values: Mapping[str, Any], host: str) -> Job:
     request = form_values.to_request(values, self._service.limits)
     return self._service.submit(request, client=host)
+
+  def _describe(self, update: Update) -> str:
+    service = self._service
+    return describe(
+      update, is_ready=service.ready.is_set(), is_closing=service.closing
+    )
 
   async def _follow(self, job: Job) -> AsyncIterator[Update]:
     updates = job.updates()
@@ -205,14 +215,13 @@ class Events:
     kept = [image for image in images if pathlib.Path(image[0]).exists()]
     images = [*made, *kept][:_MAX_IMAGES]
     count = len(made)
+    told = f"{count} image{'s' if count > 1 else ''} of seed {result.seed}."
     return self._look(images, 0) | {
       self.parts.images: images,
       self.parts.gallery: gradio.update(
         value=images, visible=True, selected_index=0
       ),
-      self.parts.status: markup.message(
-        f"{count} image{'s' if count > 1 else ''} of seed {result.seed}."
-      ),
+      self.parts.status: markup.outcome(told, result.warnings),
       self.fields["seed"]: result.seed,
       self.fields["image_index"]: first,
     }
@@ -263,14 +272,22 @@ class Events:
     return filled | {status: markup.message(text)}
 
 
-def describe(update: Update, *, is_ready: bool) -> str:
+def describe(
+  update: Update, *, is_ready: bool, is_closing: bool = False
+) -> str:
   """Says where a job stands, as HTML.
 
   Args:
     is_ready: whether the server has made its first images.
+    is_closing: whether it is to end, and may not come to this job.
   """
   step, total = update.step, update.num_steps
-  if update.stage == "queued" and not is_ready:
+  if update.stage == "queued" and is_closing:
+    text = (
+      f"The server is shutting down; {update.position} before you. It may not "
+      "come to your images."
+    )
+  elif update.stage == "queued" and not is_ready:
     text = "The server is getting ready."
   elif update.stage == "queued" and update.position:
     text = f"Waiting: {update.position} before you."

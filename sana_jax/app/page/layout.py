@@ -5,13 +5,12 @@ import dataclasses
 import html
 import os
 import pathlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import fastapi
 import gradio
 
-from sana_jax import pipeline as pipeline_lib
 from sana_jax.app.page import form, guard, handlers, markup, own_files
 from sana_jax.app.service import Service
 
@@ -31,7 +30,6 @@ _SCENES = (
   "a paper-cut illustration of a fox in a birch forest",
   "a small robot watering plants on a balcony, watercolour",
 )
-_EMOJI_SIDE = 64
 _CLEANING = (600, 24 * 3600)  # how often, and after how long, in seconds
 _EVENT: dict[str, Any] = {
   "show_progress": "hidden",
@@ -42,8 +40,13 @@ _EVENT: dict[str, Any] = {
 }
 
 
-def mount(app: fastapi.FastAPI, service: Service) -> None:
-  """Serves the page at "/"; routes that `app` has already come first."""
+def mount(app: fastapi.FastAPI, service: Service) -> Callable[[], None]:
+  """Serves the page at "/"; routes that `app` has already come first.
+
+  Returns:
+    What ends the streams that open pages hold, which never end by themselves;
+    to be called in the server's loop.
+  """
   files = own_files.PageFiles()
   # Gradio asks for this when components are made, and when uploads come.
   os.environ["GRADIO_TEMP_DIR"] = str(files.path)
@@ -61,6 +64,7 @@ def mount(app: fastapi.FastAPI, service: Service) -> None:
     css_paths=_CSS,
   )
   mounted = app.routes[-1]
+  end_streams = mounted.app.stop_event.set
   mounted.app = guard.guard(
     mounted.app, files.path, service.limits.max_upload_bytes
   )
@@ -72,6 +76,7 @@ def mount(app: fastapi.FastAPI, service: Service) -> None:
       yield state
 
   app.router.lifespan_context = lifespan
+  return end_streams
 
 
 def build(service: Service, files: own_files.PageFiles) -> gradio.Blocks:
@@ -100,7 +105,7 @@ def _layout(
   with gradio.Row(equal_height=False):
     with gradio.Column(scale=3, min_width=320):
       fields = form.texts(pipe, limits)
-      _examples(pipe, fields["prompt"])
+      _examples(service.model_name, fields["prompt"])
       results = _results()
     with gradio.Column(scale=2, min_width=300, elem_id="settings"):
       sizes, sides = form.sizes(pipe)
@@ -179,14 +184,10 @@ def _results() -> dict[str, gradio.blocks.Block]:
   }
 
 
-def _examples(
-  pipe: pipeline_lib.SanaPipeline, prompt: gradio.components.Component
-) -> None:
+def _examples(model_name: str, prompt: gradio.components.Component) -> None:
   """Offers prompts that the checkpoint can make something of."""
-  size = pipe.image_size()
-  is_emoji = max(size.height, size.width) <= _EMOJI_SIDE
   gradio.Examples(
-    [[text] for text in (_EMOJI if is_emoji else _SCENES)],
+    [[text] for text in (_EMOJI if "emoji" in model_name else _SCENES)],
     [prompt],
     label="Examples",
     api_visibility="private",
@@ -227,6 +228,7 @@ def _connect(blocks: gradio.Blocks, events: handlers.Events) -> None:
       [parts.images, parts.selected],
     ),
     (parts.from_image.upload, events.read_image, [parts.from_image]),
+    (parts.from_image.clear, events.forget_image, []),
     (fields["aspect"].change, events.show_size, [fields["aspect"]]),
   ):
     trigger(function, inputs, everything, concurrency_limit=None, **_EVENT)

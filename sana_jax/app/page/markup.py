@@ -3,7 +3,7 @@
 import base64
 import html
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ _PREVIEW_HEIGHT = 380
 _SHOWN = (
   *("prompt", "negative_prompt", "size", "seed", "image_index"),
   *("num_inference_steps", "guidance_scale", "solver", "strength"),
-  *("lora", "lora_scale", "checkpoint"),
+  *("controlnet_conditioning_scale", "lora", "lora_scale", "checkpoint"),
 )
 _LABELS = form.LABELS | {"size": "Size", "checkpoint": "Checkpoint"}
 
@@ -26,6 +26,12 @@ def message(text: str, *, kind: str = "note") -> str:
   """Returns one line; kind "error" is read out at once by screen readers."""
   role = "alert" if kind == "error" else "status"
   return f'<p class="message {kind}" role="{role}">{html.escape(text)}</p>'
+
+
+def outcome(text: str, warnings: Sequence[str]) -> str:
+  """Returns a line, and one for each warning of the pipeline."""
+  lines = [message(form.in_words(line), kind="warning") for line in warnings]
+  return "".join([message(text), *lines])
 
 
 def progress(
@@ -72,6 +78,8 @@ def settings(description: Mapping[str, Any]) -> str:
 def _readable(description: Mapping[str, Any]) -> list[tuple[str, Any]]:
   width, height = description.get("width"), description.get("height")
   known = dict(description)
+  if "control_image" not in known:
+    known.pop("controlnet_conditioning_scale", None)
   if width and height:
     known["size"] = f"{width}×{height}"
   if (solver := description.get("solver")) in form.SOLVER_NAMES:
