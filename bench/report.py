@@ -27,6 +27,18 @@ hypervisor took more than 0.3 cores ("kept" says how many were not). Where
 fewer than 3 were left, processor time is compared, and the table says so.
 "At best" is what the analytic work takes at the ceilings of the device, which
 are measured in the same run by a large matrix product and a large copy.
+
+```sh
+python -m bench.sample --json=docs/bench/sample_cpu.json   # needs PyTorch diffusers
+python -m bench.train --json=docs/bench/train_cpu.json     # needs PyTorch
+python -m bench.ops --json=docs/bench/ops_cpu.json
+python -m bench.startup --json=docs/bench/startup_cpu.json
+python -m bench.tpu_aot --output=docs/bench/aot            # needs libtpu, and no TPU
+python -m bench.report
+```
+
+With `--size=full` the first two take published sizes in bfloat16, for a GPU; none was
+at hand.
 """
 _TITLES = {
   sample.NAME: ("Sampling", sample.table),

@@ -29,7 +29,8 @@ CACHE = pathlib.Path(tempfile.gettempdir()) / "sana_jax_test_cache"
 NOT_RUN = {
   r"configs/(stages_)?sana(15)?_": "needs TPUs or GPUs",
   r"sana_jax\.plan ": "compiles for minutes; tests/plan, bench/plan.py",
-  r"bench\.(memory|plan) ": "compiles for a TPU; tests/bench",
+  r"bench\.(memory|plan|tpu_aot) ": "compiles for a TPU; tests/bench",
+  r"bench\.(sample|train|ops|startup) ": "times for minutes; tests/bench",
   r"_diffusers|=Sana_|=DIR .*--runner|sana_jax\.app ":
     "needs the hub, or Beam, or serves until it is stopped",
   r"RECORDED\.safetensors": "needs PyTorch; tests/docs/test_checkpoints_doc.py",
