@@ -201,7 +201,10 @@ def test_files_are_not_overwritten_unless_asked(run, capsys):
     ({"prompt": ["a"], "best_of": 2, "scorer": "no_such:f"}, "no_such"),
     ({"prompt": ["a"], "best_of": 2, "scorer": "math:pi"}, "is no function"),
     ({"prompt": ["a"], "checkpoint": "nowhere"}, "nowhere does not exist"),
-    ({"prompt": ["a"], "height": 33}, "multiples of 4"),
+    (
+      {"prompt": ["a"], "height": 33},
+      "height 33 must be a positive multiple of 4",
+    ),
     ({"prompt": ["a"], "num_inference_steps": 0}, "num_inference_steps must"),
     ({"prompt": ["a"], "variant": "fp16"}, "variant 'fp16'"),
     ({"prompt": ["a"], "vae_tile": 9}, "multiples of"),
@@ -248,7 +251,7 @@ def test_lines_change_settings_and_bad_lines_are_left_out(
   file.write_text("\n".join(map(json.dumps, lines)))
   with caplog.at_level("ERROR", "absl"):
     out = run(code=3, prompt_file=str(file), num_images_per_prompt=1)
-  assert f"left out: {file}:2: height 17 and width 32 must be" in caplog.text
+  assert f"left out: {file}:2: height 17 must be" in caplog.text
   assert f"left out: {file}:3: unknown fields ['sed']" in caplog.text
   assert "requests left out: 2" in caplog.text
   names = ["0000-a.png", "0001-a.png", "0004-d.png"]
