@@ -37,8 +37,8 @@ class _Manager(ocp.CheckpointManager):
   """Leaves JAX's preemption service to the loop.
 
   Orbax asks it about every step that it saves, before and after. The service
-  takes what it was asked last for where the process is, and so could have all
-  agree on a step that has gone by.
+  takes the number that it was told last for where the process is; those of the
+  loop count its calls, and are no steps.
   """
 
   def reached_preemption(self, step: int) -> bool:

@@ -217,7 +217,7 @@ class _Run:
         self._advance(batch)
         if self._watch.wants_rollback():
           self._roll_back()
-      if batch is None or self._stop.reached(self._step):
+      if batch is None or self._stop.reached():
         self._save(always=True)
         logging.warning(
           "asked to stop: %s",

@@ -84,7 +84,9 @@ def explained(
   try:
     yield
   except jax.errors.JaxRuntimeError as error:
-    if "RESOURCE_EXHAUSTED" not in str(error):
+    # A stage of a pipeline has a report of its own around them.
+    message = getattr(error, "xla", str(error))
+    if "RESOURCE_EXHAUSTED" not in message:
       raise
     now = _now(config, mesh)
     exhausted = {
@@ -97,7 +99,7 @@ def explained(
       for number, knob in enumerate(offered, 1)
     ]
     lines = [
-      describe(what.name, str(error), parts()),
+      describe(what.name, message, parts()),
       "What would help, cheapest first:",
       *knobs,
     ]

@@ -17,29 +17,29 @@ class StopRequest:
   """Whether this process was asked to stop.
 
   Several must stop at the same step. JAX's preemption service, which exists
-  after `jax.distributed.initialize` only, listens for SIGTERM then, and has
-  all of them agree on the step after the last that one has reached. So steps
-  must count on from one run of a process to the next.
-
-  Attributes:
-    steps_before: what the runs before have counted to.
+  after `jax.distributed.initialize` only, listens for SIGTERM then. Every
+  process tells it a number, again and again, and all are to stop at the one
+  after the highest so far, which is 0 before the first. So the calls are
+  counted: steps do not begin at 1 in a run that goes on, and begin anew with
+  every stage. One request is for all that a process trains.
   """
 
   def __init__(self):
-    self.steps_before = 0
+    self._calls = 0
     self._is_set, self._may_break_off = False, False
 
   def is_set(self) -> bool:
     return self._is_set
 
-  def reached(self, step: int) -> bool:
-    """Whether to stop after this step of the run; from then on it is set.
+  def reached(self) -> bool:
+    """Whether to stop here; from then on it is set.
 
-    To be called by all processes, once a step, with 0 before the first.
+    All processes must call it equally often, and at the same places: after a
+    step, which none makes alone, or before a stage.
     """
     if not self._is_set:
-      count = self.steps_before + step
-      self._is_set = bool(ocp.multihost.reached_preemption(count))
+      self._calls += 1
+      self._is_set = bool(ocp.multihost.reached_preemption(self._calls))
     return self._is_set
 
   def set(self) -> None:

@@ -46,16 +46,12 @@ def _train(
   stop: preemption.StopRequest,
 ) -> None:
   before: epath.Path | None = None
-  steps = 0
   for number, (name, stage) in enumerate(config.stages.items(), 1):
     directory = workdir / name
-    # All processes count alike: stages that are finished, too.
-    stop.steps_before = steps
-    steps += stage.num_steps + 1
     what = f"stage {name} ({number} of {len(config.stages)})"
     if _finished_step(directory) >= stage.num_steps:
       logging.info("%s is finished", what)
-    elif stop.reached(0):
+    elif stop.reached():
       logging.warning("asked to stop: %s is not begun", what)
       return
     else:

@@ -2,8 +2,9 @@
 
 python -m tests.training.stages_worker PROCESS PORT DIRECTORY WHEN
 
-SIGTERM comes to one of them as the first stage ends: WHEN its last step is the
-one to stop at ("step"), or while it is exported ("export").
+SIGTERM comes to one of them WHEN the last step of the first stage is the one to
+stop at ("step"), while that stage is exported ("export"), or after step 2 of
+the second was restored and before another is made ("resumed").
 """
 
 import os
@@ -21,16 +22,16 @@ _NOTICE = 8
 
 
 class Ledger:
-  """Is told of steps by the loop; pauses after one of the first stage."""
+  """Is told of steps by the loop; pauses after one of a stage."""
 
-  def __init__(self, pause, step):
-    self._pause, self._step = pause, step
+  def __init__(self, pause, stage, step):
+    self._pause, self._after = pause, (stage, step)
 
   def begin(self, workdir, *, has_learned):
-    self._is_first = workdir.name == "small"
+    self._stage = workdir.name
 
   def note(self, step):
-    if self._is_first and step == self._step:
+    if (self._stage, step) == self._after:
       self._pause()
 
 
@@ -54,11 +55,13 @@ def main() -> None:
     recipe = test_loop.make_recipe()
     if when == "export":
       recipe = recipe._replace(export=lambda *_: pause())
-    else:
+    elif when == "step":
       # Results are looked at a step later: of the last but one, after the last
       # has begun.
-      ledger = Ledger(pause, config.num_steps - 1)
+      ledger = Ledger(pause, "small", config.num_steps - 1)
       recipe = recipe._replace(ledger=ledger)
+    else:
+      recipe = recipe._replace(ledger=Ledger(pause, "large", 2))
     toy = test_stages.toy_config(config)
     return loop.train(toy, workdir, recipe, stop=stop)
 

@@ -7,6 +7,7 @@ import pytest
 
 from sana_jax.training import loop, out_of_memory
 from sana_jax.training import step as step_lib
+from tests.pipeline import test_pipeline_out_of_memory
 from tests.training import test_loop
 
 
@@ -106,6 +107,18 @@ def test_samples_that_do_not_fit_are_explained(tmp_path):
   assert text.startswith("the state and samples beside it do not fit")
   for part in ("the model beside it", "sample_prompts", "sample_every"):
     assert part in text
+
+
+def test_xla_is_quoted_where_a_pipeline_has_a_report_of_its_own(tmp_path):
+  def sample(params, frozen):
+    raise test_pipeline_out_of_memory.error_of("decoder")
+
+  recipe = test_loop.make_recipe()._replace(sample=sample)
+  with pytest.raises(MemoryError) as info:
+    loop.train(test_loop.make_config(), tmp_path, recipe)
+  text = str(info.value)
+  assert text.startswith("the state and samples beside it do not fit")
+  assert "\nXLA: RESOURCE_EXHAUSTED: x\n" in text
 
 
 def test_an_export_that_does_not_fit_is_explained_and_nothing_lost(tmp_path):

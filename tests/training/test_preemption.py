@@ -4,12 +4,40 @@ import os
 import signal
 import threading
 
+from jax.experimental import multihost_utils
+
 from sana_jax.training import loop
 from tests.training import test_loop
 
 
 def ask_to_stop() -> None:
   os.kill(os.getpid(), signal.SIGTERM)
+
+
+class Service:
+  """Answers as JAX's preemption service does in one of several processes.
+
+  That agrees on the number after the last that it was told, or after 0, and
+  says so when it is told the same.
+
+  Attributes:
+    told: all numbers, in order.
+  """
+
+  def __init__(self, monkeypatch):
+    self.told = []
+    self._agreed = None
+    monkeypatch.setattr(
+      multihost_utils, "reached_preemption_sync_point", self._reached
+    )
+
+  def ask_to_stop(self) -> None:
+    if self._agreed is None:
+      self._agreed = (self.told or [0])[-1] + 1
+
+  def _reached(self, number: int) -> bool:
+    self.told.append(number)
+    return number == self._agreed
 
 
 def assert_goes_on_exactly(tmp_path, stopped_at):
@@ -87,3 +115,25 @@ def test_asked_before_the_first_step_there_is_nothing_to_save(tmp_path):
     test_loop.make_config(), tmp_path, recipe._replace(batches=batches)
   )
   assert int(state.step) <= 1
+
+
+def test_several_are_asked_before_the_first_step_of_a_run_that_goes_on(
+  tmp_path, monkeypatch
+):
+  """While they restore or compile, which takes minutes."""
+  recipe = test_loop.make_recipe()
+  loop.train(test_loop.make_config(num_steps=5), tmp_path / "run", recipe)
+  service = Service(monkeypatch)
+
+  def loss_fn(*arguments):
+    service.ask_to_stop()
+    return recipe.loss_fn(*arguments)
+
+  state = loop.train(
+    test_loop.make_config(),
+    *(tmp_path / "run", recipe._replace(loss_fn=loss_fn)),
+  )
+  assert int(state.step) == 6
+  assert service.told == [1]
+  Service(monkeypatch)  # Of other processes: nobody asks.
+  assert_goes_on_exactly(tmp_path, 6)

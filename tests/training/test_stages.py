@@ -56,7 +56,7 @@ def train_one(config, workdir, stop):
   return loop.train(config, workdir, recipe, stop=stop)
 
 
-def stop_at(step: int):
+def stop_at(step: int, train_one=train_one):
   """Trains as `train_one` does, but is stopped in the second stage."""
 
   def train(config, workdir, stop):
@@ -152,20 +152,16 @@ def test_asked_to_stop_while_a_stage_exports_no_other_begins(tmp_path, caplog):
   assert begun == ["small", "large"]
 
 
-def test_the_preemption_service_hears_of_every_step_once_and_in_order(
+def test_the_preemption_service_is_told_all_numbers_once_and_in_order(
   tmp_path, monkeypatch
 ):
-  """Else several processes might agree on a step that never comes."""
-  heard = []
-  monkeypatch.setattr(
-    *(multihost_utils, "reached_preemption_sync_point"),
-    lambda step: heard.append(step),
-  )
+  """Else several processes might agree on one that never comes."""
+  service = test_preemption.Service(monkeypatch)
   stages.train(make_config(), tmp_path, train_toy)
   # Before a stage, and after each of its 2 or 4 steps.
-  assert heard == list(range(3 + 5))
+  assert service.told == list(range(1, 1 + 3 + 5))
   stages.train(make_config(), tmp_path, train_toy)
-  assert heard == list(range(8))
+  assert len(service.told) == 8
 
 
 def test_what_the_processes_agreed_on_is_not_forgotten_with_the_step(
@@ -173,27 +169,45 @@ def test_what_the_processes_agreed_on_is_not_forgotten_with_the_step(
 ):
   """It may be the last of a stage."""
   monkeypatch.setattr(
-    *(multihost_utils, "reached_preemption_sync_point"), lambda step: step == 2
+    *(multihost_utils, "reached_preemption_sync_point"), lambda call: call == 3
   )
   stages.train(make_config(), tmp_path, train_toy)
   assert (tmp_path / "small" / "finished.json").exists()
   assert not (tmp_path / "large").exists()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("when", ["step", "export"])
-def test_of_two_processes_one_is_asked_to_stop_as_a_stage_ends(tmp_path, when):
-  """No other begins, both end well, and a restart ends as if undisturbed."""
+@pytest.mark.parametrize(("when", "saved"), [("begin", 2), ("restore", 3)])
+def test_several_are_asked_as_a_stage_goes_on(
+  tmp_path, monkeypatch, when, saved
+):
+  """Before or after the one call that is no step's."""
+  stages.train(make_config(), tmp_path, stop_at(2, train_toy))
+  service = test_preemption.Service(monkeypatch)
+
+  def train(config, workdir, stop):
+    service.ask_to_stop()
+    return train_toy(config, workdir, stop)
+
+  if when == "begin":
+    service.ask_to_stop()
+  stages.train(make_config(), tmp_path, train)
+  steps = [path.name for path in (tmp_path / "large" / "checkpoints").iterdir()]
+  assert max(map(int, steps)) == saved
+  assert not (tmp_path / "large" / "finished.json").exists()
+  assert service.told == list(range(1, saved))
+
+
+def end_pair(directory, when):
+  """Trains in two processes, one of which is asked to stop; returns outputs."""
   with socket.socket() as free:
     free.bind(("localhost", 0))
     port = free.getsockname()[1]
   flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
-  stopped = tmp_path / "stopped"
   pair = [
     subprocess.Popen(
       [
         *(sys.executable, "-m", "tests.training.stages_worker"),
-        *(str(process), str(port), str(stopped), when),
+        *(str(process), str(port), str(directory), when),
       ],
       env=os.environ | flags,
       cwd=pathlib.Path(__file__).parents[2],
@@ -203,12 +217,15 @@ def test_of_two_processes_one_is_asked_to_stop_as_a_stage_ends(tmp_path, when):
     )
     for process in range(2)
   ]
-  for process in pair:
-    output, _ = process.communicate(timeout=600)
+  outputs = [process.communicate(timeout=600)[0] for process in pair]
+  for process, output in zip(pair, outputs, strict=True):
     assert process.returncode == 0, output
-    assert "asked to stop: stage large (2 of 2) is not begun" in output
-  assert (stopped / "small" / "finished.json").exists()
-  assert not (stopped / "large").exists()
+  return outputs
+
+
+def assert_ends_as_undisturbed(tmp_path):
+  """Goes on in `tmp_path / "stopped"`, and compares."""
+  stopped = tmp_path / "stopped"
   for directory in (stopped, tmp_path / "whole"):
     stages.train(make_config(), directory, train_toy)
   for stage, steps in (("small", [1, 2]), ("large", [1, 2, 3, 4])):
@@ -220,6 +237,27 @@ def test_of_two_processes_one_is_asked_to_stop_as_a_stage_ends(tmp_path, when):
     # Sums over devices are taken in another order in two processes.
     for a, b in zip(ours, theirs, strict=True):
       np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("when", ["step", "export"])
+def test_of_two_processes_one_is_asked_to_stop_as_a_stage_ends(tmp_path, when):
+  """No other begins, both end well, and a restart ends as if undisturbed."""
+  stopped = tmp_path / "stopped"
+  for output in end_pair(stopped, when):
+    assert "asked to stop: stage large (2 of 2) is not begun" in output
+  assert (stopped / "small" / "finished.json").exists()
+  assert not (stopped / "large").exists()
+  assert_ends_as_undisturbed(tmp_path)
+
+
+@pytest.mark.slow
+def test_of_two_processes_one_is_asked_to_stop_as_a_stage_goes_on(tmp_path):
+  """Before any step of the two: the next is saved."""
+  stages.train(make_config(), tmp_path / "stopped", stop_at(2, train_toy))
+  for output in end_pair(tmp_path / "stopped", "resumed"):
+    assert "asked to stop: saved step 3" in output
+  assert_ends_as_undisturbed(tmp_path)
 
 
 @pytest.mark.long
