@@ -95,6 +95,19 @@ def test_short_instructions_and_texts_are_no_exception(
   np.testing.assert_allclose(states, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_an_instruction_of_another_length_is_refused(pipe):
+  tokens = tokenize(pipe, ["a cat"])
+  prefix = pipe.text_encoder.read_prefix(tokens.instruction_ids[:-1])
+  count = len(tokens.instruction_ids)
+  with pytest.raises(ValueError, match=f"{count - 1} tokens, expected {count}"):
+    text.encode_tokens(
+      pipe.text_encoder,
+      *tokens[:2],
+      prefix=prefix,
+      max_sequence_length=tiny.LENGTH,
+    )
+
+
 def test_a_prompt_gives_the_same_bits_beside_any_others(pipe):
   prefixes = {}
   together = encode(pipe, tokenize(pipe, PROMPTS), prefixes=prefixes)
