@@ -242,7 +242,7 @@ def run(started: float) -> int:
     images_per_unit=1 if _FORMAT.value == "png" else _PER_SHARD.value,
   )
   if again is not None and not any(map(_is_given, _CUTS)):
-    decodings.check_prescribed(prepared.images, again)
+    decodings.check_prescribed(prepared.decodings, prepared.images, again)
   problems = prepared.images.problems
   requests.report(problems, some_left=bool(prepared.images.requests))
   outcome = job.make(pipe, prepared, where, run_description, started, chosen)

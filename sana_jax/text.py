@@ -308,22 +308,31 @@ def encode_tokens(
   Args:
     text_encoder: a pytree with Gemma2's `__call__`.
     prefix: what its `read_prefix` made of the ids that all rows begin with,
-      which are not read again; None: all are read.
+      up to the last ones that are kept, which are not read again; None: all
+      are read.
     max_sequence_length: number of tokens kept.
+
+  Raises:
+    ValueError: the prefix does not end where the last tokens begin.
   """
+  length = input_ids.shape[1]
+  before = length - max_sequence_length + 1
+  keep = np.concatenate([[0], np.arange(before, length)])
   if prefix is None:
-    hidden = text_encoder(input_ids, attention_mask)
+    states = text_encoder(input_ids, attention_mask)[:, keep]
   else:
-    before, width = prefix.states.shape[1:]
-    first = jnp.broadcast_to(prefix.states, (input_ids.shape[0], before, width))
+    read = prefix.past.keys.shape[-3]
+    if read != before:
+      raise ValueError(
+        f"The prefix has {read} tokens, expected {before}: all of {length} "
+        f"but the last {length - before}, which are kept."
+      )
     rest = text_encoder(
       input_ids[:, before:], attention_mask[:, before:], prefix
     )
-    hidden = jnp.concatenate([first, rest], axis=1)
-  length = input_ids.shape[1]
-  last = np.arange(length - max_sequence_length + 1, length)
-  keep = np.concatenate([[0], last])
-  return hidden[:, keep], attention_mask[:, keep].astype(bool)
+    first = jnp.broadcast_to(prefix.first, (rest.shape[0], 1, rest.shape[2]))
+    states = jnp.concatenate([first, rest], axis=1)
+  return states, attention_mask[:, keep].astype(bool)
 
 
 def encode_prompts(

@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from absl import logging
+
 from sana_jax import pipeline as pipeline_lib
 from sana_jax.bulk import plan as plan_lib
 from sana_jax.models import tiling as tiling_lib
@@ -96,13 +98,27 @@ def prescribe(
 
 
 def check_prescribed(
-  made: plan_lib.Plan, description: Mapping[str, Any]
+  ways: Decodings, made: plan_lib.Plan, description: Mapping[str, Any]
 ) -> None:
-  """Raises ValueError for an image that was whole and does not fit so now."""
-  problems = made.problems
-  if problems and NAME in description and description[NAME] is None:
+  """Warns of an image that was decoded whole and is decoded in windows now.
+
+  Raises:
+    ValueError: such an image does not fit, neither whole nor in windows.
+  """
+  if NAME not in description or description[NAME] is not None:
+    return
+  if made.problems:
+    problem = made.problems[0]
     raise ValueError(
-      f"{problems[0].origin} was decoded whole, not in tiles: "
-      f"{problems[0].reason}. With --vae_tile it is made in tiles, and "
-      "differs."
+      f"{problem.origin} was decoded whole, not in tiles: {problem.reason}. "
+      "With a small --vae_window it is the same up to rounding; with "
+      "--vae_tile it is made in tiles, and differs."
     )
+  for kind in made.kinds():
+    cut = ways.plan(dict(kind.settings), kind.size).decoding.cut
+    if cut is not None:
+      logging.warning(
+        "the image was decoded whole, and is decoded in %s now, for lack of "
+        "memory: the same up to rounding",
+        cut,
+      )

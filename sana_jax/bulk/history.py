@@ -6,7 +6,6 @@ own, and no other image changes.
 """
 
 import dataclasses
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -46,7 +45,7 @@ def fix_memory(
 ) -> None:
   """Has a pipeline plan with so much memory, not with what is free."""
   if available_bytes is None:
-    available_bytes = sys.maxsize
+    available_bytes = memory.UNKNOWN
   pipe.memory = dataclasses.replace(
     pipe.memory, available_bytes=available_bytes
   )

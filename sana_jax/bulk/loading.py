@@ -19,7 +19,7 @@ class Loading:
   Attributes:
     components: see `SanaPipeline.from_pretrained`, as `step` and `fp16_clamp`.
     vae_tile: decode in square tiles of so many pixels; None: as memory has it.
-    vae_window: likewise in windows, exactly.
+    vae_window: likewise in windows, the same up to rounding.
     controlnet: directory, file or published name of one; None: no ControlNet.
     controlnet_wiring: see `SanaPipeline`; None: that of the file's layout.
     lora: directories or files of adapters.

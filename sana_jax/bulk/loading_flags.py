@@ -30,7 +30,9 @@ def define() -> dict[str, flags.FlagHolder[Any]]:
       "Decode in tiles of so many pixels, which shows faintly.",
     ),
     "vae_window": flags.DEFINE_integer(
-      "vae_window", None, "Decode in windows of so many pixels, exactly."
+      "vae_window",
+      None,
+      "Decode in windows of so many pixels, the same up to rounding.",
     ),
     "controlnet": flags.DEFINE_string(
       "controlnet", None, "Directory, file or name."

@@ -38,11 +38,11 @@ class Prefix(NamedTuple):
 
   Attributes:
     past: of every block.
-    states: their hidden states after the final norm.
+    first: the hidden state of the first token after the final norm.
   """
 
   past: KeysValues
-  states: Float[Array, "1 p d"]
+  first: Float[Array, "1 1 d"]
 
 
 def rotary_embedding(
@@ -331,7 +331,7 @@ class Gemma2(nnx.Module):
       scan=self.scan,
       remat=self.remat,
     )
-    return Prefix(past, self.norm(x))
+    return Prefix(past, self.norm(x[:, :1]))
 
   def hidden_states(
     self,

@@ -3,7 +3,7 @@
 import contextlib
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -86,7 +86,7 @@ class Executor:
       static: hashable settings.
     """
     size = jax.tree.leaves(batched)[0].shape[0]
-    with _named(stage):
+    with named(stage):
       args = self.place(dict(shared)), self._split(dict(batched), size)
 
     def local(shared, batched):
@@ -126,7 +126,7 @@ class Executor:
       return function(**arguments, **static)
 
     first = self._mesh.devices.flat[0]
-    with _named(stage):
+    with named(stage):
       args = (jax.device_put(dict(arguments), first),)
     key = ("first device", function, tuple(sorted(static.items())))
     return self._run_compiled(stage, key, local, args, progress)
@@ -135,12 +135,12 @@ class Executor:
     """Compiles `function` unless `key` and shapes are known, and runs it."""
     key = (key, _signature(args))
     if key not in self._compiled:
-      with _named(stage), _timed(stage, "compile", progress):
+      with named(stage), _timed(stage, "compile", progress):
         self._compiled[key] = jax.jit(function).lower(*args).compile()
       if len(self._compiled) > _CAPACITY:
         self._compiled.popitem(last=False)
     self._compiled.move_to_end(key)
-    with _named(stage), _timed(stage, "run", progress):
+    with named(stage), _timed(stage, "run", progress):
       return jax.block_until_ready(self._compiled[key](*args))
 
   def _split(self, batched: Any, size: int) -> Any:
@@ -162,7 +162,12 @@ def _signature(args: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _named(stage: str):
+def named(stage: str) -> Iterator[None]:
+  """Names the stage where memory runs out inside.
+
+  Raises:
+    StageMemoryError: it did.
+  """
   try:
     yield
   except jax.errors.JaxRuntimeError as error:

@@ -2,12 +2,13 @@
 
 Before anything runs, `plan` predicts what every stage needs (`footprint.py`)
 and picks the least intrusive way of running that fits: whole images, one image
-at a time, windows, tiles, all of it again with the text encoder on the host.
+at a time or windows; then these with the text encoder on the host; tiles last.
 """
 
 import dataclasses
 import os
 import pathlib
+import sys
 import typing
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,6 +28,8 @@ STAGES = ("text encoder", "transformer", "decoder")
 # Of calls that are given pictures.
 _WITH_ENCODER = ("text encoder", "encoder", "transformer", "decoder")
 _GIB = 2**30
+# Of `Policy.available_bytes`, where nobody knows: all fits.
+UNKNOWN = sys.maxsize
 # What images may be cut into.
 Cut = tiling_lib.Tiling | windows_lib.Windows
 
@@ -40,13 +43,15 @@ class Policy:
       fit, best first: of the smaller there are more halos to compute. Images
       are the same, up to rounding. Empty: never.
     tile_sides: square tiles, in pixels, to decode in when windows do not fit,
-      or pictures that are given have to be encoded in tiles; best first,
-      overlaps are an eighth. Tiles leave faint seams, so that the choice, which
-      depends on the free memory, is warned of. Empty: never.
+      or pictures that are given have to be encoded in tiles, even with the text
+      encoder on the host; best first, overlaps are an eighth. Tiles leave faint
+      seams, so that the choice, which depends on the free memory, is warned of.
+      Empty: never.
     offload_text_encoder: keep it on the host except while it encodes. None:
-      when the rest does not fit otherwise.
+      when images without seams, or any, do not fit otherwise.
     available_bytes: what models and programs may take on each device. None:
       what the device reports as free, and what the models occupy already.
+      `UNKNOWN`: all fits.
 
   Raises:
     ValueError: `available_bytes` is not positive.
@@ -116,7 +121,8 @@ def plan(
   """Picks the first way of running that fits.
 
   In this order: whole images, one image at a time, windows from the largest
-  on, tiles likewise; then the same with the text encoder on the host.
+  on; the same with the text encoder on the host; tiles from the largest on;
+  the same with the text encoder on the host.
 
   Args:
     tiling: the user's choice; None: any.
@@ -127,7 +133,8 @@ def plan(
     ValueError: nothing fits, or a tiling that cannot be or has no effect.
   """
   if tiling is not None:
-    check_tiling(tiling, work, models)
+    factor = models.autoencoder.config.spatial_compression
+    check_tiling(tiling, work.latent_size, factor)
   tried: list[tuple[_Way, dict[str, Need]]] = []
   for way in _ways(models, work, policy, tiling):
     needs = {
@@ -221,6 +228,8 @@ def _plan_pipeline(pipeline, work, stages: Sequence[str]) -> Plan:
   available = pipeline.memory.available_bytes
   if available is None:
     available = available_bytes(devices, [model for _, model in parts])
+  elif available == UNKNOWN:
+    available = None
   *models, controlnet = (
     None if model is None else footprint.make_part(config, model)
     for config, model in parts
@@ -239,16 +248,19 @@ def _plan_pipeline(pipeline, work, stages: Sequence[str]) -> Plan:
 
 
 def check_tiling(
-  tiling: Cut, work: footprint.Work, models: footprint.Models
+  tiling: Cut, latent_size: tuple[int, int], factor: int
 ) -> None:
   """Refuses what cannot be, or is as large as the image.
+
+  Args:
+    latent_size: height and width.
+    factor: the autoencoder's spatial compression.
 
   Raises:
     ValueError: names both sizes.
   """
-  factor = models.autoencoder.config.spatial_compression
   tiling.check_multiples(factor)
-  height, width = (factor * side for side in work.latent_size)
+  height, width = (factor * side for side in latent_size)
   if tiling.covers(height, width):
     raise ValueError(
       f"tiling: {tiling} have no effect on images decoded at {height}x{width}; "
@@ -300,29 +312,32 @@ def _ways(models, work, policy, tiling) -> Iterator[_Way]:
   offload = policy.offload_text_encoder
   # On CPU, host and device memory are the same.
   choices = (False, True) if models.platform != "cpu" else (False,)
-  for choice in choices if offload is None else (offload,):
-    for how in _decodings(models, work, policy, tiling):
-      yield _Way(how, choice)
+  for decodings in _decodings(models, work, policy, tiling):
+    for choice in choices if offload is None else (offload,):
+      for how in decodings:
+        yield _Way(how, choice)
 
 
-def _decodings(models, work, policy, tiling) -> Iterator[decoding.Decoding]:
+def _decodings(
+  models, work, policy, tiling
+) -> tuple[list[decoding.Decoding], ...]:
+  """Lists those that leave no seams, then the others; or the one prescribed."""
   if tiling is not None:
-    yield _cut(tiling)
-    return
+    return ([_cut(tiling)],)
+  windows = [windows_lib.Windows(window_side=s) for s in policy.window_sides]
+  tiles = [tiling_lib.square(side) for side in policy.tile_sides]
   factor = models.autoencoder.config.spatial_compression
-  candidates: list[Cut] = [
-    *(windows_lib.Windows(window_side=side) for side in policy.window_sides),
-    *(tiling_lib.square(side) for side in policy.tile_sides),
-  ]
-  for candidate in candidates:
+  for candidate in (*windows, *tiles):
     candidate.check_multiples(factor)
-  yield decoding.Decoding()
+  whole = [decoding.Decoding()]
   if work.images_per_device > 1:
-    yield decoding.Decoding(one_at_a_time=True)
-  height, width = (factor * side for side in work.latent_size)
-  for candidate in candidates:
-    if not candidate.covers(height, width):
-      yield _cut(candidate)
+    whole.append(decoding.Decoding(one_at_a_time=True))
+  size = [factor * side for side in work.latent_size]
+  in_windows, in_tiles = (
+    [_cut(candidate) for candidate in cuts if not candidate.covers(*size)]
+    for cuts in (windows, tiles)
+  )
+  return [*whole, *in_windows], in_tiles
 
 
 def _cut(into: Cut) -> decoding.Decoding:

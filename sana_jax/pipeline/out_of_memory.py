@@ -1,18 +1,23 @@
 """Says what was predicted of a stage that filled the memory, and what helps."""
 
 import contextlib
-from collections.abc import Iterator
+import typing
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
-from sana_jax.pipeline import execution, memory
+from sana_jax.models import tiling, windows
+from sana_jax.pipeline import execution, memory, sizes
+
+if typing.TYPE_CHECKING:
+  from sana_jax.pipeline.text_to_image import SanaPipeline
 
 _GIB = 2**30
-# Of the smallest windows and tiles that a policy chooses, in pixels.
-_SIDE = 512
+# Of windows and tiles, in pixels; a policy chooses none that are smaller than
+# the first.
+_SIDES = (512, 256, 128, 64, 32)
 
 
 class _Knob(NamedTuple):
@@ -43,18 +48,23 @@ class OutOfMemoryError(execution.StageMemoryError):
 
   Attributes:
     plan: of the call.
+    size: of its images.
     is_half: whether weights are bfloat16 already.
+    on_cpu: whether the devices' memory is the host's.
   """
 
   def __init__(
     self,
     error: execution.StageMemoryError,
     plan: memory.Plan,
+    size: sizes.ImageSize,
     *,
     is_half: bool,
+    on_cpu: bool,
   ):
     super().__init__(error.stage, error.xla)
-    self.plan, self.is_half = plan, is_half
+    self.plan, self.size = plan, size
+    self.is_half, self.on_cpu = is_half, on_cpu
 
   def __str__(self) -> str:
     return self.text()
@@ -94,32 +104,58 @@ class OutOfMemoryError(execution.StageMemoryError):
 
   def _knobs(self) -> Iterator[_Knob]:
     yield _FEWER
-    tiles, windows = self.plan.decoding.tiling, self.plan.decoding.windows
-    if self.stage == "decoder" and tiles is None:
-      side = _SIDE if windows is None else min(_SIDE, windows.window_side // 2)
-      yield _Knob(
-        "smaller windows",
-        f"tiling=windows.Windows(window_side={side})",
-        f"--vae_window={side}",
-      )
+    if self.stage == "decoder" and self.plan.decoding.tiling is None:
+      yield from self._smaller_windows()
     elif self.stage in ("decoder", "encoder"):
-      side = _SIDE if tiles is None else min(_SIDE, tiles.tile_height // 2)
-      yield _Knob(
-        "smaller tiles", f"tiling=tiling.square({side})", f"--vae_tile={side}"
-      )
-    if not self.plan.offload_text_encoder:
+      yield from self._smaller_tiles()
+    # While it encodes it is on the devices, and those of a CPU are the host.
+    stays = self.plan.offload_text_encoder or self.on_cpu
+    if self.stage != "text encoder" and not stays:
       yield _OFFLOAD
     if not self.is_half:
       yield _HALF
     yield _SMALLER
 
+  def _smaller_windows(self) -> Iterator[_Knob]:
+    present = self.plan.decoding.windows
+    sides = [] if present is None else [present.window_side]
+    side = self._smaller(lambda s: windows.Windows(window_side=s), sides)
+    if side is not None:
+      option = f"tiling=windows.Windows(window_side={side})"
+      yield _Knob("smaller windows", option, f"--vae_window={side}")
+
+  def _smaller_tiles(self) -> Iterator[_Knob]:
+    present = self.plan.decoding.tiling
+    side = self._smaller(tiling.square, () if present is None else present.tile)
+    if side is not None:
+      option = f"tiling=tiling.square({side})"
+      yield _Knob("smaller tiles", option, f"--vae_tile={side}")
+
+  def _smaller(
+    self, make: Callable[[int], memory.Cut], present: Sequence[int]
+  ) -> int | None:
+    """Finds the largest side that a pipeline takes, below those at present."""
+    for side in _SIDES:
+      if all(side < other for other in present) and self._is_taken(make(side)):
+        return side
+    return None
+
+  def _is_taken(self, cut: memory.Cut) -> bool:
+    try:
+      memory.check_tiling(cut, self.size.grid, self.size.compression)
+    except ValueError:
+      return False
+    return True
+
 
 @contextlib.contextmanager
-def explained(plan: memory.Plan, model: nnx.Module) -> Iterator[None]:
+def explained(
+  pipeline: "SanaPipeline", plan: memory.Plan, size: sizes.ImageSize
+) -> Iterator[None]:
   """Says what was planned where a stage runs out of memory inside.
 
   Args:
-    model: of the pipeline, whose weights have the dtype of all.
+    size: of the images.
 
   Raises:
     OutOfMemoryError: it did.
@@ -127,5 +163,12 @@ def explained(plan: memory.Plan, model: nnx.Module) -> Iterator[None]:
   try:
     yield
   except execution.StageMemoryError as error:
-    is_half = jax.tree.leaves(model)[0].dtype == jnp.bfloat16
-    raise OutOfMemoryError(error, plan, is_half=is_half) from error
+    # Its weights have the dtype of all.
+    weights = jax.tree.leaves(pipeline.transformer)
+    raise OutOfMemoryError(
+      error,
+      plan,
+      size,
+      is_half=weights[0].dtype == jnp.bfloat16,
+      on_cpu=pipeline.used_devices[0].platform == "cpu",
+    ) from error

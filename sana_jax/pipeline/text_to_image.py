@@ -50,8 +50,8 @@ class SanaPipeline:
     controlnet: steers the transformer by a `control_image`.
     controlnet_wiring: how it is connected, which its weights were trained for:
       "diffusers" or "original"; see `controlnet.control_residuals`.
-    tiling: decodes images in `windows.Windows`, exactly, or in overlapping
-      tiles; None: as `memory` has it, whole if that fits.
+    tiling: decodes images in `windows.Windows`, the same up to rounding, or in
+      overlapping tiles; None: as `memory` has it, whole if that fits.
     memory: what may be done to fit into the memory of the devices.
     devices: None: all devices of this process.
     prompt_batch_size: encodes so many prompts at a time, filled up, so that
@@ -220,7 +220,7 @@ class SanaPipeline:
     plan = self.plan_memory(
       *counts, job.settings, size=job.size, num_encoded=job.num_encoded
     )
-    with out_of_memory.explained(plan, self.transformer):
+    with out_of_memory.explained(self, plan, job.size):
       conditions = self._conditions(job, num_images_per_prompt, progress)
       self._offload_text_encoder(plan)
       latents, known, control = self._begin(job, plan.decoding, progress)
@@ -400,7 +400,7 @@ class SanaPipeline:
       size = sizes.ImageSize(*(factor * n for n in grid), *grid, factor)
     plan = memory_lib.plan_decoding(self, latents.shape[0], size)
     self._offload_text_encoder(plan)
-    with out_of_memory.explained(plan, self.transformer):
+    with out_of_memory.explained(self, plan, size):
       return self._decode(latents, plan.decoding, size, progress)
 
   def plan_memory(

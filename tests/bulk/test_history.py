@@ -97,9 +97,37 @@ def test_what_was_whole_is_not_made_in_tiles(pipe):
   history.fix_memory(pipe, little)
   ways = decodings.Decodings(pipe)
   images = history.make_plan(ITEMS[:1], ways.check, None, **NUMBERS)
-  with pytest.raises(ValueError, match="f was decoded whole, not in tiles: "):
-    decodings.check_prescribed(images, described)
-  decodings.check_prescribed(images, {})
+  with pytest.raises(
+    ValueError, match=r"f was decoded whole, not in tiles: .* --vae_window it "
+  ):
+    decodings.check_prescribed(ways, images, described)
+  decodings.check_prescribed(ways, images, {})
+
+
+def test_what_was_whole_is_said_to_be_made_in_windows(pipe, caplog):
+  little = peak(pipe) - 1
+  pipe.memory = memory.Policy(window_sides=(16,))
+
+  def say(available, description):
+    caplog.clear()
+    decodings.prescribe(pipe, description)
+    history.fix_memory(pipe, available)
+    ways = decodings.Decodings(pipe)
+    images = history.make_plan(ITEMS[:1], ways.check, None, **NUMBERS)
+    decodings.check_prescribed(ways, images, description)
+    return caplog.text
+
+  with caplog.at_level("WARNING", "absl"):
+    assert "in windows of 16x16 now" in say(little, {"tiling": None})
+    assert not say(little, {})
+    assert not say(None, {"tiling": None})
+
+
+def test_memory_that_nobody_knows_is_no_number(pipe):
+  history.fix_memory(pipe, None)
+  plan = decodings.Decodings(pipe).plan({"height": 64}, 1)
+  assert plan.available is None
+  assert "of an unknown amount" in plan.reason
 
 
 def test_windows_are_said_and_prescribed(pipe):

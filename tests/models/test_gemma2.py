@@ -206,7 +206,7 @@ def test_texts_go_on_from_a_prefix_as_if_they_were_read_whole(rng, count, scan):
   assert prefix.past.keys.shape == (3, 1, count, 2, 6)
   # The same sums over other shapes of arrays.
   close = {"rtol": 1e-5, "atol": 1e-5}
-  np.testing.assert_allclose(prefix.states, whole[:1, :count], **close)
+  np.testing.assert_allclose(prefix.first, whole[:1, :1], **close)
   np.testing.assert_allclose(rest, whole[:, count:], **close)
   others = jax.tree.map(lambda leaf: leaf + 0.1, prefix)
   changed = run(model, ids[:, count:], mask[:, count:], others)
@@ -240,7 +240,7 @@ def test_a_prefix_in_bfloat16_rounds_no_more_than_the_whole(rng):
   ids, mask = make_continued(rng, 4)
   prefix, rest = resumed(half, ids, mask, ids[0, :4])
   assert prefix.past.keys.dtype == prefix.past.values.dtype == jnp.bfloat16
-  assert prefix.states.dtype == rest.dtype == jnp.float32
+  assert prefix.first.dtype == rest.dtype == jnp.float32
   exact = run(make_model(), ids, mask)[:, 4:]
   whole = run(half, ids, mask)[:, 4:]
   errors = [

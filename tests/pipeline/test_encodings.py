@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from sana_jax import text
+from sana_jax import sharding, text
 from sana_jax.pipeline import encodings, execution
 from tests import tiny
 
@@ -95,6 +95,19 @@ def test_short_instructions_and_texts_are_no_exception(
   np.testing.assert_allclose(states, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_an_instruction_of_another_length_is_refused(pipe):
+  tokens = tokenize(pipe, ["a cat"])
+  prefix = pipe.text_encoder.read_prefix(tokens.instruction_ids[:-1])
+  count = len(tokens.instruction_ids)
+  with pytest.raises(ValueError, match=f"{count - 1} tokens, expected {count}"):
+    text.encode_tokens(
+      pipe.text_encoder,
+      *tokens[:2],
+      prefix=prefix,
+      max_sequence_length=tiny.LENGTH,
+    )
+
+
 def test_a_prompt_gives_the_same_bits_beside_any_others(pipe):
   prefixes = {}
   together = encode(pipe, tokenize(pipe, PROMPTS), prefixes=prefixes)
@@ -102,6 +115,41 @@ def test_a_prompt_gives_the_same_bits_beside_any_others(pipe):
     tokens = tokenize(pipe, [prompt])
     alone = encode(pipe, tokens, prefixes=prefixes)
     np.testing.assert_array_equal(alone.states[0], together.states[i])
+
+
+def test_an_encoder_on_the_host_comes_to_the_devices_once(pipe, monkeypatch):
+  encoder = jax.device_get(pipe.text_encoder)
+  embedding = jax.tree.leaves(encoder)[0]
+  moved = []
+
+  def device_put(x, *args, **kwargs):
+    moved.extend(leaf for leaf in jax.tree.leaves(x) if leaf is embedding)
+    return put(x, *args, **kwargs)
+
+  put = jax.device_put
+  monkeypatch.setattr(jax, "device_put", device_put)
+  events = []
+  encode(
+    pipe, tokenize(pipe, PROMPTS), encoder=encoder, events=events, devices=8
+  )
+  assert runs(events) == 4
+  assert len(moved) == 1
+
+
+def test_memory_that_runs_out_as_an_encoder_comes_is_the_stages(pipe):
+  class Full(execution.Executor):
+    def place(self, tree):
+      raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: much")
+
+  with pytest.raises(execution.StageMemoryError, match="in the text encoder"):
+    encodings.encode(
+      Full(jax.devices()[:1]),
+      pipe.text_encoder,
+      tokenize(pipe, ["a cat"]),
+      {},
+      batch_size=1,
+      max_sequence_length=tiny.LENGTH,
+    )
 
 
 def test_another_encoder_or_instruction_is_read_anew(pipe):
@@ -127,6 +175,10 @@ def test_another_encoder_or_instruction_is_read_anew(pipe):
   check("a table", tiny.INSTRUCTION, 2)
   pipe.text_encoder = jax.tree.map(lambda w: 1.2 * w, pipe.text_encoder)
   check("a table", tiny.INSTRUCTION, 2)
+  # As in training, at every sampling.
+  pipe.text_encoder = sharding.gather(pipe.text_encoder)
+  check("a table", tiny.INSTRUCTION, 0)
+  check("a cat", tiny.INSTRUCTION, 1)
   # On the host it is the same encoder.
   plan = pipe.plan_memory()._replace(offload_text_encoder=True)
   pipe._offload_text_encoder(plan)

@@ -560,6 +560,25 @@ def test_pictures_that_must_be_encoded_in_tiles_are_decoded_so(published):
   assert plan.decoding.tiling == tiling.square(1024)
 
 
+def test_the_text_encoder_leaves_before_there_are_seams(published):
+  def encode(available, offload) -> memory.Plan:
+    return memory.plan(
+      published,
+      published_work(4096, encoded=1),
+      policy=memory.Policy(offload_text_encoder=offload),
+      tiling=None,
+      available=available,
+      stages=("encoder", *memory.STAGES),
+    )
+
+  available = encode(None, True).needs["encoder"].total
+  assert encode(available, False).decoding.tiling is not None
+  plan = encode(available, None)
+  assert plan.decoding.tiling is None
+  assert plan.offload_text_encoder
+  assert not plan.notable
+
+
 def test_available_bytes_must_be_positive():
   with pytest.raises(ValueError, match="must be positive, got 0"):
     memory.Policy(available_bytes=0)

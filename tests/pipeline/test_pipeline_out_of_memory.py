@@ -9,7 +9,13 @@ from absl import flags
 
 import sample  # noqa: F401 (defines its flags)
 from sana_jax.models import tiling, windows
-from sana_jax.pipeline import decoding, execution, memory, out_of_memory
+from sana_jax.pipeline import (
+  decoding,
+  execution,
+  memory,
+  out_of_memory,
+  sizes,
+)
 from tests import tiny
 
 GIB = 2**30
@@ -50,18 +56,33 @@ def test_a_call_says_what_was_planned(tmp_path, monkeypatch):
     return jnp.zeros((len(latents), 4, 4, 3)) + too_large(latents)
 
   monkeypatch.setattr(decoding, "decode_whole", hungry)
+  size = {"height": 64, "width": 64}
   with pytest.raises(out_of_memory.OutOfMemoryError) as info:
-    pipe("a", num_inference_steps=1)
+    pipe("a", num_inference_steps=1, **size)
   need = info.value.plan.needs["decoder"]
   lines = str(info.value).splitlines()
   assert lines[0].startswith("Out of device memory in the decoder, against")
   assert "whole images" in lines[1]
   assert f"  {need.total / GIB:8.2f}  in all" in lines
   assert lines[-1].startswith("XLA: RESOURCE_EXHAUSTED")
+  # The host's memory is the device's.
+  assert "the text encoder on the host" not in str(info.value)
+  # What is said of windows is taken.
+  (side,) = re.findall(r"Windows\(window_side=(\d+)\)", str(info.value))
+  pipe.tiling = windows.Windows(window_side=int(side))
+  plan = pipe.plan_memory(settings=pipe.generation_config.replace(size))
+  assert plan.decoding.windows == pipe.tiling
 
 
 def error_of(
-  stage="decoder", *, is_half=False, tiles=None, side=None, offload=False
+  stage="decoder",
+  *,
+  is_half=False,
+  tiles=None,
+  side=None,
+  offload=False,
+  pixels=(1024, 1024),
+  on_cpu=False,
 ):
   plan = memory.Plan(
     decoding=decoding.Decoding(
@@ -74,7 +95,10 @@ def error_of(
     notable=False,
   )
   found = execution.StageMemoryError(stage, "RESOURCE_EXHAUSTED: x\npages")
-  return out_of_memory.OutOfMemoryError(found, plan, is_half=is_half)
+  size = sizes.ImageSize(*pixels, *(side // 32 for side in pixels), 32)
+  return out_of_memory.OutOfMemoryError(
+    found, plan, size, is_half=is_half, on_cpu=on_cpu
+  )
 
 
 def test_the_prediction_is_a_table():
@@ -95,6 +119,15 @@ def test_the_prediction_is_a_table():
     ({"side": 512}, ["--vae_window=256"], ["vae_tile"]),
     ({"stage": "encoder"}, ["--vae_tile=512"], ["vae_window"]),
     ({"tiles": tiling.square(512)}, ["--vae_tile=256"], []),
+    # No smaller ones overlap by an eighth in whole latents.
+    ({"tiles": tiling.square(256)}, ["--dtype"], ["vae_tile"]),
+    ({"pixels": (512, 384)}, ["--vae_window=256"], []),
+    ({"pixels": (512, 384), "stage": "encoder"}, ["--vae_tile=256"], []),
+    ({"pixels": (512, 544)}, ["--vae_window=512"], []),
+    ({"side": 96}, ["--vae_window=64"], []),
+    ({"side": 32}, ["--dtype"], ["vae_window"]),
+    ({"stage": "text encoder"}, ["--dtype"], ["--offload"]),
+    ({"on_cpu": True}, ["--dtype"], ["--offload"]),
     ({"stage": "transformer"}, ["--batch_size", "--height"], ["vae_tile"]),
     ({"is_half": True, "offload": True}, [], ["--dtype", "--offload"]),
   ],
