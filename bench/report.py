@@ -29,16 +29,16 @@ fewer than 3 were left, processor time is compared, and the table says so.
 are measured in the same run by a large matrix product and a large copy.
 
 ```sh
-python -m bench.sample --json=docs/bench/sample_cpu.json   # needs diffusers
-python -m bench.train --json=docs/bench/train_cpu.json     # needs PyTorch
-python -m bench.ops --json=docs/bench/ops_cpu.json
-python -m bench.startup --json=docs/bench/startup_cpu.json
-python -m bench.tpu_aot --output=docs/bench/aot            # needs libtpu
-python -m bench.report
+python -m bench.sample --json=sample.json   # needs PyTorch diffusers
+python -m bench.train --json=train.json     # needs PyTorch
+python -m bench.ops --json=ops.json
+python -m bench.startup --json=startup.json
+python -m bench.tpu_aot --output=aot        # needs libtpu, and no TPU
+python -m bench.report --records=docs/bench
 ```
 
 With `--size=full` the first two take published sizes in bfloat16, for a GPU;
-none was at hand. The last but one compiles for TPUs, and needs none.
+none was at hand.
 """
 _TITLES = {
   sample.NAME: ("Sampling", sample.table),

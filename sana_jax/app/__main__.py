@@ -42,8 +42,8 @@ _PORT = flags.DEFINE_integer(
 _ALLOWED_HOSTS = flags.DEFINE_multi_string(
   "allowed_host",
   [],
-  "A name that the server may be asked for by, besides this machine's own; "
-  "repeatable. None: any, but at the loopback address none.",
+  "A name that the server may be asked for by, besides localhost and its "
+  "addresses; repeatable. None: any, but at the loopback address none.",
 )
 _PAGE = flags.DEFINE_boolean("page", True, "Serve the page, not only the API.")
 _API_KEY = flags.DEFINE_string(

@@ -6,13 +6,15 @@ then still asks for that name.
 """
 
 import ipaddress
+import re
 from collections.abc import Collection
 
-import fastapi
-from fastapi import responses
+from starlette import datastructures, responses
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
+# A name, or an IPv6 address in brackets, and maybe a port.
+_HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([\w.-]+))(?::\d{1,5})?", re.ASCII)
 
 
 def is_loopback(host: str) -> bool:
@@ -31,11 +33,15 @@ class HostCheck:
 
   async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
     if scope["type"] == "http":
-      host = fastapi.Request(scope).url.hostname
+      # As it was sent: a URL made of it may be of another host.
+      sent = datastructures.Headers(scope=scope).get("host", "")
+      match = _HOST.fullmatch(sent.lower())
+      host = match and (match[1] or match[2])
       if host not in self._hosts:
+        name = host or "HOST"
         refusal = responses.PlainTextResponse(
-          f"There is no {host} here. If it is a name of this server, start it "
-          f"with --allowed_host={host}.",
+          f"There is no {sent[:100]!r} here. If it is a name of this server, "
+          f"start it with --allowed_host={name[:100]}.",
           421,
         )
         await refusal(scope, receive, send)

@@ -50,6 +50,8 @@ _NAMES = {
   "width": "size: the width",
 }
 _MAX_USER = 256
+# Bodies with pictures that are in memory at a time.
+_LARGE_BODIES = 4
 _METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 
 
@@ -86,7 +88,20 @@ def install(
   max_body_bytes = bodies.MAX_BODY_BYTES
   if service.pipe.controlnet is not None:
     max_body_bytes += 4 * math.ceil(service.limits.max_upload_bytes / 3)
+  # Others wait unread.
+  large_bodies = asyncio.Semaphore(_LARGE_BODIES)
   protected = [fastapi.Depends(authorise)]
+
+  async def submit(request: fastapi.Request, max_bytes: int) -> Job:
+    fields = await bodies.read_object(request, max_bytes)
+    client = request.client.host if request.client else ""
+    # A picture takes a while.
+    job = await asyncio.to_thread(_submit, fields, service, client)
+    logging.info(
+      "%s: %d images for %s, user %r",
+      *(job.id, job.request.num_images, client, fields.get("user")),
+    )
+    return job
 
   @app.get("/health")
   async def health() -> JSONResponse:
@@ -109,14 +124,11 @@ def install(
 
   @app.post("/v1/images/generations", dependencies=protected)
   async def generations(request: fastapi.Request) -> JSONResponse:
-    fields = await bodies.read_object(request, max_body_bytes)
-    client = request.client.host if request.client else ""
-    # A picture takes a while.
-    job = await asyncio.to_thread(_submit, fields, service, client)
-    logging.info(
-      "%s: %d images for %s, user %r",
-      *(job.id, job.request.num_images, client, fields.get("user")),
-    )
+    if bodies.is_large(request):
+      async with large_bodies:
+        job = await submit(request, max_body_bytes)
+    else:
+      job = await submit(request, bodies.MAX_BODY_BYTES)
     result = await _result(job, request)
     return await asyncio.to_thread(_response, result)
 
@@ -220,6 +232,8 @@ def _check_neutral(name: str, value: Any) -> None:
 
 
 def _picture(name: str, text: Any, service: Service) -> PIL.Image.Image:
+  if service.pipe.controlnet is None:  # not to decode it in vain
+    raise requests.no_controlnet(name)
   try:
     data = base64.b64decode(text, validate=True)
   except (TypeError, ValueError) as error:

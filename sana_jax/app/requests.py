@@ -22,6 +22,9 @@ from sana_jax.pipeline import sizes
 
 _MAX_SEED = 2**32 - 1
 _MAX_SCALE = 100.0
+# Categories of Unicode: spaces, controls, formats, and halves of characters.
+# Not those that are only unassigned: it may be newer than this Python.
+_INVISIBLE = ("Zs", "Zl", "Zp", "Cc", "Cf", "Cs")
 # The bins of the published checkpoints end here.
 _MAX_RATIO = 4.0
 # Of the direction of writing: what is read is not what is there.
@@ -138,7 +141,7 @@ def check(
   limits = limits.of(pipe)
   _check_text("prompt", request.prompt, limits)
   # Spaces, and what has no width at all.
-  if all(unicodedata.category(c)[0] in "ZC" for c in request.prompt):
+  if all(unicodedata.category(c) in _INVISIBLE for c in request.prompt):
     raise InvalidRequestError(
       "prompt", "The prompt is empty; describe what to draw."
     )
@@ -246,15 +249,20 @@ def _check_names(
     )
 
 
+def no_controlnet(name: str) -> InvalidRequestError:
+  """Returns what a picture is answered that no ControlNet would follow."""
+  return InvalidRequestError(
+    name, f"{name} cannot be used: there is no ControlNet here; leave it out."
+  )
+
+
 def _check_control(
   request: GenerationRequest, pipe: pipeline_lib.SanaPipeline
 ) -> None:
   """Says what `pipeline.checks` does, to those who have no pipeline."""
   name = "control_image"
   if pipe.controlnet is None and request.control_image is not None:
-    raise InvalidRequestError(
-      name, f"{name} cannot be used: there is no ControlNet here; leave it out."
-    )
+    raise no_controlnet(name)
   if pipe.controlnet is not None and request.control_image is None:
     raise InvalidRequestError(
       name,

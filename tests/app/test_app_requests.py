@@ -1,6 +1,7 @@
 """What is admitted, and what is said about the rest."""
 
 import json
+import unicodedata
 import math
 
 import numpy as np
@@ -42,6 +43,11 @@ def test_what_is_left_open_is_filled_in_and_passes_again(pipe):
   assert requests.check(checked, pipe, LIMITS) == checked
   settings = json.loads(json.dumps(checked.settings()))
   assert requests.from_mapping(settings) == checked
+
+
+def test_a_character_that_is_newer_than_python_is_a_prompt(pipe):
+  assert unicodedata.category("\U0001fbff") == "Cn"
+  assert check(pipe, prompt="\U0001fbff").prompt == "\U0001fbff"
 
 
 def test_an_aspect_becomes_a_size(pipe):

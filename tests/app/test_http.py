@@ -19,7 +19,7 @@ pytest.importorskip("gradio")
 
 import httpx  # noqa: E402  comes with openai
 
-from sana_jax.app import bodies, hosts, making, server  # noqa: E402
+from sana_jax.app import bodies, hosts, making, openai_api, server  # noqa: E402
 from sana_jax.app import service as service_lib  # noqa: E402
 from sana_jax.app.jobs import Update  # noqa: E402
 from sana_jax.app.limits import Limits  # noqa: E402
@@ -205,7 +205,7 @@ def test_openais_client_gets_images_that_say_how_they_were_made(client):
     ({"colour": "red"}, "colour", "Unknown field"),
     ({"__class__": {}}, "__class__", "Unknown field"),
     ({"image": "/etc/passwd"}, "image", "Unknown field"),
-    ({"control_image": "AA=="}, "control_image", "not a readable picture"),
+    ({"control_image": "AA=="}, "control_image", "there is no ControlNet"),
     (
       {"control_image": encoded(np.zeros((4, 4), np.uint8))},
       *("control_image", "there is no ControlNet here; leave it out"),
@@ -281,6 +281,29 @@ def test_what_is_no_picture_for_a_controlnet_is_said(steered, value, hint):
   assert hint in error["message"]
   assert "pipeline" not in error["message"]
   assert error["param"] == "control_image"
+
+
+def test_few_large_bodies_are_in_memory_at_a_time(steered):
+  size = bodies.MAX_BODY_BYTES + 1
+  large = json.dumps({"prompt": "a" * size}).encode()
+  said = f"Content-Length: {len(large)}"
+  with contextlib.ExitStack() as stack:
+    stalled = [
+      stack.enter_context(send_head(steered[1], JSON, said))
+      for _ in range(openai_api._LARGE_BODIES)
+    ]
+    for connection in stalled:
+      connection.sendall(large[:1000])
+    time.sleep(0.2)
+    waiting = stack.enter_context(send_head(steered[1], JSON, said))
+    waiting.sendall(large)
+    waiting.settimeout(0.5)
+    with pytest.raises(TimeoutError):
+      waiting.recv(100)
+    assert post(steered[1], b'{"prompt": "a"}').status_code == 400
+    stalled[0].close()
+    waiting.settimeout(30)
+    assert b" 400 " in waiting.recv(100)
 
 
 def test_a_body_for_a_controlnet_is_bounded_too(steered):
@@ -463,7 +486,9 @@ def test_a_server_of_this_machine_is_not_called_by_other_names(pipe):
       *(("localhost", 200), ("localhost:80", 200), ("[::1]:7860", 200)),
       *(("127.0.0.1", 200), ("Images.Example.org", 200)),
       *(("evil.example", 421), ("evil.example:7860", 421), ("127.0.0.2", 421)),
-      *(("localhost.evil.example", 421), ("10.0.0.1", 421)),
+      *(("localhost.evil.example", 421), ("a{b.evil.example", 421)),
+      *(("[", 421), ("localhost`.evil.example", 421), ("", 421)),
+      *(("evil.example:99999", 421), ("localhost:x", 421), ("10.0.0.1", 421)),
     ):
       answer = httpx.get(health, headers={"host": host})
       assert answer.status_code == status, host
