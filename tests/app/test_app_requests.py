@@ -1,8 +1,8 @@
 """What is admitted, and what is said about the rest."""
 
 import json
-import unicodedata
 import math
+import unicodedata
 
 import numpy as np
 import PIL.Image
