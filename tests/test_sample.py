@@ -320,6 +320,7 @@ def test_what_failed_is_tried_again(run, tmp_path):
   assert files_of(out) == whole
 
 
+@pytest.mark.slow
 def test_mending_a_line_makes_its_images_and_changes_no_other(
   run, tmp_path, capsys
 ):
@@ -603,6 +604,7 @@ def test_images_begin_with_an_image_of_a_flag_or_a_line(run, tmp_path):
   assert copy.tobytes() == right.tobytes()
 
 
+@pytest.mark.slow
 def test_adapters_and_a_controlnet_steer_and_are_remembered(
   run, tmp_path, checkpoint, capsys, caplog
 ):

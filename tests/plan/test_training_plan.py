@@ -57,6 +57,7 @@ def test_memory_is_accounted_for(plan):
   assert plan.total == sum(memory.values()) <= plan.hbm_bytes
 
 
+@pytest.mark.slow
 def test_a_run_without_an_average_plans_none(plan):
   config = make_config(ema_decay=0.0)
   mesh = sharding.make_mesh(config.mesh)

@@ -136,6 +136,7 @@ def test_the_model_that_ships_is_fine_tuned(tmp_path):
     assert 0 < max(moved) < 2.5e-5
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_the_average_of_another(
   checkpoint, tmp_path, caplog
 ):

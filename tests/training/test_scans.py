@@ -67,6 +67,7 @@ def folder(tmp_path, rng):
   return pictures.write_folder(tmp_path / "pictures", files)
 
 
+@pytest.mark.slow
 def test_what_one_process_cannot_read_none_takes_not_even_after_a_restart(
   folder, tmp_path
 ):

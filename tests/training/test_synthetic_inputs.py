@@ -37,6 +37,7 @@ def test_noise_has_the_shapes_that_are_compiled_for_it():
   assert noise.size_of(batch) == (32, 32)
 
 
+@pytest.mark.slow
 def test_a_run_on_noise_trains_and_leaves_a_checkpoint_only(tmp_path):
   config = make_config()
   state = loop.train(config, tmp_path, text_to_image.make_recipe(config))

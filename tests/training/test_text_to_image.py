@@ -219,6 +219,7 @@ def norms_of_gradient(models, frozen, inputs, config) -> dict[str, float]:
   return {name: float(optax.tree.norm(g)) for name, g in gradient.items()}
 
 
+@pytest.mark.slow
 def test_the_gradient_reaches_the_text_encoder_when_it_is_trained(
   checkpoint, models, inputs
 ):
