@@ -92,17 +92,6 @@ def install(
   large_bodies = asyncio.Semaphore(_LARGE_BODIES)
   protected = [fastapi.Depends(authorise)]
 
-  async def submit(request: fastapi.Request, max_bytes: int) -> Job:
-    fields = await bodies.read_object(request, max_bytes)
-    client = request.client.host if request.client else ""
-    # A picture takes a while.
-    job = await asyncio.to_thread(_submit, fields, service, client)
-    logging.info(
-      "%s: %d images for %s, user %r",
-      *(job.id, job.request.num_images, client, fields.get("user")),
-    )
-    return job
-
   @app.get("/health")
   async def health() -> JSONResponse:
     status = "ok" if service.ready.is_set() else "warming up"
@@ -126,9 +115,9 @@ def install(
   async def generations(request: fastapi.Request) -> JSONResponse:
     if bodies.is_large(request):
       async with large_bodies:
-        job = await submit(request, max_body_bytes)
+        job = await _receive(request, service, max_body_bytes)
     else:
-      job = await submit(request, bodies.MAX_BODY_BYTES)
+      job = await _receive(request, service, bodies.MAX_BODY_BYTES)
     result = await _result(job, request)
     return await asyncio.to_thread(_response, result)
 
@@ -165,6 +154,21 @@ class _ApiError(Exception):
     self.param = param
     self.code = code
     self.headers = headers
+
+
+async def _receive(
+  request: fastapi.Request, service: Service, max_bytes: int
+) -> Job:
+  """Reads what is asked for, and puts it into the queue."""
+  fields = await bodies.read_object(request, max_bytes)
+  client = request.client.host if request.client else ""
+  # A picture takes a while.
+  job = await asyncio.to_thread(_submit, fields, service, client)
+  logging.info(
+    "%s: %d images for %s, user %r",
+    *(job.id, job.request.num_images, client, fields.get("user")),
+  )
+  return job
 
 
 def _submit(fields: Mapping[str, Any], service: Service, client: str) -> Job:
