@@ -1,5 +1,6 @@
 """Strict settings for all tests: eight devices, no silent broadcasting."""
 
+import importlib.metadata
 import os
 import tempfile
 
@@ -7,6 +8,10 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = (
   os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
+# Compiles five times as fast, for programs that run for a moment.
+QUICK = ("--xla_backend_optimization_level=0",)
+if importlib.metadata.version("jaxlib") < "0.11":
+  QUICK += ("--xla_cpu_use_fusion_emitters=false",)  # Later ones have no other.
 
 import beartype  # noqa: E402
 import jax  # noqa: E402
@@ -25,6 +30,12 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 typecheck = beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))
 
 
+def pytest_configure(config):
+  """Compiles the default suite quickly, and what is marked as users do."""
+  if "not slow" in config.option.markexpr:
+    os.environ["XLA_FLAGS"] = " ".join((os.environ["XLA_FLAGS"], *QUICK))
+
+
 @pytest.fixture
 def rng():
   """A NumPy generator with a fixed seed."""
@@ -39,3 +50,13 @@ def unchecked():
   jaxtyping.config.update("jaxtyping_disable", True)
   yield
   jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def nothing_compiled(monkeypatch):
+  """Has pipelines compile anew what others of their shapes compiled before."""
+  from collections import OrderedDict  # noqa: PLC0415
+
+  from sana_jax.pipeline import execution  # noqa: PLC0415
+
+  monkeypatch.setattr(execution, "_programs", OrderedDict())

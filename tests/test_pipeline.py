@@ -258,6 +258,7 @@ def test_replacing_the_transformer_changes_the_images(flow):
   assert np.abs(difference).max() > 1e-3
 
 
+@pytest.mark.usefixtures("nothing_compiled")
 def test_progress_tells_compiling_from_running(tokenizer):
   events = []
   pipe = tiny.make_pipeline(tokenizer)
@@ -275,6 +276,7 @@ def test_progress_tells_compiling_from_running(tokenizer):
   ]
 
 
+@pytest.mark.usefixtures("nothing_compiled")
 def test_prompts_seeds_scales_and_shifts_do_not_compile_again(
   tokenizer, caplog
 ):

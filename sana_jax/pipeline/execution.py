@@ -1,6 +1,7 @@
 """Runs a pipeline's stages: compiled once per shape, batches over devices."""
 
 import contextlib
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,6 +16,11 @@ from sana_jax import sharding
 # Compiled programs that are kept: a server is asked for many sizes and numbers
 # of steps, and each has its own.
 _CAPACITY = 64
+
+# By what they compute, on which devices, of which shapes. They hold no weights:
+# models of the same shapes share them, as with `jax.jit`.
+_programs: OrderedDict[Any, Callable[..., Any]] = OrderedDict()
+_lock = threading.Lock()
 
 
 class Progress(NamedTuple):
@@ -48,7 +54,7 @@ class StageMemoryError(jax.errors.JaxRuntimeError):
 
 
 class Executor:
-  """Compiles functions of models and batches for a row of devices.
+  """Compiles functions of models and batches for a row of devices, once.
 
   Every device holds the models whole and computes its share of the batch,
   which is filled up to a multiple of the number of devices.
@@ -56,7 +62,6 @@ class Executor:
 
   def __init__(self, devices: Sequence[jax.Device]):
     self._mesh = sharding.make_mesh({"data": len(devices)}, devices)
-    self._compiled: OrderedDict[Any, Callable[..., Any]] = OrderedDict()
 
   @property
   def devices(self) -> list[jax.Device]:
@@ -133,15 +138,14 @@ class Executor:
 
   def _run_compiled(self, stage, key, function, args, progress) -> Any:
     """Compiles `function` unless `key` and shapes are known, and runs it."""
-    key = (key, _signature(args))
-    if key not in self._compiled:
+    key = (tuple(self.devices), key, _signature(args))
+    program = _known(key)
+    if program is None:
       with named(stage), _timed(stage, "compile", progress):
-        self._compiled[key] = jax.jit(function).lower(*args).compile()
-      if len(self._compiled) > _CAPACITY:
-        self._compiled.popitem(last=False)
-    self._compiled.move_to_end(key)
+        program = jax.jit(function).lower(*args).compile()
+      _keep(key, program)
     with named(stage), _timed(stage, "run", progress):
-      return jax.block_until_ready(self._compiled[key](*args))
+      return jax.block_until_ready(program(*args))
 
   def _split(self, batched: Any, size: int) -> Any:
     missing = -size % self._mesh.size
@@ -153,6 +157,22 @@ class Executor:
       return jax.device_put(leaf, sharding.batch_sharding(self._mesh))
 
     return jax.tree.map(place, batched)
+
+
+def _known(key: Any) -> Callable[..., Any] | None:
+  """Returns the program of this key, if it was kept, as the last one used."""
+  with _lock:
+    if key in _programs:
+      _programs.move_to_end(key)
+    return _programs.get(key)
+
+
+def _keep(key: Any, program: Callable[..., Any]) -> None:
+  """Keeps a program, and forgets those that were not used for longest."""
+  with _lock:
+    _programs[key] = program
+    while len(_programs) > _CAPACITY:
+      _programs.popitem(last=False)
 
 
 def _signature(args: Any) -> Any:

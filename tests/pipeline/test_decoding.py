@@ -113,6 +113,7 @@ def test_tiled_images_are_fitted_to_their_size_like_whole_ones(
   np.testing.assert_allclose(cropped, full[:, :, 6:26], **TOLERANCE)
 
 
+@pytest.mark.usefixtures("nothing_compiled")
 def test_progress_tells_of_every_program_once(rng, autoencoder):
   latents = jnp.asarray(rng.normal(size=(1, 8, 8, 4)), jnp.float32)
   events = []

@@ -162,6 +162,7 @@ def test_runs_at_the_same_time_do_not_mix(rng):
   assert [a[2].max() for a in told[2]] == [0.0]
 
 
+@pytest.mark.usefixtures("nothing_compiled")
 def test_compiled_programs_are_forgotten_after_many(monkeypatch):
   monkeypatch.setattr(execution, "_CAPACITY", 2)
   executor = execution.Executor(jax.devices()[:1])

@@ -53,7 +53,7 @@ def prompt_of(pipe, length: int, **instruction) -> str:
   ("options", "call", "instruction"),
   [
     ({}, {"guidance_scale": 4.5}, tiny.INSTRUCTION),
-    ({}, {"guidance_scale": 4.5, "null_mask": "caption"}, None),
+    ({}, {"guidance_scale": 2.0, "null_mask": "caption"}, None),
     ({}, {"guidance_scale": 1.0, "pag_scale": 2.0}, None),
     ({"solver": schedules.SCM()}, {}, tiny.INSTRUCTION),
     ({"controlnet": True}, {"control_image": ...}, None),
@@ -91,6 +91,7 @@ def test_the_longest_text_of_a_call_decides(tokenizer):
   assert length(3, 8, negative_prompt=by_length[9]) == 16
 
 
+@pytest.mark.usefixtures("nothing_compiled")
 def test_prompts_compile_as_many_programs_as_there_are_lengths(tokenizer):
   pipe = make_pipeline(tokenizer)
   pipe.generation_config.complex_human_instruction = None
