@@ -277,6 +277,23 @@ def test_progress_tells_compiling_from_running(tokenizer):
 
 
 @pytest.mark.usefixtures("nothing_compiled")
+def test_a_second_pipeline_of_the_same_shapes_compiles_nothing(tokenizer):
+  first, second = (tiny.make_pipeline(tokenizer) for _ in range(2))
+  second.transformer = jax.tree.map(lambda w: 1.1 * w, second.transformer)
+  events = []
+  expected = first("a cat").latents
+  found = second("a cat", progress=events.append).latents
+  assert {event.phase for event in events} == {"run"}
+  # The program is the same, the weights are not.
+  assert np.abs(found - expected).max() > 1e-3
+  shallow = tiny.transformer_config(num_layers=1)
+  tiny.make_pipeline(tokenizer, transformer=shallow)(
+    "a cat", progress=events.append
+  )
+  assert {e.stage for e in events if e.phase == "compile"} == {"transformer"}
+
+
+@pytest.mark.usefixtures("nothing_compiled")
 def test_prompts_seeds_scales_and_shifts_do_not_compile_again(
   tokenizer, caplog
 ):
