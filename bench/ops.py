@@ -1,7 +1,7 @@
 """Times every operation at real shapes against what the device can do.
 
 python -m bench.ops --json=docs/bench/ops_cpu.json
-python -m bench.ops --only=depthwise_1600m_1024 --dtype=bfloat16
+python -m bench.ops --only=gated_conv_1600m_1024 --dtype=bfloat16
 
 Every implementation that runs on the device at hand, forward and with its
 gradient. Bytes and operations are the least that the mathematics takes: each
@@ -20,7 +20,7 @@ import numpy as np
 
 from bench import options
 from bench.harness import ceilings, clocks, paired, records, tables
-from sana_jax.ops import attention, depthwise_conv, linear_attention
+from sana_jax.ops import attention, gated_conv, linear_attention
 
 NAME = "bench.ops"
 _TEXT = 300
@@ -40,11 +40,29 @@ class Case(NamedTuple):
   implementations: tuple[str, ...] = ()
 
 
-def _depthwise(batch: int, side: int, channels: int, kernel: int = 3) -> Case:
+def _gated(batch: int, side: int, channels: int) -> Case:
+  """The core of a Mix-FFN: SiLU, 3x3 taps of values and gates, bias, gate."""
+
+  def function(x, kernel, bias, **options):
+    return gated_conv.gated_conv((x,), kernel, bias, **options)
+
   return Case(
-    depthwise_conv.depthwise_conv,
+    function,
+    (
+      (batch, side, side, 2 * channels),
+      *((3, 3, 2, channels), (2, channels)),
+    ),
+    2.0 * 9 * batch * side**2 * 2 * channels,
+    implementations=("xla",),
+  )
+
+
+def _depthwise(batch: int, side: int, channels: int, kernel: int) -> Case:
+  return Case(
+    gated_conv.depthwise_conv,
     ((batch, side, side, channels), (kernel, kernel, channels)),
     2.0 * kernel**2 * batch * side**2 * channels,
+    implementations=("xla",),
   )
 
 
@@ -68,12 +86,12 @@ def _softmax(batch: int, tokens: int, heads: int, size: int) -> Case:
 
 # Guided, one picture, but for the autoencoder's.
 CASES = {
-  "depthwise_600m_512": _depthwise(2, 16, 5760),
-  "depthwise_600m_1024": _depthwise(2, 32, 5760),
-  "depthwise_1600m_512": _depthwise(2, 16, 11200),
-  "depthwise_1600m_1024": _depthwise(2, 32, 11200),
-  "depthwise_1600m_4096": _depthwise(2, 128, 11200),
-  "depthwise_dc_ae_1024": _depthwise(1, 32, 8192),
+  "gated_conv_600m_512": _gated(2, 16, 2880),
+  "gated_conv_600m_1024": _gated(2, 32, 2880),
+  "gated_conv_1600m_512": _gated(2, 16, 5600),
+  "gated_conv_1600m_1024": _gated(2, 32, 5600),
+  "gated_conv_1600m_4096": _gated(2, 128, 5600),
+  "gated_conv_dc_ae_1024": _gated(1, 32, 4096),
   "depthwise_5x5_dc_ae_1024": _depthwise(1, 32, 3072, 5),
   "linear_attention_600m_1024": _linear(2, 1024, 36),
   "linear_attention_1600m_512": _linear(2, 256, 70),
@@ -84,12 +102,13 @@ CASES = {
   "cross_attention_1600m_512": _softmax(2, 256, 20, 112),
   "cross_attention_1600m_1024": _softmax(2, 1024, 20, 112),
   "cross_attention_1600m_4096": _softmax(2, 16384, 20, 112),
-  "tiny_depthwise": _depthwise(1, 4, 8),
+  "tiny_gated_conv": _gated(1, 4, 8)._replace(implementations=()),
+  "tiny_depthwise": _depthwise(1, 4, 8, 3)._replace(implementations=()),
   "tiny_linear_attention": _linear(1, 16, 2, 4),
   "tiny_cross_attention": _softmax(1, 4, 2, 4)._replace(implementations=()),
 }
-# Implementations that no other device has.
-_ON_GPUS = ("cudnn",)
+# Where an implementation is there, and not the default.
+_DEVICES = {"cudnn": "gpu", "xla": "tpu"}
 # float32 against the default implementation's.
 _TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
 
@@ -134,9 +153,9 @@ def measure(name: str, dtype: str, seconds: float) -> list[dict[str, Any]]:
   case = CASES[name]
   rng = np.random.default_rng(0)
   args = [jnp.asarray(rng.normal(size=s), dtype) for s in case.shapes]
-  rows, expected = [], {}
+  rows, expected, here = [], {}, jax.default_backend()
   for implementation in (None, *case.implementations):
-    if implementation in _ON_GPUS and jax.default_backend() != "gpu":
+    if _DEVICES.get(implementation, here) != here:
       continue
     function = _with(case.function, implementation)
     for direction, run in _directions(function, len(args)).items():

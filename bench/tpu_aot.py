@@ -27,7 +27,7 @@ from bench.harness import records, tables
 from sana_jax import config as config_lib
 from sana_jax import flops, hardware
 from sana_jax.models import dc_ae, sana
-from sana_jax.ops import attention, depthwise_conv, linear_attention
+from sana_jax.ops import attention, gated_conv, linear_attention
 from sana_jax.plan import hlo, topology
 
 NAME = "bench.tpu_aot"
@@ -137,12 +137,11 @@ def _op(function: Callable, *shapes: tuple[int, ...], count: float) -> Row:
   return Row(lambda: (function, tuple(_array(*s) for s in shapes)), count)
 
 
-def _depthwise(batch: int, side: int, channels: int) -> Row:
+def _gated_conv(batch: int, side: int, channels: int) -> Row:
   return _op(
-    depthwise_conv.depthwise_conv,
-    (batch, side, side, channels),
-    (3, 3, channels),
-    count=2.0 * 9 * batch * side * side * channels,
+    lambda x, kernel, bias: gated_conv.gated_conv((x,), kernel, bias),
+    *((batch, side, side, 2 * channels), (3, 3, 2, channels), (2, channels)),
+    count=2.0 * 9 * batch * side * side * 2 * channels,
   )
 
 
@@ -166,7 +165,7 @@ def _cross_attention(batch: int, tokens: int, heads: int, size: int) -> Row:
 
 _600M, _1600M = config_lib.sana_600m, config_lib.sana_1600m
 ROWS = {
-  "depthwise_1600m_1024": _depthwise(2, 32, 11200),
+  "gated_conv_1600m_1024": _gated_conv(2, 32, 5600),
   "linear_attention_1600m_1024": _linear_attention(2, 1024, 70),
   "cross_attention_1600m_1024": _cross_attention(2, 1024, 20, 112),
   "block_600m_512": _sample_block(_600M, 512),

@@ -73,7 +73,7 @@ def test_operations_are_timed_and_recorded(tmp_path, capsys):
     assert row["seconds"] > 0
     assert row["bytes"] > 0
     assert row["errors"]["0"] == 0
-  assert "| tiny_depthwise" in capsys.readouterr().out
+  assert "| tiny_gated_conv" in capsys.readouterr().out
 
 
 def test_an_implementation_that_cannot_run_says_why(monkeypatch):
