@@ -18,7 +18,7 @@ demo: setup
 	$(BIN)/python sample.py --prompt_file=configs/emoji_prompts.txt --grid --output_dir=outputs --overwrite
 
 test: setup
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 check: setup
 	$(BIN)/ruff format --check .
