@@ -23,6 +23,7 @@ from sana_jax.app import bodies, errors, requests, uploads
 from sana_jax.app.jobs import Job, Result
 from sana_jax.app.service import Service
 
+ROOT = "/v1/"
 # Fields with a meaning of their own; others are those of GenerationRequest.
 _OPENAI_FIELDS = (
   *("prompt", "model", "n", "size", "response_format", "output_format", "user"),
@@ -133,6 +134,11 @@ def install(
     Exception,
   ):
     app.add_exception_handler(kind, _on_error)
+
+
+def refusal(status: int, message: str) -> fastapi.Response:
+  """Returns an error in the API's shape, for what never came to its routes."""
+  return _error_response(_ApiError(status, message))
 
 
 class _ApiError(Exception):
@@ -314,6 +320,10 @@ async def _on_error(
   told = _told(error)
   if told.status == 500:
     logging.error("%s failed", request.url.path, exc_info=error)
+  return _error_response(told)
+
+
+def _error_response(told: _ApiError) -> fastapi.Response:
   return JSONResponse(
     {
       "error": {

@@ -44,9 +44,7 @@ def serving(pipe, limits=Limits(), **options):  # noqa: B008  frozen
   app = server.make_app(service, with_page=False, **options)
   with socket.socket() as listening:
     listening.bind(("127.0.0.1", 0))
-    http = server.Server(
-      app, service, host="127.0.0.1", port=0, grace_seconds=0
-    )
+    http = server.Server(app, service, grace_seconds=0)
     thread = threading.Thread(target=http.run, args=([listening],))
     thread.start()
     while not http.started:
@@ -479,7 +477,7 @@ def test_a_key_is_asked_for_if_there_is_one(pipe):
 
 
 def test_a_server_of_this_machine_is_not_called_by_other_names(pipe):
-  names = [*hosts.LOOPBACK, "images.example.org"]
+  names = [*hosts.LOOPBACK, "images.example.org", "2001:db8:0:0::1"]
   with serving(pipe, host_names=names) as (_, address):
     health = url_of(address, "/health")
     for host, status in (
@@ -488,12 +486,32 @@ def test_a_server_of_this_machine_is_not_called_by_other_names(pipe):
       *(("evil.example", 421), ("evil.example:7860", 421), ("127.0.0.2", 421)),
       *(("localhost.evil.example", 421), ("a{b.evil.example", 421)),
       *(("[", 421), ("localhost`.evil.example", 421), ("", 421)),
+      *(("[2001:DB8::1]", 200), ("[0:0::1]:80", 200), ("[::2]", 421)),
       *(("evil.example:99999", 421), ("localhost:x", 421), ("10.0.0.1", 421)),
     ):
       answer = httpx.get(health, headers={"host": host})
       assert answer.status_code == status, host
     assert "--allowed_host=10.0.0.1" in answer.text
     assert "access-control-allow-origin" not in answer.headers
+    answer = post(address, b'{"prompt": "a"}', host="evil.example")
+    assert answer.status_code == 421
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert "--allowed_host=evil.example" in error["message"]
+
+
+def test_a_port_that_another_has_taken_meanwhile_ends_the_server(pipe, caplog):
+  sockets = server.bind("127.0.0.1", 0)
+  service = service_lib.Service(pipe)
+  http = server.Server(
+    server.make_app(service, with_page=False), service, grace_seconds=0
+  )
+  with socket.create_server(sockets[0].getsockname()):
+    http.run(sockets)
+  service.close()
+  sockets[0].close()
+  assert not http.started
+  assert "cannot listen: Address already in use" in caplog.text
 
 
 @pytest.mark.parametrize(
