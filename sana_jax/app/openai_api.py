@@ -234,7 +234,9 @@ def _translate(
 
 
 def _check_neutral(name: str, value: Any) -> None:
-  if value is not None and value not in _NEUTRAL[name]:
+  # To Python, 0 is False, which a client cannot have meant.
+  same = [one for one in _NEUTRAL[name] if type(one) is type(value)]
+  if value is not None and value not in same:
     allowed = " or ".join(json.dumps(one) for one in _NEUTRAL[name])
     raise errors.InvalidRequestError(
       name, f"{name} has no other values here than {allowed}; leave it out."

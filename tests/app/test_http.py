@@ -24,6 +24,7 @@ from sana_jax.app import service as service_lib  # noqa: E402
 from sana_jax.app.jobs import Update  # noqa: E402
 from sana_jax.app.limits import Limits  # noqa: E402
 from tests import tiny  # noqa: E402
+from tests.app import hostile  # noqa: E402
 
 pytestmark = pytest.mark.ui
 
@@ -177,6 +178,18 @@ def test_openais_client_gets_images_that_say_how_they_were_made(client):
   )
 
 
+def test_what_is_worth_knowing_of_the_images_comes_with_them(client):
+  answer = client.images.generate(
+    prompt="a cat " * 100, size="64x32", extra_body={"guidance_scale": 12}
+  )
+  assert len(answer.data) == 1
+  settings, prompt = answer.warnings
+  assert settings == (
+    "Outside the trained range: guidance_scale 12 (more than 10 burns colours)."
+  )
+  assert prompt.startswith("A prompt is too long: ")
+
+
 @pytest.mark.parametrize(
   ("fields", "param", "hint"),
   [
@@ -198,6 +211,8 @@ def test_openais_client_gets_images_that_say_how_they_were_made(client):
     ({"output_format": "webp"}, "output_format", "png"),
     ({"user": "a" * 300}, "user", "256"),
     ({"quality": "hd"}, "quality", 'values here than "auto" or "standard"'),
+    ({"stream": 0}, "stream", "no other values here than false; leave"),
+    ({"partial_images": False}, "partial_images", "no other values here than"),
     ({"stream": True}, "stream", "no other values here than false; leave"),
     ({"background": ["auto"]}, "background", "no other values"),
     ({"colour": "red"}, "colour", "Unknown field"),
@@ -269,6 +284,11 @@ def test_a_controlnet_follows_the_picture_it_is_sent(steered, rng):
     ("\u00e4", "base64"),
     (base64.b64encode(b"no picture").decode(), "not a readable picture"),
     (base64.b64encode(bytes(300_001)).decode(), "at most 300000"),
+    (base64.b64encode(hostile.bomb()).decode(), "too many pixels"),
+    (
+      base64.b64encode(hostile.png(5000, 5000, b"")).decode(),
+      "5000x5000 pixels; at most 16777216 are allowed",
+    ),
   ],
 )
 def test_what_is_no_picture_for_a_controlnet_is_said(steered, value, hint):

@@ -13,12 +13,10 @@ import re
 import shutil
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import time
 import urllib.request
-import zlib
 
 import numpy as np
 import PIL.Image
@@ -32,6 +30,7 @@ from safetensors import numpy as safetensors  # noqa: E402
 from sana_jax import images as images_lib  # noqa: E402
 from sana_jax import pipeline as pipeline_lib  # noqa: E402
 from sana_jax.bulk import metadata  # noqa: E402
+from tests.app import hostile  # noqa: E402
 
 pytestmark = pytest.mark.ui
 
@@ -309,23 +308,6 @@ def _described(text):
   return _png({"sana_jax": text})
 
 
-def _bomb():
-  """A PNG of a few bytes that says it has more pixels than memory."""
-
-  def chunk(kind, data):
-    code = zlib.crc32(kind + data)
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", code)
-
-  header = struct.pack(">IIBBBBB", 40_000, 40_000, 8, 2, 0, 0, 0)
-  pixels = zlib.compress(bytes(100_000))
-  return (
-    b"\x89PNG\r\n\x1a\n"
-    + chunk(b"IHDR", header)
-    + chunk(b"IDAT", pixels)
-    + chunk(b"IEND", b"")
-  )
-
-
 def test_hostile_files_get_a_message(visit, tmp_path):
   tab = visit()
   tab.get_by_text("Settings from an image").click()
@@ -335,7 +317,7 @@ def test_hostile_files_get_a_message(visit, tmp_path):
     (
       (b"import os", "is not a readable picture"),
       (_described("[" * 100_000), "does not say how it was made"),
-      (_bomb(), "pixels"),
+      (hostile.bomb(), "pixels"),
       (_described(impossible), "cannot be used"),
       (_described("{}"), "does not say its"),
       (_png({}), "does not say how it was made"),
