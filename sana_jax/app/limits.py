@@ -5,7 +5,7 @@ import dataclasses
 from sana_jax import pipeline as pipeline_lib
 
 # Times the area that a checkpoint was trained at.
-_PIXELS_PER_NATIVE = 2
+PIXELS_PER_NATIVE = 2
 # What every reader of a limit can count to.
 _MOST = 2**31 - 1
 
@@ -52,5 +52,5 @@ class Limits:
       return self
     native = pipe.image_size(pipeline_lib.GenerationConfig())
     return dataclasses.replace(
-      self, max_pixels=_PIXELS_PER_NATIVE * native.height * native.width
+      self, max_pixels=PIXELS_PER_NATIVE * native.height * native.width
     )
