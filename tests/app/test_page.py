@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 
 import numpy as np
@@ -471,3 +472,35 @@ def test_a_failure_is_a_message(visit, tmp_path):
     wait(tab)
   finally:
     end(process)
+
+
+def test_the_server_as_it_is_started_answers_to_its_own_names_alone(address):
+  def status(name):
+    request = urllib.request.Request(address, headers={"Host": name})
+    with urllib.request.urlopen(request, timeout=60) as answer:
+      return answer.status
+
+  assert status("localhost:7860") == 200
+  with pytest.raises(urllib.error.HTTPError, match="421"):
+    status("evil.example")
+
+
+def test_visitors_whose_images_are_not_made_any_more_are_told(visit, capfd):
+  process, address = serve("--nowarm_up", "--grace_seconds=1")
+  try:
+    tabs = [visit(address) for _ in range(2)]
+    for tab in tabs:
+      fill(tab, prompt=_PROMPT, num_inference_steps=100, num_images=4)
+      press(tab, "Generate")
+      tab.get_by_role("button", name="Cancel").wait_for()
+    tabs[1].locator("#status").get_by_text("1 before you").wait_for()
+    process.send_signal(signal.SIGTERM)
+    for tab in tabs:
+      ended = tab.locator("#status [role=alert]")
+      ended.get_by_text("shutting down; send the request again").wait_for()
+    said = [text for text, _ in tabs[1].evaluate("window.said")]
+    assert any("It may not come to your images." in text for text in said)
+    assert process.wait(60) == 0
+  finally:
+    end(process)
+  assert "Traceback" not in capfd.readouterr().err
