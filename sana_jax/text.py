@@ -6,7 +6,6 @@ import importlib.resources
 import json
 import pathlib
 import re
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,6 +15,8 @@ import numpy as np
 import sentencepiece
 import tokenizers
 from jaxtyping import Array, Bool, Float, Int, Int32
+
+from sana_jax import notices
 
 _BOS, _PAD = "<bos>", "<pad>"
 
@@ -87,9 +88,9 @@ class Tokenizer:
     for row, text in enumerate(texts):
       ids = self.tokenize(text)
       if warn and len(ids) > max_length:
-        warnings.warn(
-          f"A prompt has {len(ids)} tokens, {max_length} are used; dropped: "
-          f"{self.decode(ids[max_length:])!r}.",
+        notices.warn(
+          f"A prompt is too long: {max_length} of its {len(ids)} tokens are "
+          f"read. Its end was dropped: {self.decode(ids[max_length:])!r}.",
           stacklevel=2,
         )
       ids = ids[:max_length]

@@ -11,7 +11,7 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "sana_jax"
 LAYERS = (
   {
     *("config", "typing", "tree", "compilation_cache", "storage"),
-    *("termination", "hardware", "host_memory", "devices"),
+    *("termination", "hardware", "host_memory", "devices", "notices"),
   },
   {"sharding", "resolution", "flops", "presets", "config_flag"},
   {"ops"},

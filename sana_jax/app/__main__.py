@@ -9,6 +9,7 @@ refuse the rest with a message, and end with exit code 0.
 import logging as std_logging
 import os
 import re
+import socket
 import sys
 import warnings
 from concurrent import futures
@@ -30,6 +31,7 @@ try:
 except ModuleNotFoundError as error:
   sys.exit(f"sana_jax.app needs {error.name}: pip install 'sana_jax[ui]'.")
 
+_LONGEST_GRACE = 86400
 _CHECKPOINT = flags.DEFINE_string(
   "checkpoint", None, "Directory, file, training run, or name on the hub."
 )
@@ -43,7 +45,8 @@ _ALLOWED_HOSTS = flags.DEFINE_multi_string(
   "allowed_host",
   [],
   "A name that the server may be asked for by, besides localhost and its "
-  "addresses; repeatable. None: any, but at the loopback address none.",
+  "addresses, without a port; repeatable. None: any, but at the loopback "
+  "address none.",
 )
 _PAGE = flags.DEFINE_boolean("page", True, "Serve the page, not only the API.")
 _API_KEY = flags.DEFINE_string(
@@ -59,10 +62,13 @@ _WARM_UP = flags.DEFINE_boolean(
   "warm_up", True, "Compile before the first request; previews need it."
 )
 _GRACE = flags.DEFINE_float(
-  "grace_seconds",
-  30.0,
-  "For requests that wait when the server is to end.",
-  lower_bound=0.0,
+  "grace_seconds", 30.0, "For requests that wait when the server is to end."
+)
+# A bound of the flag's own would let NaN pass.
+flags.register_validator(
+  _GRACE,
+  lambda seconds: 0 <= seconds <= _LONGEST_GRACE,
+  f"Expected seconds, from 0 to {_LONGEST_GRACE}.",
 )
 _CACHE = compilation_cache.define_flag()
 _LOADING = loading_flags.define()
@@ -117,13 +123,15 @@ def main(argv: list[str]) -> int:
         "The API key has characters that no header can have; use letters, "
         "digits and signs of ASCII."
       )
-    server_lib.check_port(_HOST.value, _PORT.value)
+    for name in _ALLOWED_HOSTS.value:
+      hosts.check_name(name)
+    sockets = server_lib.bind(_HOST.value, _PORT.value)
     devices.check()
     service = make_service()
   except (ValueError, OSError, ImportError) as error:
     sys.stderr.write(f"sana_jax.app: {' '.join(str(error).split())}\n")
     return 1
-  return serve(service, api_key)
+  return serve(service, api_key, sockets)
 
 
 def make_service() -> Service:
@@ -154,7 +162,9 @@ def make_service() -> Service:
   )
 
 
-def serve(service: Service, api_key: str | None) -> int:
+def serve(
+  service: Service, api_key: str | None, sockets: list[socket.socket]
+) -> int:
   """Listens until a signal comes; returns the exit code."""
   names = None
   is_private = hosts.is_loopback(_HOST.value)
@@ -170,17 +180,11 @@ def serve(service: Service, api_key: str | None) -> int:
   http = server_lib.make_app(
     service, api_key=api_key, with_page=_PAGE.value, host_names=names
   )
-  server = server_lib.Server(
-    http,
-    service,
-    host=_HOST.value,
-    port=_PORT.value,
-    grace_seconds=_GRACE.value,
-  )
+  server = server_lib.Server(http, service, grace_seconds=_GRACE.value)
   try:
-    server.run()
+    server.run(sockets)
   finally:
-    service.close()  # if the port could not be opened
+    service.close()  # if it could not listen
   logging.info("ended")
   logging.flush()
   if not server.ended_cleanly:

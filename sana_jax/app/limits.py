@@ -5,7 +5,9 @@ import dataclasses
 from sana_jax import pipeline as pipeline_lib
 
 # Times the area that a checkpoint was trained at.
-_PIXELS_PER_NATIVE = 2
+PIXELS_PER_NATIVE = 2
+# What every reader of a limit can count to.
+_MOST = 2**31 - 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,9 +39,11 @@ class Limits:
       value = getattr(self, field.name)
       if value is None and field.name == "max_pixels":
         continue
-      if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+      whole = isinstance(value, int) and not isinstance(value, bool)
+      if not whole or not 1 <= value <= _MOST:
         raise ValueError(
-          f"{field.name} must be a whole number of at least 1, got {value!r}."
+          f"{field.name} must be a whole number from 1 to {_MOST}, got "
+          f"{value!r}."
         )
 
   def of(self, pipe: pipeline_lib.SanaPipeline) -> "Limits":
@@ -48,5 +52,5 @@ class Limits:
       return self
     native = pipe.image_size(pipeline_lib.GenerationConfig())
     return dataclasses.replace(
-      self, max_pixels=_PIXELS_PER_NATIVE * native.height * native.width
+      self, max_pixels=PIXELS_PER_NATIVE * native.height * native.width
     )

@@ -11,9 +11,10 @@ from absl import logging
 from etils import epath
 
 from sana_jax import images as images_lib
+from sana_jax import notices
 from sana_jax import pipeline as pipeline_lib
 from sana_jax.app import preview as preview_lib
-from sana_jax.app import requests, solvers, warned
+from sana_jax.app import requests, solvers
 from sana_jax.app.adapters import Adapters
 from sana_jax.app.jobs import Result, Update
 from sana_jax.bulk import decodings, metadata, plan
@@ -69,7 +70,14 @@ class Maker:
       post: is told of every stage and step; what it raises ends the work.
     """
     description = self._describe(request)
-    with warned.collected() as warnings:
+    warnings: list[str] = []
+
+    def tell(text: str) -> None:
+      logging.warning("%s", text)
+      if text not in warnings:
+        warnings.append(text)
+
+    with notices.heard_by(tell):
       output = self._run(request, post)
     description[metadata.TEXT_LENGTH] = output.text_length
     pngs = []

@@ -23,6 +23,7 @@ from sana_jax.app import bodies, errors, requests, uploads
 from sana_jax.app.jobs import Job, Result
 from sana_jax.app.service import Service
 
+ROOT = "/v1/"
 # Fields with a meaning of their own; others are those of GenerationRequest.
 _OPENAI_FIELDS = (
   *("prompt", "model", "n", "size", "response_format", "output_format", "user"),
@@ -135,6 +136,11 @@ def install(
     app.add_exception_handler(kind, _on_error)
 
 
+def refusal(status: int, message: str) -> fastapi.Response:
+  """Returns an error in the API's shape, for what never came to its routes."""
+  return _error_response(_ApiError(status, message))
+
+
 class _ApiError(Exception):
   """An error as the API says it."""
 
@@ -228,7 +234,9 @@ def _translate(
 
 
 def _check_neutral(name: str, value: Any) -> None:
-  if value is not None and value not in _NEUTRAL[name]:
+  # To Python, 0 is False, which a client cannot have meant.
+  same = [one for one in _NEUTRAL[name] if type(one) is type(value)]
+  if value is not None and value not in same:
     allowed = " or ".join(json.dumps(one) for one in _NEUTRAL[name])
     raise errors.InvalidRequestError(
       name, f"{name} has no other values here than {allowed}; leave it out."
@@ -314,6 +322,10 @@ async def _on_error(
   told = _told(error)
   if told.status == 500:
     logging.error("%s failed", request.url.path, exc_info=error)
+  return _error_response(told)
+
+
+def _error_response(told: _ApiError) -> fastapi.Response:
   return JSONResponse(
     {
       "error": {

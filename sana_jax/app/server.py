@@ -1,5 +1,6 @@
 """Serves a page and an endpoint over HTTP, until told to stop."""
 
+import contextlib
 import errno
 import signal
 import socket
@@ -9,6 +10,7 @@ from collections.abc import Collection
 import fastapi
 import uvicorn
 from absl import logging
+from starlette import responses
 from uvicorn.protocols.http import h11_impl
 
 from sana_jax.app import hosts, openai_api, page
@@ -19,6 +21,7 @@ _HEAD_SECONDS = 20.0
 # For answers on their way, once nothing is made any more.
 _LAST_SECONDS = 5
 _MAX_CONNECTIONS = 512
+_ELSEWHERE = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 
 
 def make_app(
@@ -38,42 +41,75 @@ def make_app(
   app = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
   openai_api.install(app, service, api_key=api_key)
   if host_names is not None:
-    app.add_middleware(hosts.HostCheck, hosts=host_names)
+    app.add_middleware(hosts.HostCheck, hosts=host_names, refuse=_misdirected)
   app.state.end_streams = lambda: None
   if with_page:
     app.state.end_streams = page.mount(app, service)
   return app
 
 
-def check_port(host: str, port: int) -> None:
-  """Finds out at once what would else be found after the model is loaded.
+def _misdirected(path: str, message: str) -> responses.Response:
+  if path.startswith(openai_api.ROOT):
+    return openai_api.refusal(421, message)
+  return responses.PlainTextResponse(message, 421)
+
+
+def bind(host: str, port: int) -> list[socket.socket]:
+  """Takes a port, at which `Server` will listen.
+
+  At once, since loading a model takes long.
+
+  Args:
+    host: an address, or a name that may have several of them.
+    port: 0: any that is free.
 
   Raises:
     OSError: it cannot be listened at.
   """
   try:
-    addresses = socket.getaddrinfo(
+    return _bind_all(host, port)
+  except OSError as error:
+    advice = "Choose an address of this machine as --host"
+    if error.errno in (errno.EADDRINUSE, errno.EACCES):
+      advice = "End what listens there, or choose another --port"
+    raise OSError(
+      f"Cannot listen at {host}, port {port}: {error.strerror}. {advice}."
+    ) from error
+
+
+def _bind_all(host: str, port: int) -> list[socket.socket]:
+  # Some files of hosts have a name twice.
+  addresses = dict.fromkeys(
+    socket.getaddrinfo(
       host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
     )
+  )
+  bound: list[socket.socket] = []
+  with contextlib.ExitStack() as opened:
+    elsewhere = None
     for family, kind, protocol, _, address in addresses:
-      with socket.socket(family, kind, protocol) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        probe.bind(address)
-  except OSError as error:
-    # A name may have addresses of another machine or protocol besides.
-    if error.errno == errno.EADDRNOTAVAIL and len(addresses) > 1:
-      return
-    raise OSError(
-      f"Cannot listen at {host}, port {port}: {error.strerror}. End what "
-      "listens there, or choose another --port or --host."
-    ) from error
+      try:
+        one = opened.enter_context(socket.socket(family, kind, protocol))
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:  # IPv4 has a socket of its own
+          one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        one.bind(address)
+        bound.append(one)
+      except OSError as error:
+        # A name may have addresses of another machine or protocol besides.
+        if error.errno not in _ELSEWHERE:
+          raise
+        elsewhere = error
+    if not bound:
+      raise elsewhere
+    opened.pop_all()
+  return bound
 
 
 class Server(uvicorn.Server):
   """Ends as its service ends: with an answer to everyone who waits.
 
   Args:
-    port: 0: any that is free.
     grace_seconds: for requests that wait when SIGTERM or SIGINT comes.
   """
 
@@ -82,15 +118,11 @@ class Server(uvicorn.Server):
     app: fastapi.FastAPI,
     service: Service,
     *,
-    host: str,
-    port: int,
     grace_seconds: float,
   ):
     super().__init__(
       uvicorn.Config(
         app,
-        host=host,
-        port=port,
         http=_ImpatientProtocol,
         ws="none",
         log_level="warning",
@@ -107,6 +139,13 @@ class Server(uvicorn.Server):
     self.ended_cleanly = True
 
   async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+    try:
+      for one in sockets or ():  # not every event loop would say
+        one.listen(self.config.backlog)
+    except OSError as error:  # somebody was faster while the model was loaded
+      logging.error("cannot listen: %s", error.strerror)
+      self.should_exit = True
+      return
     await super().startup(sockets)
     for server in self.servers:
       for open_socket in server.sockets:

@@ -1,6 +1,5 @@
 """What users may get wrong, said in one line each."""
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float
 
-from sana_jax import config
+from sana_jax import config, notices
 from sana_jax.diffusion import scheduler_config, schedules
 from sana_jax.pipeline import options
 
@@ -200,29 +199,38 @@ def warn_if_untrained(
   grid: tuple[int, int],
   transformer: config.SanaConfig,
   *,
+  compression: int,
   is_sprint: bool,
 ) -> None:
-  """Warns of settings that a checkpoint was not made for."""
+  """Warns of settings that a checkpoint was not made for.
+
+  Args:
+    grid: of the latents, (height, width).
+    compression: pixels of a side of a latent.
+  """
   steps, scale = settings.num_inference_steps, settings.guidance_scale
   doubts = []
   if is_sprint and not 1 <= steps <= 4:
     doubts.append(
-      f"num_inference_steps {steps}: SANA-Sprint is made for 1 to 4"
+      f"num_inference_steps {steps} (SANA-Sprint is made for 1 to 4)"
     )
   if is_sprint and not 4 <= scale <= 5:
     doubts.append(
-      f"guidance_scale {scale}: SANA-Sprint was trained with 4, 4.5 and 5"
+      f"guidance_scale {scale} (SANA-Sprint was trained with 4, 4.5 and 5)"
     )
   if not is_sprint and scale > 10:
-    doubts.append(f"guidance_scale {scale}: more than 10 burns colours")
+    doubts.append(f"guidance_scale {scale} (more than 10 burns colours)")
   area = grid[0] * grid[1] / transformer.sample_size**2
   if not 0.5 <= area <= 2:
+    height, width, own = (
+      compression * side for side in (*grid, transformer.sample_size)
+    )
     doubts.append(
-      f"a latent grid of {grid[0]}x{grid[1]}: this checkpoint was trained "
-      f"around {transformer.sample_size}x{transformer.sample_size}"
+      f"{width}x{height} pixels (this checkpoint was trained around "
+      f"{own}x{own})"
     )
   if doubts:
-    warnings.warn(
+    notices.warn(
       f"Outside the trained range: {'; '.join(doubts)}.", stacklevel=3
     )
 

@@ -108,7 +108,11 @@ def resolve(
   shown = control_image if image is None else image
   size = pipe.image_size(settings, ratio=starts.ratio(shown))
   checks.warn_if_untrained(
-    settings, size.grid, pipe.transformer_config, is_sprint=pipe.is_sprint
+    settings,
+    size.grid,
+    pipe.transformer_config,
+    compression=size.compression,
+    is_sprint=pipe.is_sprint,
   )
   start = starts.read(image, mask_image, size, count)
   schedule = pipe.make_schedule(

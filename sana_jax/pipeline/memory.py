@@ -10,13 +10,12 @@ import os
 import pathlib
 import sys
 import typing
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 
-from sana_jax import text
+from sana_jax import notices, text
 from sana_jax.models import tiling as tiling_lib
 from sana_jax.models import windows as windows_lib
 from sana_jax.pipeline import decoding, footprint, options, sizes
@@ -243,7 +242,7 @@ def _plan_pipeline(pipeline, work, stages: Sequence[str]) -> Plan:
     stages=stages,
   )
   if chosen.notable:
-    warnings.warn(chosen.reason, stacklevel=4)
+    notices.warn(f"Seams may show faintly. {chosen.reason}", stacklevel=4)
   return chosen
 
 

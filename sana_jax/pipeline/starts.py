@@ -1,13 +1,12 @@
 """What a generation starts from: nothing, an image, or an image and a mask."""
 
 import dataclasses
-import warnings
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from sana_jax import resolution
+from sana_jax import notices, resolution
 from sana_jax.diffusion import schedules
 from sana_jax.pipeline import denoising, options, pictures, sizes
 
@@ -49,10 +48,10 @@ class Start:
     steps = settings.num_inference_steps
     skipped = schedules.begin_index(steps, strength)
     if self.mask is None and strength < 1 and not skipped:
-      warnings.warn(
-        f"strength {strength} of {steps} steps skips none: the picture will "
-        "owe the image almost nothing. Take more steps, or a strength of at "
-        f"most {1 - 1 / steps:.3g}.",
+      notices.warn(
+        f"strength {strength} makes everything anew in {steps} steps: the "
+        "result will owe the image almost nothing. Take more steps, or a "
+        f"strength of at most {1 - 1 / steps:.3g}.",
         stacklevel=4,
       )
     return strength

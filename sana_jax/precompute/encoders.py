@@ -1,7 +1,6 @@
 """The models that a cache is made with: pictures and captions to arrays."""
 
 import dataclasses
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -12,8 +11,8 @@ from etils import epath
 from jaxtyping import Array, BFloat16, Float, UInt8
 
 from sana_jax import config as config_lib
+from sana_jax import notices, sharding, text
 from sana_jax import pipeline as pipeline_lib
-from sana_jax import sharding, text
 from sana_jax.data import cache_records
 from sana_jax.models import dc_ae, gemma2
 from sana_jax.models import tiling as tiling_lib
@@ -143,8 +142,8 @@ class Encoders:
   def _encode_batch(self, batch, instruction):
     """Returns states, masks, and how many captions lost their end."""
     encoder = self._text()
-    with warnings.catch_warnings(record=True) as caught:
-      warnings.simplefilter("always")
+    dropped: list[str] = []
+    with notices.heard_by(dropped.append):
       tokens = text.tokenize_prompts(
         encoder.tokenizer,
         batch,
@@ -170,7 +169,7 @@ class Encoders:
           f"The text encoder made no numbers of the caption {caption!r}; try "
           "--dtype=float32."
         )
-    return rows, masks, len(caught)
+    return rows, masks, len(dropped)
 
   def _text(self) -> TextEncoder:
     if self.text is None:

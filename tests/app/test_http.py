@@ -24,6 +24,7 @@ from sana_jax.app import service as service_lib  # noqa: E402
 from sana_jax.app.jobs import Update  # noqa: E402
 from sana_jax.app.limits import Limits  # noqa: E402
 from tests import tiny  # noqa: E402
+from tests.app import hostile  # noqa: E402
 
 pytestmark = pytest.mark.ui
 
@@ -44,9 +45,7 @@ def serving(pipe, limits=Limits(), **options):  # noqa: B008  frozen
   app = server.make_app(service, with_page=False, **options)
   with socket.socket() as listening:
     listening.bind(("127.0.0.1", 0))
-    http = server.Server(
-      app, service, host="127.0.0.1", port=0, grace_seconds=0
-    )
+    http = server.Server(app, service, grace_seconds=0)
     thread = threading.Thread(target=http.run, args=([listening],))
     thread.start()
     while not http.started:
@@ -179,6 +178,18 @@ def test_openais_client_gets_images_that_say_how_they_were_made(client):
   )
 
 
+def test_what_is_worth_knowing_of_the_images_comes_with_them(client):
+  answer = client.images.generate(
+    prompt="a cat " * 100, size="64x32", extra_body={"guidance_scale": 12}
+  )
+  assert len(answer.data) == 1
+  settings, prompt = answer.warnings
+  assert settings == (
+    "Outside the trained range: guidance_scale 12 (more than 10 burns colours)."
+  )
+  assert prompt.startswith("A prompt is too long: ")
+
+
 @pytest.mark.parametrize(
   ("fields", "param", "hint"),
   [
@@ -200,6 +211,8 @@ def test_openais_client_gets_images_that_say_how_they_were_made(client):
     ({"output_format": "webp"}, "output_format", "png"),
     ({"user": "a" * 300}, "user", "256"),
     ({"quality": "hd"}, "quality", 'values here than "auto" or "standard"'),
+    ({"stream": 0}, "stream", "no other values here than false; leave"),
+    ({"partial_images": False}, "partial_images", "no other values here than"),
     ({"stream": True}, "stream", "no other values here than false; leave"),
     ({"background": ["auto"]}, "background", "no other values"),
     ({"colour": "red"}, "colour", "Unknown field"),
@@ -271,6 +284,11 @@ def test_a_controlnet_follows_the_picture_it_is_sent(steered, rng):
     ("\u00e4", "base64"),
     (base64.b64encode(b"no picture").decode(), "not a readable picture"),
     (base64.b64encode(bytes(300_001)).decode(), "at most 300000"),
+    (base64.b64encode(hostile.bomb()).decode(), "too many pixels"),
+    (
+      base64.b64encode(hostile.png(5000, 5000, b"")).decode(),
+      "5000x5000 pixels; at most 16777216 are allowed",
+    ),
   ],
 )
 def test_what_is_no_picture_for_a_controlnet_is_said(steered, value, hint):
@@ -479,7 +497,7 @@ def test_a_key_is_asked_for_if_there_is_one(pipe):
 
 
 def test_a_server_of_this_machine_is_not_called_by_other_names(pipe):
-  names = [*hosts.LOOPBACK, "images.example.org"]
+  names = [*hosts.LOOPBACK, "images.example.org", "2001:db8:0:0::1"]
   with serving(pipe, host_names=names) as (_, address):
     health = url_of(address, "/health")
     for host, status in (
@@ -488,12 +506,32 @@ def test_a_server_of_this_machine_is_not_called_by_other_names(pipe):
       *(("evil.example", 421), ("evil.example:7860", 421), ("127.0.0.2", 421)),
       *(("localhost.evil.example", 421), ("a{b.evil.example", 421)),
       *(("[", 421), ("localhost`.evil.example", 421), ("", 421)),
+      *(("[2001:DB8::1]", 200), ("[0:0::1]:80", 200), ("[::2]", 421)),
       *(("evil.example:99999", 421), ("localhost:x", 421), ("10.0.0.1", 421)),
     ):
       answer = httpx.get(health, headers={"host": host})
       assert answer.status_code == status, host
     assert "--allowed_host=10.0.0.1" in answer.text
     assert "access-control-allow-origin" not in answer.headers
+    answer = post(address, b'{"prompt": "a"}', host="evil.example")
+    assert answer.status_code == 421
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert "--allowed_host=evil.example" in error["message"]
+
+
+def test_a_port_that_another_has_taken_meanwhile_ends_the_server(pipe, caplog):
+  sockets = server.bind("127.0.0.1", 0)
+  service = service_lib.Service(pipe)
+  http = server.Server(
+    server.make_app(service, with_page=False), service, grace_seconds=0
+  )
+  with socket.create_server(sockets[0].getsockname()):
+    http.run(sockets)
+  service.close()
+  sockets[0].close()
+  assert not http.started
+  assert "cannot listen: Address already in use" in caplog.text
 
 
 @pytest.mark.parametrize(

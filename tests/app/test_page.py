@@ -13,12 +13,11 @@ import re
 import shutil
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
-import zlib
 
 import numpy as np
 import PIL.Image
@@ -32,6 +31,7 @@ from safetensors import numpy as safetensors  # noqa: E402
 from sana_jax import images as images_lib  # noqa: E402
 from sana_jax import pipeline as pipeline_lib  # noqa: E402
 from sana_jax.bulk import metadata  # noqa: E402
+from tests.app import hostile  # noqa: E402
 
 pytestmark = pytest.mark.ui
 
@@ -309,23 +309,6 @@ def _described(text):
   return _png({"sana_jax": text})
 
 
-def _bomb():
-  """A PNG of a few bytes that says it has more pixels than memory."""
-
-  def chunk(kind, data):
-    code = zlib.crc32(kind + data)
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", code)
-
-  header = struct.pack(">IIBBBBB", 40_000, 40_000, 8, 2, 0, 0, 0)
-  pixels = zlib.compress(bytes(100_000))
-  return (
-    b"\x89PNG\r\n\x1a\n"
-    + chunk(b"IHDR", header)
-    + chunk(b"IDAT", pixels)
-    + chunk(b"IEND", b"")
-  )
-
-
 def test_hostile_files_get_a_message(visit, tmp_path):
   tab = visit()
   tab.get_by_text("Settings from an image").click()
@@ -335,7 +318,7 @@ def test_hostile_files_get_a_message(visit, tmp_path):
     (
       (b"import os", "is not a readable picture"),
       (_described("[" * 100_000), "does not say how it was made"),
-      (_bomb(), "pixels"),
+      (hostile.bomb(), "pixels"),
       (_described(impossible), "cannot be used"),
       (_described("{}"), "does not say its"),
       (_png({}), "does not say how it was made"),
@@ -489,3 +472,35 @@ def test_a_failure_is_a_message(visit, tmp_path):
     wait(tab)
   finally:
     end(process)
+
+
+def test_the_server_as_it_is_started_answers_to_its_own_names_alone(address):
+  def status(name):
+    request = urllib.request.Request(address, headers={"Host": name})
+    with urllib.request.urlopen(request, timeout=60) as answer:
+      return answer.status
+
+  assert status("localhost:7860") == 200
+  with pytest.raises(urllib.error.HTTPError, match="421"):
+    status("evil.example")
+
+
+def test_visitors_whose_images_are_not_made_any_more_are_told(visit, capfd):
+  process, address = serve("--nowarm_up", "--grace_seconds=1")
+  try:
+    tabs = [visit(address) for _ in range(2)]
+    for tab in tabs:
+      fill(tab, prompt=_PROMPT, num_inference_steps=100, num_images=4)
+      press(tab, "Generate")
+      tab.get_by_role("button", name="Cancel").wait_for()
+    tabs[1].locator("#status").get_by_text("1 before you").wait_for()
+    process.send_signal(signal.SIGTERM)
+    for tab in tabs:
+      ended = tab.locator("#status [role=alert]")
+      ended.get_by_text("shutting down; send the request again").wait_for()
+    said = [text for text, _ in tabs[1].evaluate("window.said")]
+    assert any("It may not come to your images." in text for text in said)
+    assert process.wait(60) == 0
+  finally:
+    end(process)
+  assert "Traceback" not in capfd.readouterr().err

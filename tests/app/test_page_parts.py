@@ -36,6 +36,7 @@ from sana_jax.app.page import (  # noqa: E402
 from sana_jax.bulk import metadata  # noqa: E402
 from sana_jax.diffusion import schedules  # noqa: E402
 from tests import tiny  # noqa: E402
+from tests.app import hostile  # noqa: E402
 
 pytestmark = pytest.mark.ui
 
@@ -442,6 +443,18 @@ def test_what_is_painted_is_the_mask(tmp_path, rng):
   assert request.mask_image is None
 
 
+@pytest.mark.parametrize("name", ["image", "mask_image", "control_image"])
+def test_a_decompression_bomb_is_refused_in_every_field(tmp_path, name):
+  path = tmp_path / "bomb.png"
+  path.write_bytes(hostile.bomb())
+  file = {"path": str(path)}
+  given = {name: {"background": file} if name == "image" else file}
+  form = _form(controlnet_conditioning_scale=1, **given)
+  with pytest.raises(InvalidRequestError, match="too many pixels") as caught:
+    form_values.to_request(form, limits.Limits())
+  assert caught.value.field == name
+
+
 def test_a_mask_needs_an_image(tmp_path):
   mask = _file(tmp_path / "m.png", np.full((8, 8), 255, np.uint8))
   with pytest.raises(InvalidRequestError, match="no image") as caught:
@@ -615,6 +628,23 @@ def test_nothing_of_a_prompt_is_markup():
   shown = markup.settings({"prompt": '<img src=x onerror="alert(1)">'})
   assert "<img" not in shown
   assert "<b>" not in markup.message("<b>", kind="error")
+
+
+def test_a_visitor_is_told_what_is_worth_knowing_of_the_images(build):
+  generate = _event(build(), "generate")
+  fields = {field.elem_id: field for field in generate.inputs[1:]}
+  values = _form(
+    solver="FlowEuler", guidance_scale=12, aspect="custom", width=16, height=16
+  )
+  *_, outcome = _all(generate.fn, [values[name] for name in fields])
+  assert outcome[generate.fn.__self__.parts.status] == (
+    markup.message("1 image of seed 5.")
+    + markup.message(
+      "Outside the trained range: Guidance 12 (more than 10 burns colours); "
+      "16x16 pixels (this checkpoint was trained around 32x32).",
+      kind="warning",
+    )
+  )
 
 
 def test_warnings_are_shown_in_the_words_of_the_page():

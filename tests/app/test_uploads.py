@@ -2,7 +2,6 @@
 
 import io
 import resource
-import struct
 import zlib
 
 import numpy as np
@@ -12,6 +11,7 @@ import pytest
 from sana_jax.app import uploads
 from sana_jax.app.errors import InvalidRequestError
 from sana_jax.app.limits import Limits
+from tests.app import hostile
 
 LIMITS = Limits()
 
@@ -20,22 +20,6 @@ def encode(image, kind, **options) -> bytes:
   buffer = io.BytesIO()
   image.save(buffer, kind, **options)
   return buffer.getvalue()
-
-
-def chunk(name: bytes, data: bytes) -> bytes:
-  checksum = struct.pack(">I", zlib.crc32(name + data))
-  return struct.pack(">I", len(data)) + name + data + checksum
-
-
-def png(width: int, height: int, data: bytes) -> bytes:
-  """Makes a file that says what it likes."""
-  header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-  return (
-    b"\x89PNG\r\n\x1a\n"
-    + chunk(b"IHDR", header)
-    + chunk(b"IDAT", data)
-    + chunk(b"IEND", b"")
-  )
 
 
 @pytest.fixture
@@ -68,15 +52,14 @@ def test_what_is_no_picture_is_refused_under_its_field(data):
 
 
 def test_a_decompression_bomb_is_refused_before_a_pixel_is_decoded():
-  # 4 GB of zeros, once decoded, in a file of 4 KB.
-  bomb = png(40_000, 40_000, zlib.compress(bytes(4_000_000)))
+  bomb = hostile.bomb()
   before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
   with pytest.raises(InvalidRequestError, match="pixels"):
     uploads.read_picture(bomb, LIMITS)
   after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
   assert after - before < 50_000  # KB
 
-  below_pillows_limit = png(9_000, 9_000, zlib.compress(bytes(1000)))
+  below_pillows_limit = hostile.png(9_000, 9_000, zlib.compress(bytes(1000)))
   with pytest.raises(InvalidRequestError, match="9000x9000"):
     uploads.read_picture(below_pillows_limit, LIMITS)
 
@@ -84,7 +67,7 @@ def test_a_decompression_bomb_is_refused_before_a_pixel_is_decoded():
 def test_a_text_chunk_that_inflates_is_refused(pixels):
   data = encode(PIL.Image.fromarray(pixels), "PNG")
   text = b"bomb\x00\x00" + zlib.compress(bytes(100_000_000))
-  data = data[:33] + chunk(b"zTXt", text) + data[33:]
+  data = data[:33] + hostile.chunk(b"zTXt", text) + data[33:]
   with pytest.raises(InvalidRequestError):
     uploads.read_picture(data, LIMITS)
 

@@ -72,7 +72,8 @@ OTHERS = {
   r"make (test|check|format|setup)": "this test is part of it",
   r"make (docs|docs-serve|figures)": "tests/docs/test_site.py",
   r"pip (install|wheel)|python3 -m (venv|uv)|git clone": "needs a network",
-  r"curl |hf ": "needs a server",
+  r"curl ": "tests/docs/test_serving_doc.py",
+  r"hf ": "needs the hub",
   r"gcloud|xpk|srun|#SBATCH|#!/bin/bash|cd sana_jax|--command|--accelerator":
     "needs a cloud or a cluster",
   r"V=|rm docs/plan": "belongs to what is not run",

@@ -42,7 +42,7 @@ REPLACED = {
   ".schedule(20)": f".schedule({running.STEPS})",
   ".schedule(10)": f".schedule({running.STEPS})",
 }
-# These need PyTorch (tests/docs/test_checkpoints_doc.py), and a server.
+# Those need PyTorch, these a server: test_checkpoints_doc, test_serving_doc.
 PYTHON_NOT_RUN = ("docs/checkpoints.md", "docs/serving.md")
 
 COMMANDS = {

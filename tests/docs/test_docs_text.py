@@ -10,6 +10,7 @@ import urllib.parse
 import pytest
 
 from sana_jax import config as config_lib
+from sana_jax.app import limits
 from sana_jax.weights import zoo
 from tests.docs import reading, running
 
@@ -213,6 +214,19 @@ def test_the_zoo_page_is_the_table_of_the_package():
   autoencoders = [[each.repo, each.licence] for each in zoo.AUTOENCODERS]
   assert rows == transformers + controls + autoencoders
   assert zoo.TEXT_ENCODER_LICENCE in " ".join(text.split())
+
+
+def test_the_table_of_a_servers_limits_is_that_of_the_package():
+  rows = re.findall(
+    r"^\| `--(\w+)` \| ([^|]+) \|",
+    reading.text(reading.ROOT / "docs/serving.md"),
+    re.MULTILINE,
+  )
+  had = dataclasses.asdict(limits.Limits())
+  assert had.pop("max_pixels") is None
+  assert limits.PIXELS_PER_NATIVE == 2
+  assert dict(rows).pop("max_pixels") == "twice the trained area"
+  assert {n: int(v) for n, v in rows if n != "max_pixels"} == had
 
 
 @pages

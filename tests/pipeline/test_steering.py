@@ -411,7 +411,7 @@ def test_an_image_matters_at_the_default_strength(name, request, picture):
 
 
 def test_a_strength_that_forgets_the_image_warns(sprint, picture):
-  with pytest.warns(UserWarning, match="strength 0.6 of 2 steps skips none"):
+  with pytest.warns(UserWarning, match="strength 0.6 makes everything anew"):
     sprint("a cat", image=picture, strength=0.6)
 
 
@@ -524,7 +524,7 @@ def test_wrong_and_useless_arguments_are_named(flow, arguments, message):
     ("sprint", {"num_inference_steps": 6}, "SANA-Sprint is made for 1 to 4"),
     ("sprint", {"guidance_scale": 1.0}, "trained with 4, 4.5 and 5"),
     ("flow", {"guidance_scale": 15.0}, "more than 10 burns colours"),
-    ("flow", {"height": 64, "width": 64}, "a latent grid of 16x16"),
+    ("flow", {"height": 64, "width": 64}, r"64x64 pixels \(this checkpoint"),
   ],
 )
 def test_settings_a_checkpoint_was_not_made_for_warn(
