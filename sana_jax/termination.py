@@ -1,6 +1,7 @@
 """Being told to stop."""
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -36,3 +37,34 @@ def sigterm_event(
     yield event
   finally:
     signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def ending_at_once(speaker: str) -> Iterator[None]:
+  """Has SIGINT and SIGTERM end the process with a line, and no traceback.
+
+  By the exit code that shells give: 130 and 143. An exception would do less: a
+  callback that it is raised in, such as of a garbage collection, swallows it.
+
+  Args:
+    speaker: begins the line.
+  """
+  if threading.current_thread() is not threading.main_thread():
+    yield
+    return
+
+  def handle(signum, frame):
+    del frame
+    # Not through sys.stderr, in the middle of which a signal may come.
+    os.write(2, f"{speaker}: ended by {signal.Signals(signum).name}\n".encode())
+    os._exit(128 + signum)
+
+  numbers = (signal.SIGINT, signal.SIGTERM)
+  before = {one: signal.getsignal(one) or signal.SIG_DFL for one in numbers}
+  for one in numbers:
+    signal.signal(one, handle)
+  try:
+    yield
+  finally:
+    for one, handler in before.items():
+      signal.signal(one, handler)

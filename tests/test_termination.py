@@ -1,4 +1,4 @@
-"""SIGTERM is heard once, and then does what it did before."""
+"""Signals are heard, and then do what they did before."""
 
 import os
 import signal
@@ -36,3 +36,12 @@ def test_outside_the_main_thread_nothing_changes():
   thread.start()
   thread.join()
   assert seen == [False, handler]
+
+
+def test_ending_at_once_gives_the_handlers_back():
+  numbers = (signal.SIGINT, signal.SIGTERM)
+  before = [signal.getsignal(one) for one in numbers]
+  with termination.ending_at_once("somebody"):
+    during = [signal.getsignal(one) for one in numbers]
+  assert set(during).isdisjoint(before)
+  assert [signal.getsignal(one) for one in numbers] == before

@@ -3,7 +3,8 @@
 Without --checkpoint, the small emoji model that comes with the package. The
 page is at http://127.0.0.1:7860, and beside it the OpenAI images API at /v1.
 SIGTERM and SIGINT admit nothing more, make what waits within --grace_seconds,
-refuse the rest with a message, and end with exit code 0.
+refuse the rest with a message, and end with exit code 0. While the model is
+loaded they end the process at once, with 143 and 130.
 """
 
 import logging as std_logging
@@ -18,7 +19,7 @@ from absl import app, flags, logging
 from etils import epath
 
 from sana_jax import checkpoint as checkpoint_lib
-from sana_jax import compilation_cache, devices
+from sana_jax import compilation_cache, devices, termination
 from sana_jax import pipeline as pipeline_lib
 from sana_jax.app import hosts
 from sana_jax.app.limits import Limits
@@ -110,6 +111,13 @@ _LIMITS = {
 def main(argv: list[str]) -> int:
   if len(argv) > 1:
     raise app.UsageError(f"Unexpected arguments: {argv[1:]}.")
+  # Until the server has handlers of its own.
+  with termination.ending_at_once("sana_jax.app"):
+    return run()
+
+
+def run() -> int:
+  """Loads the model and serves it; returns the exit code."""
   logging.set_verbosity(logging.INFO)
   # Backends that are not there are no news.
   std_logging.getLogger("jax").setLevel(std_logging.WARNING)

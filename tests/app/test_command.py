@@ -31,6 +31,22 @@ for number, flags in enumerate(json.load(sys.stdin)):
   print(os.waitstatus_to_exitcode(status), flush=True)
 """
 
+# The signal comes where Python swallows what a handler raises.
+_RUN_AND_SIGNAL = """
+import gc, os, signal, sys
+from absl import app
+from sana_jax.app import __main__ as command
+def load():
+  gc.callbacks.append(lambda phase, _: os.kill(os.getpid(), number))
+  gc.collect()
+  sys.stderr.write("went on")
+command.make_service = load
+for number in (signal.SIGINT, signal.SIGTERM):
+  if (child := os.fork()) == 0:
+    app.run(command.main, ["sana_jax.app", "--port=0"])
+  print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
 
 @pytest.fixture
 def taken():
@@ -67,6 +83,23 @@ def test_what_is_wrong_with_a_flag_is_one_line(taken, tmp_path):
     assert told in said, flag
     assert "nowhere" not in said
     assert "Traceback" not in said
+
+
+def test_a_signal_while_the_model_is_loaded_ends_with_one_line():
+  done = subprocess.run(
+    [sys.executable, "-c", _RUN_AND_SIGNAL],
+    env=os.environ | {"PYTHONPATH": str(_ROOT)},
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.stdout.split() == ["130", "143"], done.stderr
+  assert [line for line in done.stderr.splitlines() if " ended " in line] == [
+    "sana_jax.app: ended by SIGINT",
+    "sana_jax.app: ended by SIGTERM",
+  ]
+  for trouble in ("Traceback", "went on"):
+    assert trouble not in done.stderr
 
 
 def test_a_port_is_taken_or_the_reason_is_said(taken):
