@@ -192,7 +192,9 @@ def serve(
   try:
     server.run(sockets)
   finally:
-    service.close()  # if it could not listen
+    # If it could not listen. What hangs has been waited for once.
+    if server.ended_cleanly:
+      service.close()
   logging.info("ended")
   logging.flush()
   if not server.ended_cleanly:

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import socket
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 
 pytest.importorskip("gradio")
 
-from sana_jax.app import hosts, server  # noqa: E402
+from sana_jax.app import hosts, server, service  # noqa: E402
 
 pytestmark = pytest.mark.ui
 
@@ -31,9 +32,11 @@ for number, flags in enumerate(json.load(sys.stdin)):
   print(os.waitstatus_to_exitcode(status), flush=True)
 """
 
-# The signal comes where Python swallows what a handler raises.
-_RUN_AND_SIGNAL = """
+# The signal comes where Python swallows what a handler raises. The last child
+# has a service that hangs.
+_RUN_AND_END = """
 import gc, os, signal, sys
+from unittest import mock
 from absl import app
 from sana_jax.app import __main__ as command
 def load():
@@ -45,6 +48,14 @@ for number in (signal.SIGINT, signal.SIGTERM):
   if (child := os.fork()) == 0:
     app.run(command.main, ["sana_jax.app", "--port=0"])
   print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+hanging = mock.Mock()
+hanging.close.side_effect = lambda: sys.stderr.write("waited again")
+command.make_service = lambda: hanging
+command.server_lib.make_app = mock.Mock()
+command.server_lib.Server = lambda *_, **__: mock.Mock(ended_cleanly=False)
+if (child := os.fork()) == 0:
+  app.run(command.main, ["sana_jax.app", "--port=0"])
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
@@ -85,21 +96,29 @@ def test_what_is_wrong_with_a_flag_is_one_line(taken, tmp_path):
     assert "Traceback" not in said
 
 
-def test_a_signal_while_the_model_is_loaded_ends_with_one_line():
+def test_a_signal_while_loading_and_what_hangs_at_the_end_end_at_once():
   done = subprocess.run(
-    [sys.executable, "-c", _RUN_AND_SIGNAL],
+    [sys.executable, "-c", _RUN_AND_END],
     env=os.environ | {"PYTHONPATH": str(_ROOT)},
     capture_output=True,
     text=True,
     check=False,
   )
-  assert done.stdout.split() == ["130", "143"], done.stderr
+  assert done.stdout.split() == ["130", "143", "0"], done.stderr
   assert [line for line in done.stderr.splitlines() if " ended " in line] == [
     "sana_jax.app: ended by SIGINT",
     "sana_jax.app: ended by SIGTERM",
   ]
-  for trouble in ("Traceback", "went on"):
+  for trouble in ("Traceback", "went on", "waited again"):
     assert trouble not in done.stderr
+
+
+def test_the_longest_end_is_the_one_that_is_documented():
+  code = (_ROOT / "sana_jax/app/__main__.py").read_text(encoding="utf-8")
+  (grace,) = re.findall(r'"grace_seconds", ([0-9.]+)', code)
+  longest = float(grace) + service._STOP_SECONDS + server._LAST_SECONDS
+  text = (_ROOT / "docs/serving.md").read_text(encoding="utf-8")
+  assert f": {longest:.0f} seconds by default." in " ".join(text.split())
 
 
 def test_a_port_is_taken_or_the_reason_is_said(taken):
