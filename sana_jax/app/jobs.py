@@ -41,7 +41,8 @@ class Result(NamedTuple):
     images: as they are in `pngs`, text chunks among their `info`.
     pngs: files that say how they were made, like those of sample.py.
     settings: `GenerationRequest.settings`, nothing left open.
-    warnings: of the pipeline, such as of a size that it was not trained at.
+    warnings: of the pipeline, such as of a size that it was not trained at;
+      the service fills them in.
   """
 
   images: list[PIL.Image.Image]

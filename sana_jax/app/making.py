@@ -11,7 +11,6 @@ from absl import logging
 from etils import epath
 
 from sana_jax import images as images_lib
-from sana_jax import notices
 from sana_jax import pipeline as pipeline_lib
 from sana_jax.app import preview as preview_lib
 from sana_jax.app import requests, solvers
@@ -70,15 +69,7 @@ class Maker:
       post: is told of every stage and step; what it raises ends the work.
     """
     description = self._describe(request)
-    warnings: list[str] = []
-
-    def tell(text: str) -> None:
-      logging.warning("%s", text)
-      if text not in warnings:
-        warnings.append(text)
-
-    with notices.heard_by(tell):
-      output = self._run(request, post)
+    output = self._run(request, post)
     description[metadata.TEXT_LENGTH] = output.text_length
     pngs = []
     for number, pixels in enumerate(output.images, request.image_index):
@@ -91,7 +82,6 @@ class Maker:
       pngs,
       request.seed,
       request.settings(),
-      tuple(warnings),
     )
 
   def warm_up(self, check_stopped: Callable[[], None]) -> None:

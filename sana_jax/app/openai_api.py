@@ -169,16 +169,12 @@ async def _receive(
   fields = await bodies.read_object(request, max_bytes)
   client = request.client.host if request.client else ""
   # A picture takes a while.
-  job = await asyncio.to_thread(_submit, fields, service, client)
-  logging.info(
-    "%s: %d images for %s, user %r",
-    *(job.id, job.request.num_images, client, fields.get("user")),
-  )
-  return job
+  return await asyncio.to_thread(_submit, fields, service, client)
 
 
 def _submit(fields: Mapping[str, Any], service: Service, client: str) -> Job:
-  return service.submit(_translate(fields, service), client)
+  request = _translate(fields, service)
+  return service.submit(request, client, user=fields.get("user"))
 
 
 def _translate(

@@ -7,12 +7,14 @@ import secrets
 import threading
 import time
 from collections.abc import Mapping
+from concurrent import futures
 from typing import Any
 
 import jax
 from absl import logging
 from etils import epath
 
+from sana_jax import notices
 from sana_jax import pipeline as pipeline_lib
 from sana_jax.app import making, requests
 from sana_jax.app.adapters import Adapters
@@ -23,7 +25,7 @@ from sana_jax.app.errors import (
   InvalidRequestError,
   JobError,
 )
-from sana_jax.app.jobs import Job, Update
+from sana_jax.app.jobs import Job, Result, Update
 from sana_jax.app.limits import Limits
 from sana_jax.app.waiting import FairQueue
 
@@ -106,12 +108,17 @@ class Service:
     return requests.check(request, self.pipe, self.limits, self.lora_names)
 
   def submit(
-    self, request: requests.GenerationRequest, client: str = ""
+    self,
+    request: requests.GenerationRequest,
+    client: str = "",
+    *,
+    user: str | None = None,
   ) -> Job:
     """Puts a request into the queue.
 
     Args:
       client: who asks; clients take turns.
+      user: whom that client asks for, as it says; for the log.
 
     Raises:
       InvalidRequestError: it cannot be.
@@ -126,6 +133,7 @@ class Service:
       if self._closing:
         raise ClosedError(_CLOSED)
       self._check_room(client)
+      _log(job, user)
       self._queue.add(client, job)
       self._post_positions()
       self._changed.notify_all()
@@ -213,18 +221,50 @@ class Service:
       raise ClosedError(_CLOSED)
 
   def _make(self, job: Job) -> None:
+    warnings: dict[str, None] = {}
+
+    def tell(text: str) -> None:
+      if text not in warnings:
+        logging.warning("%s: %s", job.id, text)
+      warnings[text] = None
+
     def post(update: Update) -> None:
       job.check_stopped()
       job.post(update)
 
     try:
       job.check_stopped()
-      job.end(self._maker.make(job.request, post))
+      with notices.heard_by(tell):
+        result = self._maker.make(job.request, post)
+      job.end(result._replace(warnings=tuple(warnings)))
     except Exception as error:
-      job.end(error=_explained(error))
+      job.end(error=_explained(job, error))
 
 
-def _explained(error: Exception) -> Exception:
+def _log(job: Job, user: str | None) -> None:
+  """Logs that a job is admitted, and how it will have ended."""
+  started = time.monotonic()
+  number = job.request.num_images
+  images = "1 image" if number == 1 else f"{number} images"
+
+  def log_end(future: futures.Future[Result]) -> None:
+    seconds = time.monotonic() - started
+    error = future.exception()
+    if error is None:
+      logging.info("%s: made %s, in %.1f s", job.id, images, seconds)
+    elif isinstance(error, CancelledError):
+      logging.info("%s: cancelled after %.1f s", job.id, seconds)
+    else:
+      told = " ".join(str(error).split())
+      logging.warning("%s: failed after %.1f s: %s", job.id, seconds, told)
+
+  logging.info(
+    "%s: %s for %s, user %r", job.id, images, job.client or "this process", user
+  )
+  job.future.add_done_callback(log_end)
+
+
+def _explained(job: Job, error: Exception) -> Exception:
   """Returns what the client is told; all else is in the log.
 
   Never `error` itself, whose traceback holds arrays.
@@ -232,9 +272,8 @@ def _explained(error: Exception) -> Exception:
   if isinstance(error, CancelledError | ClosedError):
     return type(error)(str(error))
   if isinstance(error, ValueError):
-    logging.warning("a request was refused by the pipeline: %s", error)
     return InvalidRequestError(None, str(error))
-  logging.error("a request failed", exc_info=error)
+  logging.error("%s: an error", job.id, exc_info=error)
   if isinstance(error, jax.errors.JaxRuntimeError) and (
     "RESOURCE_EXHAUSTED" in str(error)
   ):

@@ -1,6 +1,7 @@
 """A service: every request gets its images or a message, whatever happens."""
 
 import json
+import re
 import threading
 import time
 
@@ -122,9 +123,10 @@ def test_updates_lead_through_all_stages_to_images_that_say_how(service):
 def test_each_result_has_the_warnings_of_its_own_request(service, caplog):
   asked = ask(guidance_scale=12.0, num_inference_steps=2)
   for _ in range(2):  # the same ones again
-    (told,) = service.submit(asked).result(SECONDS).warnings
+    job = service.submit(asked)
+    (told,) = job.result(SECONDS).warnings
     assert told.startswith("Outside the trained range: guidance_scale 12.0")
-    assert told in caplog.text
+    assert caplog.text.count(f"{job.id}: {told}") == 1
     caplog.clear()
   for _ in range(2):  # the second time, its text states are kept
     long = service.submit(ask(prompt="a cat " * 100, num_inference_steps=2))
@@ -234,6 +236,46 @@ def test_a_running_job_ends_at_its_next_step(service):
   with pytest.raises(errors.CancelledError):
     job.result(0)
   assert service.submit(ask()).result(SECONDS).images
+
+
+def test_the_log_says_how_each_job_began_and_ended(
+  service, gate, monkeypatch, caplog
+):
+  caplog.set_level("INFO", "absl")
+  made = service.submit(ask(num_images=2), "10.0.0.1", user="a\nb")
+  made.result(SECONDS)
+  held = hold(service, gate)
+  withdrawn = service.submit(ask())
+  withdrawn.cancel()
+  held.cancel()
+  with pytest.raises(errors.CancelledError):
+    held.result(SECONDS)
+
+  def fail(*args):
+    raise FloatingPointError("not\nfinite")
+
+  monkeypatch.setattr(making.Maker, "make", fail)
+  failed = service.submit(ask())
+  with pytest.raises(errors.JobError):
+    failed.result(SECONDS)
+
+  def said(job):
+    begin = f"{job.id}: "
+    lines = [record.getMessage() for record in caplog.records]
+    return [
+      re.sub("[0-9.]+ s", "N s", t).removeprefix(begin)
+      for t in lines
+      if t.startswith(begin)
+    ]
+
+  asked = "1 image for this process, user None"
+  assert said(made) == [
+    "2 images for 10.0.0.1, user 'a\\nb'",
+    "made 2 images, in N s",
+  ]
+  assert said(withdrawn) == [asked, "cancelled after N s"]
+  assert said(held)[1:] == ["cancelled after N s"]
+  assert said(failed) == [asked, "an error", "failed after N s: not finite"]
 
 
 @pytest.mark.parametrize(
