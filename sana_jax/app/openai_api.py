@@ -53,7 +53,8 @@ _NAMES = {
 _MAX_USER = 256
 # Bodies with pictures that are in memory at a time.
 _LARGE_BODIES = 4
-_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+_LOOKS = ("GET", "HEAD")
+_METHODS = (*_LOOKS, "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 
 
 def install(
@@ -93,15 +94,7 @@ def install(
   large_bodies = asyncio.Semaphore(_LARGE_BODIES)
   protected = [fastapi.Depends(authorise)]
 
-  @app.get("/health")
-  async def health() -> JSONResponse:
-    status = "ok" if service.ready.is_set() else "warming up"
-    if service.closing:
-      status = "closing"
-    return JSONResponse(
-      {"status": status, "waiting": service.num_waiting},
-      503 if service.closing else 200,
-    )
+  _install_health(app, service)
 
   @app.get("/v1/models", dependencies=protected)
   async def models() -> JSONResponse:
@@ -123,9 +116,11 @@ def install(
     return await asyncio.to_thread(_response, result)
 
   # Else these would be asked of the page.
+  @app.api_route("/v1", methods=list(_METHODS))
   @app.api_route("/v1/{path:path}", methods=list(_METHODS))
-  async def nothing(path: str, request: fastapi.Request) -> None:
-    raise _ApiError(404, f"There is no {request.method} /v1/{path[:100]} here.")
+  async def nothing(request: fastapi.Request) -> None:
+    asked = f"{request.method} {request.scope['path'][:100]}"
+    raise _ApiError(404, f"There is no {asked} here.")
 
   app.add_exception_handler(_ApiError, _on_error)
   for kind in (
@@ -134,6 +129,28 @@ def install(
     Exception,
   ):
     app.add_exception_handler(kind, _on_error)
+
+
+def _install_health(app: fastapi.FastAPI, service: Service) -> None:
+  @app.api_route("/health", methods=list(_LOOKS))
+  async def health() -> JSONResponse:
+    status = "ok" if service.ready.is_set() else "warming up"
+    if service.closing:
+      status = "closing"
+    return JSONResponse(
+      {"status": status, "waiting": service.num_waiting},
+      503 if service.closing else 200,
+    )
+
+  # Else these would be asked of the page.
+  @app.api_route("/health", methods=sorted(set(_METHODS) - set(_LOOKS)))
+  async def no_change(request: fastapi.Request) -> None:
+    allowed = ", ".join(_LOOKS)
+    raise _ApiError(
+      405,
+      f"/health has no {request.method}, only {allowed}.",
+      headers={"Allow": allowed},
+    )
 
 
 def refusal(status: int, message: str) -> fastapi.Response:

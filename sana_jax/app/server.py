@@ -49,7 +49,7 @@ def make_app(
 
 
 def _misdirected(path: str, message: str) -> responses.Response:
-  if path.startswith(openai_api.ROOT):
+  if f"{path}/".startswith(openai_api.ROOT):
     return openai_api.refusal(421, message)
   return responses.PlainTextResponse(message, 421)
 

@@ -518,6 +518,8 @@ def test_a_server_of_this_machine_is_not_called_by_other_names(pipe):
     error = answer.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
     assert "--allowed_host=evil.example" in error["message"]
+    answer = httpx.get(url_of(address, "/v1"), headers={"host": "evil.example"})
+    assert answer.json()["error"] == error
 
 
 def test_a_port_that_another_has_taken_meanwhile_ends_the_server(pipe, caplog):
@@ -542,6 +544,7 @@ def test_a_port_that_another_has_taken_meanwhile_ends_the_server(pipe, caplog):
     ("GET", "/v1/../../etc/passwd"),
     ("GET", "/v1/models/..%2f..%2fetc%2fpasswd"),
     ("DELETE", "/v1/models"),
+    ("GET", "/v1"),
   ],
 )
 def test_what_is_not_there_is_said_in_the_apis_shape(served, method, path):

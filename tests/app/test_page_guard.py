@@ -6,10 +6,9 @@ import pytest
 
 pytest.importorskip("gradio")
 
-import fastapi  # noqa: E402
 from fastapi import testclient  # noqa: E402
 
-from sana_jax.app import limits, page, service  # noqa: E402
+from sana_jax.app import limits, server, service  # noqa: E402
 from sana_jax.app.page import upload_body  # noqa: E402
 from tests import tiny  # noqa: E402
 
@@ -21,11 +20,9 @@ def client(tmp_path_factory):
   directory = tmp_path_factory.mktemp("tokenizer")
   tiny.make_tokenizer(directory)
   served = service.Service(tiny.make_pipeline(directory))
-  app = fastapi.FastAPI()
   with pytest.MonkeyPatch.context() as patch:
     patch.setenv("GRADIO_TEMP_DIR", "")  # which mounting sets
-    page.mount(app, served)
-    with testclient.TestClient(app) as client:
+    with testclient.TestClient(server.make_app(served)) as client:
       yield client
   assert served.close()
 
@@ -51,6 +48,29 @@ def test_the_page_is_served_with_its_policy(client):
 def test_nothing_but_the_page_is_served(client, path):
   answer = client.get(f"/{path}")
   assert (answer.status_code, answer.text) == (404, "Not found.")
+
+
+def test_health_can_be_looked_at_and_not_changed(client):
+  looked = client.get("/health")
+  head = client.head("/health")
+  assert (looked.status_code, head.status_code) == (200, 200)
+  assert looked.json() == {"status": "ok", "waiting": 0}
+  assert (head.content, head.headers["content-length"]) == (
+    *(b"", str(len(looked.content))),
+  )
+  for method in ("POST", "DELETE"):
+    answer = client.request(method, "/health")
+    assert (answer.status_code, answer.headers["allow"]) == (405, "GET, HEAD")
+    assert f"no {method}" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("path", ["/v1", "/v1/", "/v1/nothing"])
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_what_the_api_has_not_is_not_asked_of_the_page(client, method, path):
+  answer = client.request(method, path, follow_redirects=False)
+  assert answer.status_code == 404
+  message = answer.json()["error"]["message"]
+  assert message == f"There is no {method} {path} here."
 
 
 def _event(client, **file):
