@@ -43,6 +43,7 @@ EXTENSIONS = (
   *("aspect", "pag_scale", "solver", "lora", "lora_scale", "image_index"),
   *("control_image", "controlnet_conditioning_scale"),
 )
+_WHOLE = ("seed", "num_inference_steps", "image_index")
 _PARAMS = {"num_images": "n", "height": "size", "width": "size"}
 # In messages.
 _NAMES = {
@@ -232,10 +233,11 @@ def _translate(
   values = {name: fields[name] for name in EXTENSIONS if name in fields}
   # null is the usual value, as in that API.
   values = {name: value for name, value in values.items() if value is not None}
+  values |= {name: _whole(values[name]) for name in _WHOLE if name in values}
   if (name := "control_image") in values:
     values[name] = _picture(name, values[name], service)
   if fields.get("n") is not None:
-    values["num_images"] = fields["n"]
+    values["num_images"] = _whole(fields["n"])
   if fields.get("prompt") is not None:
     values["prompt"] = fields["prompt"]
   size = _size(fields.get("size"))
@@ -246,7 +248,14 @@ def _translate(
   return requests.from_mapping(values | size)
 
 
+def _whole(value: Any) -> Any:
+  """Returns 1 for 1.0: to JSON, and many of its writers, they are the same."""
+  whole = isinstance(value, float) and value.is_integer()
+  return int(value) if whole else value
+
+
 def _check_neutral(name: str, value: Any) -> None:
+  value = _whole(value)
   # To Python, 0 is False, which a client cannot have meant.
   same = [one for one in _NEUTRAL[name] if type(one) is type(value)]
   if value is not None and value not in same:
@@ -285,7 +294,7 @@ def _check_model(name: Any, service: Service) -> None:
   if name is not None and name != service.model_name:
     raise _ApiError(
       404,
-      f"There is no model {str(name)[:100]!r} here, only "
+      f"There is no model {requests.spelled(name)} here, only "
       f"{service.model_name!r}; leave model out, or give that.",
       param="model",
       code="model_not_found",

@@ -1,6 +1,7 @@
 """What a client may ask for, checked before it is let into the queue."""
 
 import dataclasses
+import json
 import math
 import numbers
 import unicodedata
@@ -182,7 +183,7 @@ def check(
 def _check_text(name: str, text: Any, limits: Limits) -> None:
   if not isinstance(text, str):
     raise InvalidRequestError(
-      name, f"{name} must be a text, got {type(text).__name__}."
+      name, f"{name} must be a text, got {spelled(text)}."
     )
   if len(text) > limits.max_prompt_characters:
     raise InvalidRequestError(
@@ -206,11 +207,11 @@ def _whole(name: str, value: Any, low: int, high: int) -> None:
     return
   if not isinstance(value, int) or isinstance(value, bool):
     raise InvalidRequestError(
-      name, f"{name} must be a whole number, got {_short(value)}."
+      name, f"{name} must be a whole number, got {spelled(value)}."
     )
   if not low <= value <= high:
     raise InvalidRequestError(
-      name, f"{name} must be from {low} to {high}, got {_short(value)}."
+      name, f"{name} must be from {low} to {high}, got {spelled(value)}."
     )
 
 
@@ -222,7 +223,8 @@ def _number(name: str, value: Any, low: float, high: float) -> None:
   if not real or not low <= value <= high or not math.isfinite(value):
     raise InvalidRequestError(
       name,
-      f"{name} must be a number from {low:g} to {high:g}, got {_short(value)}.",
+      f"{name} must be a number from {low:g} to {high:g}, got "
+      f"{spelled(value)}.",
     )
 
 
@@ -241,7 +243,7 @@ def _check_names(
       raise InvalidRequestError(
         name,
         f"{name} must be one of {', '.join(sorted(known))}, got "
-        f"{_short(value)}.",
+        f"{spelled(value)}.",
       )
   if request.lora_scale is not None and request.lora is None:
     raise InvalidRequestError(
@@ -334,7 +336,7 @@ def _check_size_fields(request: GenerationRequest, limits: Limits) -> None:
     return
   if not isinstance(aspect, str) or len(aspect) > 32:
     raise InvalidRequestError(
-      "aspect", f"aspect must be like '16:9', got {_short(aspect)}."
+      "aspect", f"aspect must be like '16:9', got {spelled(aspect)}."
     )
   if request.height is not None or request.width is not None:
     raise InvalidRequestError(
@@ -390,9 +392,20 @@ def _check_area(
     )
 
 
-def _short(value: Any) -> str:
+def spelled(value: Any) -> str:
+  """Returns a value for a message: as in JSON, and short."""
   # A number of a million digits must not become a text.
   if isinstance(value, int) and abs(value) >= 10**20:
     return "a number of more than 20 digits"
-  text = repr(value)
+  try:
+    # JSON would escape all other alphabets of a text.
+    text = (
+      repr(value)
+      if isinstance(value, str)
+      else json.dumps(value, allow_nan=False)
+    )
+  except RecursionError:
+    return "a value that is nested deeply"
+  except (TypeError, ValueError):  # from Python
+    text = repr(value)
   return text if len(text) <= 80 else f"{text[:80]}..."

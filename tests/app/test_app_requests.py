@@ -15,6 +15,9 @@ from sana_jax.diffusion import schedules
 from tests import tiny
 
 LIMITS = Limits()
+NESTED: list = []
+for _ in range(100_000):
+  NESTED = [NESTED]
 
 
 @pytest.fixture(scope="module")
@@ -90,12 +93,15 @@ def test_a_picture_gives_the_size_and_waits_at_that_size(pipe, rng):
     ("num_images", 10**6, "from 1 to 4"),
     ("num_images", 10**4000, "more than 20 digits"),
     ("num_images", 1.0, "whole"),
-    ("num_images", True, "whole"),
-    ("num_images", None, "whole"),
+    ("num_images", True, "got true[.]"),
+    ("num_images", None, "got null[.]"),
     ("image_index", -1, "from 0"),
     ("seed", -1, "from 0 to 4294967295"),
     ("seed", 2**32, "from 0"),
-    ("seed", "7", "whole"),
+    ("seed", "7", "whole number, got '7'"),
+    ("seed", {"a": [True, None]}, r'got {"a": \[true, null\]}[.]'),
+    ("seed", object(), "got <object"),
+    ("seed", NESTED, "nested deeply"),
     ("num_inference_steps", 0, "from 1 to 100"),
     ("num_inference_steps", 101, "from 1 to 100"),
     ("num_inference_steps", -(10**400), "20 digits"),
@@ -120,6 +126,7 @@ def test_a_picture_gives_the_size_and_waits_at_that_size(pipe, rng):
     ("aspect", 1.5, "16:9"),
     ("solver", "Magic", "FlowDPMSolver"),
     ("solver", [], "FlowDPMSolver"),
+    ("solver", "\ud800", r"got '\\ud800'[.]"),
     ("strength", 0.5, "no image"),
     ("lora", "style", "no adapters here"),
     ("lora_scale", 1.0, "without lora"),

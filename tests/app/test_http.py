@@ -196,6 +196,11 @@ def test_what_is_worth_knowing_of_the_images_comes_with_them(client):
     ({"n": 10**6}, "n", "n must be from 1 to 4"),
     ({"n": -1}, "n", "from 1"),
     ({"n": "2"}, "n", "whole"),
+    ({"n": True}, "n", "n must be a whole number, got true."),
+    ({"n": 1.5}, "n", "n must be a whole number, got 1.5."),
+    ({"n": 2e300}, "n", "n must be from 1 to 4, got a number of more than"),
+    ({"seed": [None, False]}, "seed", "got [null, false]."),
+    ({"prompt": {"a": True}}, "prompt", 'must be a text, got {"a": true}.'),
     ({"prompt": ""}, "prompt", "empty"),
     ({"prompt": "a\x00"}, "prompt", "U+0000"),
     ({"prompt": "a" * 3000}, "prompt", "2000"),
@@ -327,6 +332,22 @@ def test_few_large_bodies_are_in_memory_at_a_time(steered):
 def test_a_body_for_a_controlnet_is_bounded_too(steered):
   with send_head(steered[1], JSON, "Content-Length: 700000") as connection:
     assert b" 413 " in connection.recv(100)
+
+
+def test_a_whole_number_may_have_a_point(client):
+  whole = {"n": 2, "seed": 7, "image_index": 3, "num_inference_steps": 2}
+  first, second = (
+    client.post(
+      "/images/generations",
+      cast_to=object,
+      body={"prompt": "a cat", "output_compression": kind(100)}
+      | {name: kind(value) for name, value in whole.items()},
+    )
+    for kind in (int, float)
+  )
+  assert second["seed"] == 7
+  assert len(second["data"]) == 2
+  assert first["data"] == second["data"]
 
 
 def test_another_model_is_not_found(client):
