@@ -149,7 +149,10 @@ def make_service() -> Service:
     OSError: something is missing.
     ValueError: something is unreadable, does not fit, or cannot be.
   """
-  limits = Limits(**{name: flag.value for name, flag in _LIMITS.items()})
+  try:
+    limits = Limits(**{name: flag.value for name, flag in _LIMITS.items()})
+  except ValueError as error:
+    raise ValueError(f"--{error}") from error  # it begins with the name
   adapters = named_paths(_LORA.value)
   how = loading.Loading(**{n: f.value for n, f in _LOADING.items()})
   checkpoint = (

@@ -45,7 +45,9 @@ class Loading:
   def __post_init__(self):
     problems = []
     if self.vae_tile is not None and self.vae_window is not None:
-      problems.append("vae_tile and vae_window exclude each other; give one")
+      problems.append(
+        "--vae_tile and --vae_window exclude each other; give one"
+      )
     if self.controlnet_wiring is not None and self.controlnet is None:
       problems.append("controlnet_wiring has no effect without controlnet")
     if self.fuse_lora and not self.lora:
@@ -87,11 +89,7 @@ def load(
     step=loading.step,
     fp16_clamp=loading.fp16_clamp,
   )
-  changes: dict[str, Any] = {}
-  if loading.vae_tile is not None:
-    changes["tiling"] = tiling.square(loading.vae_tile)
-  if loading.vae_window is not None:
-    changes["tiling"] = windows.Windows(window_side=loading.vae_window)
+  changes = _cut(loading, pipe)
   if loading.offload_text_encoder is not None:
     changes["memory"] = memory.Policy(
       offload_text_encoder=loading.offload_text_encoder
@@ -108,6 +106,27 @@ def load(
       pipe.transformer, list(zip(adapters, scales, strict=True))
     )
   return dataclasses.replace(pipe, **changes) if changes else pipe
+
+
+def _cut(loading: Loading, pipe: pipeline_lib.SanaPipeline) -> dict[str, Any]:
+  """Reads how decoding is cut, and refuses at once what never could be."""
+  changes: dict[str, Any] = {}
+  makers = {
+    "vae_tile": tiling.square,
+    "vae_window": lambda side: windows.Windows(window_side=side),
+  }
+  for name, make in makers.items():
+    side = getattr(loading, name)
+    if side is None:
+      continue
+    try:
+      changes["tiling"] = make(side)
+      changes["tiling"].check_multiples(
+        pipe.autoencoder_config.spatial_compression
+      )
+    except ValueError as error:
+      raise ValueError(f"--{name}={side}: {error}") from error
+  return changes
 
 
 def _load_controlnet(
