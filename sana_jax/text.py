@@ -19,6 +19,8 @@ from jaxtyping import Array, Bool, Float, Int, Int32
 from sana_jax import notices
 
 _BOS, _PAD = "<bos>", "<pad>"
+# Characters of what is dropped, in a warning.
+_MAX_QUOTED = 100
 
 
 class Tokenizer:
@@ -88,9 +90,12 @@ class Tokenizer:
     for row, text in enumerate(texts):
       ids = self.tokenize(text)
       if warn and len(ids) > max_length:
+        dropped = self.decode(ids[max_length:])
+        if len(dropped) > _MAX_QUOTED:
+          dropped = f"{dropped[:_MAX_QUOTED]}…"
         notices.warn(
           f"A prompt is too long: {max_length} of its {len(ids)} tokens are "
-          f"read. Its end was dropped: {self.decode(ids[max_length:])!r}.",
+          f"read. Its end was dropped: {dropped!r}.",
           stacklevel=2,
         )
       ids = ids[:max_length]

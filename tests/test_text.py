@@ -95,6 +95,10 @@ def test_a_long_text_loses_its_end_and_says_so(tokenizer):
     ids, mask = tokenizer.encode(["a red apple"], 2, padding_side="left")
   np.testing.assert_array_equal(ids[0], tokens[:2])
   assert mask.all()
+  long = "apple " * 200
+  lost = tokenizer.decode(tokenizer.tokenize(long)[2:])
+  with pytest.warns(UserWarning, match=f"dropped: '{lost[:100]}…'[.]$"):
+    tokenizer.encode([long], 2)
   # Warnings are errors here.
   quiet, _ = tokenizer.encode(["a red apple"], 2, warn=False)
   np.testing.assert_array_equal(quiet, ids)
