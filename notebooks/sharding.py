@@ -11,6 +11,7 @@
 # that it was installed for. Colab asks for a wheel: docs/guides/notebook.md.
 import importlib.util
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -23,7 +24,10 @@ if has("sana_jax") is None or has("sana_jax").origin is None:  # a mere folder
   if not source and "google.colab" in sys.modules:
     from google.colab import files
 
-    source = next(iter(files.upload()), None)
+    for name, data in files.upload().items():
+      # Colab calls a second upload "... (1).whl", which pip refuses.
+      source = re.sub(r" \(\d+\)(?=\.\w+$)", "", name)
+      pathlib.Path(source).write_bytes(data)
   if not source:
     raise FileNotFoundError(f"Set {SOURCE=} to a clone or wheel of sana_jax.")
   extras = [name for name in ("cuda12", "cuda13") if has(f"jax_{name}_plugin")]

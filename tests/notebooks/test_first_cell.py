@@ -92,6 +92,19 @@ def test_colab_is_asked_for_the_wheel_and_keeps_its_accelerator(
   ]
 
 
+@pytest.mark.parametrize("suffix", ["-0.1.0-py3-none-any.whl", ".zip"])
+def test_a_second_upload_has_the_name_of_the_first(
+  machine, monkeypatch, suffix
+):
+  name = pathlib.Path(f"sana_jax{suffix}")
+  name.write_bytes(b"old")
+  again = f"{name.stem} (12){name.suffix}"
+  put_on_colab(monkeypatch, {again: b"new"})
+  run_cell()
+  assert machine.installed[0] == str(name)
+  assert name.read_bytes() == b"new"
+
+
 def test_a_tpu_keeps_its_library(machine, monkeypatch):
   put_on_colab(monkeypatch, {"sana_jax.zip": b"..."})
   machine.modules["libtpu"] = "somewhere"
