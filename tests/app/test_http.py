@@ -129,7 +129,8 @@ def wait_until(condition):
   raise AssertionError("it never came true")
 
 
-def test_openais_client_gets_images_that_say_how_they_were_made(client):
+def test_openais_client_gets_images_that_say_how_they_were_made(client, caplog):
+  caplog.set_level("INFO", "absl")
   answer = client.images.generate(
     prompt="a red apple",
     n=2,
@@ -144,6 +145,7 @@ def test_openais_client_gets_images_that_say_how_they_were_made(client):
     stream=False,
     extra_body={"seed": 5, "guidance_scale": 3, "num_inference_steps": 2},
   )
+  assert "2 images for 127.0.0.1, user 'somebody'" in caplog.text
   assert answer.seed == 5
   assert answer.warnings == []
   assert abs(answer.created - time.time()) < 3600
