@@ -75,7 +75,7 @@ def test_what_is_wrong_with_a_flag_is_one_line(taken, tmp_path):
     "--grace_seconds=inf": "=inf: Expected seconds, from 0 to 86400.",
     "--allowed_host=a.example:80": "--allowed_host=a.example:80: expected",
     "--lora=none=x": "--lora=none=x: expected NAME=PATH",
-    "--max_steps=0": ": --max_steps must be a whole number from 1 to 2147483647",
+    "--max_steps=0": ": --max_steps must be a whole number from 1 to 21474836",
     "--max_images=9999999999": ": --max_images must be a whole number from 1",
     "--max_pixels=1e6": "--max_pixels=1e6: invalid literal for int()",
   }
