@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from typing import NoReturn
 
 
 @contextlib.contextmanager
@@ -39,12 +40,19 @@ def sigterm_event(
     signal.signal(signal.SIGTERM, before)
 
 
+def end_at_once(speaker: str, signum: int) -> NoReturn:
+  """Ends the process with a line, by the exit code that shells give."""
+  # Not through sys.stderr, in the middle of which a signal may come.
+  os.write(2, f"{speaker}: ended by {signal.Signals(signum).name}\n".encode())
+  os._exit(128 + signum)
+
+
 @contextlib.contextmanager
 def ending_at_once(speaker: str) -> Iterator[None]:
   """Has SIGINT and SIGTERM end the process with a line, and no traceback.
 
-  By the exit code that shells give: 130 and 143. An exception would do less: a
-  callback that it is raised in, such as of a garbage collection, swallows it.
+  The exit codes are 130 and 143. An exception would do less: a callback that it
+  is raised in, such as of a garbage collection, swallows it.
 
   Args:
     speaker: begins the line.
@@ -55,9 +63,7 @@ def ending_at_once(speaker: str) -> Iterator[None]:
 
   def handle(signum, frame):
     del frame
-    # Not through sys.stderr, in the middle of which a signal may come.
-    os.write(2, f"{speaker}: ended by {signal.Signals(signum).name}\n".encode())
-    os._exit(128 + signum)
+    end_at_once(speaker, signum)
 
   numbers = (signal.SIGINT, signal.SIGTERM)
   before = {one: signal.getsignal(one) or signal.SIG_DFL for one in numbers}

@@ -13,6 +13,7 @@ from absl import logging
 from starlette import responses
 from uvicorn.protocols.http import h11_impl
 
+from sana_jax import termination
 from sana_jax.app import hosts, openai_api, page
 from sana_jax.app.service import Service
 
@@ -165,8 +166,7 @@ class Server(uvicorn.Server):
     """
     del frame
     if self._closer is not None:
-      self.should_exit = self.force_exit = True
-      return
+      termination.end_at_once("sana_jax.app", sig)
     logging.info(
       "%s: ending, within %.0f s if nothing hangs",
       signal.Signals(sig).name,

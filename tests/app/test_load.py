@@ -123,3 +123,20 @@ def test_an_open_page_does_not_hold_up_the_end(server):
   assert "SIGINT: ending" in text
   for trouble in ("Traceback", "ERROR", "Exception"):
     assert trouble not in text
+
+
+def test_a_second_signal_ends_at_once(server):
+  process, address, log = server
+  with concurrent.futures.ThreadPoolExecutor(1) as clients:
+    # Its program is compiled first, which nothing interrupts.
+    waiting = clients.submit(generate, address, 0, 0)
+    while "1 image" not in log.read_text():
+      time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    while "SIGTERM: ending" not in log.read_text():
+      time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(5) == 128 + signal.SIGTERM
+    assert isinstance(waiting.exception(), openai.APIConnectionError)
+  last = log.read_text().splitlines()[-1]
+  assert last == "sana_jax.app: ended by SIGTERM"
