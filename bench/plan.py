@@ -30,7 +30,7 @@ class Row(NamedTuple):
   mesh: dict[str, int]
   batch_per_chip: int
   num_slices: int = 1
-  remat: str = "full"
+  optimiser: str = "adamw"
 
 
 _1600M, _4800M = config_lib.sana_1600m, config_lib.sana15_4800m
@@ -50,6 +50,7 @@ ROWS = {
     _1600M, "v5e:8x8", {"data": 8, "fsdp": 16}, 4, num_slices=2
   ),
   "1600m_h100_8": Row(_1600M, "h100:8", {"data": 1, "fsdp": 8}, 16),
+  "4800m_h200_1": Row(_4800M, "h200:1", {"data": 1}, 32, optimiser="came_8bit"),
 }
 
 
@@ -89,11 +90,12 @@ def _line(row: Row, record: dict[str, Any]) -> str:
     else float("nan")
   )
   mesh = " ".join(f"{axis}={n}" for axis, n in row.mesh.items() if n > 1)
+  optimiser = "" if row.optimiser == "adamw" else f", {row.optimiser}"
   slices = f"{row.num_slices} x " if row.num_slices > 1 else ""
   sent = sum((record["sent_bytes"] or {}).values()) / 1e9
   cells = (
-    f"{row.model.__name__}, {slices}{row.topology}",
-    mesh,
+    f"{row.model.__name__}, {slices}{row.topology}{optimiser}",
+    mesh or "one chip",
     row.batch_per_chip,
     f"{state:.2f} GiB",
     f"{record['total_bytes'] / _GIB:.2f} GiB",
@@ -112,8 +114,9 @@ def _compile(row: Row) -> dict[str, Any]:
     model=row.model(),
     batch_size=row.batch_per_chip * len(devices.devices),
     mesh=row.mesh,
-    remat=row.remat,
+    remat="full",
   )
+  config.optim.name = row.optimiser
   config.data.synthetic = True
   config.freeze()
   plan = training.plan(config, devices)

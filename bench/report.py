@@ -49,7 +49,7 @@ _TITLES = {
 _AOT = """\
 ## Compiled for TPUs, without one
 
-`python -m bench.tpu_aot` ({versions}, commit {commit}). Cycles are the
+`python -m bench.tpu_aot` ({versions}; {commits}). Cycles are the
 compiler's own estimate, no measurement; FLOP and bytes are its account, "of
 the model's" is FLOP against `sana_jax/flops.py`; "at best" is what they take
 at the figures of `sana_jax/hardware.py`. Kernels count what the matrix unit
@@ -111,9 +111,11 @@ def _section(record: Mapping[str, Any]) -> str:
 
 
 def _compiled(found: list[dict[str, Any]]) -> str:
-  environment = found[0]["environment"]
+  environments = [record["environment"] for record in found]
+  commits = dict.fromkeys(each["commit"] for each in environments)
   text = _AOT.format(
-    versions=_versions(environment), commit=environment["commit"]
+    versions="; ".join(dict.fromkeys(map(_versions, environments))),
+    commits=f"commit{'s' * (len(commits) > 1)} {', '.join(commits)}",
   )
   return f"{text}\n{tpu_aot.table(found)}"
 

@@ -11,7 +11,7 @@ import pytest
 
 from sana_jax import pipeline as pipeline_lib
 from sana_jax.diffusion import schedules
-from sana_jax.pipeline import checks, stages
+from sana_jax.pipeline import checks, execution, stages
 from tests import tiny
 
 PROMPTS = ["a red apple", "a green cat", "a table", "a cat on a red table"]
@@ -291,6 +291,11 @@ def test_a_second_pipeline_of_the_same_shapes_compiles_nothing(tokenizer):
     "a cat", progress=events.append
   )
   assert {e.stage for e in events if e.phase == "compile"} == {"transformer"}
+  events.clear()
+  execution.forget_programs()
+  second("a cat", seed=1, progress=events.append)
+  compiled = {e.stage for e in events if e.phase == "compile"}
+  assert compiled == {"transformer", "decoder"}
 
 
 @pytest.mark.usefixtures("nothing_compiled")

@@ -59,12 +59,17 @@ def processor() -> str:
 
 
 def commit() -> str | None:
-  """Returns the commit, with a plus sign if files differ from it."""
+  """Returns the commit, with a plus sign if files but docs differ from it."""
   directory = os.path.dirname(__file__)
   hash_ = _git(directory, "rev-parse", "--short=12", "HEAD")
   if not hash_:
     return None
-  changed = _git(directory, "status", "--porcelain", "--untracked-files=no")
+  changed = _git(
+    directory,
+    *("status", "--porcelain", "--untracked-files=no"),
+    # A record that is being written there is no change of what it is about.
+    *("--", ":(top)", ":(top,exclude)docs"),
+  )
   return f"{hash_}+" if changed else hash_
 
 

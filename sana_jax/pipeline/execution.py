@@ -159,6 +159,12 @@ class Executor:
     return jax.tree.map(place, batched)
 
 
+def forget_programs() -> None:
+  """Frees what compiled programs take; what runs next is compiled anew."""
+  with _lock:
+    _programs.clear()
+
+
 def _known(key: Any) -> Callable[..., Any] | None:
   """Returns the program of this key, if it was kept, as the last one used."""
   with _lock:

@@ -193,7 +193,9 @@ def test_an_operation_is_compiled_for_a_tpu(tmp_path, keeps_platform):
 @pytest.mark.long
 def test_start_of_fresh_processes_is_timed(tmp_path):
   file = tmp_path / "start.json"
-  code = startup.main(["--only=sana_600m", "--pixels=64", f"--json={file}"])
+  code = startup.main(
+    ["--only=sana_600m", "--pixels=64", "--repeats=1", f"--json={file}"]
+  )
   assert code == 0
   cold, warm = json.loads(file.read_text())["rows"]
   assert warm["compile"] < cold["compile"]
