@@ -35,6 +35,8 @@ _CONFIGS = {
   for function in (
     config_lib.sana_600m,
     config_lib.sana_1600m,
+    # The same blocks, 20 and 60 of them.
+    config_lib.sana15_1600m,
     config_lib.sana15_4800m,
   )
 }

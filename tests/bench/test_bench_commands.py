@@ -254,6 +254,12 @@ def test_the_page_has_each_record_with_its_command(tmp_path):
   assert "no: it does not fit" in text
 
 
+def test_the_page_is_that_of_the_records_that_are_kept():
+  docs = epath.Path(__file__).parents[2] / "docs"
+  page = (docs / "benchmarks.md").read_text()
+  assert page == report.render(docs / "bench")
+
+
 def test_a_record_of_no_known_kind_is_refused(tmp_path, capsys):
   (tmp_path / "x.json").write_text('{"kind": "bench.y"}')
   with pytest.raises(ValueError, match="x.json is a record of 'bench.y'"):
