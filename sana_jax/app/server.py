@@ -32,7 +32,7 @@ def make_app(
   with_page: bool = True,
   host_names: Collection[str] | None = None,
 ) -> fastapi.FastAPI:
-  """Returns the ASGI application; its `state.end_streams` is for `Server`.
+  """Returns the ASGI application; its `state` has what `Server` calls.
 
   Args:
     api_key: see `openai_api.install`; the page needs none.
@@ -43,9 +43,11 @@ def make_app(
   openai_api.install(app, service, api_key=api_key)
   if host_names is not None:
     app.add_middleware(hosts.HostCheck, hosts=host_names, refuse=_misdirected)
-  app.state.end_streams = lambda: None
+  app.state.end_streams = app.state.remove_files = lambda: None
   if with_page:
-    app.state.end_streams = page.mount(app, service)
+    mounted = page.mount(app, service)
+    app.state.end_streams = mounted.end_streams
+    app.state.remove_files = mounted.remove_files
   return app
 
 
@@ -134,6 +136,7 @@ class Server(uvicorn.Server):
       )
     )
     self._end_streams = app.state.end_streams
+    self._remove_files = app.state.remove_files
     self._service = service
     self._grace_seconds = grace_seconds
     self._closer: threading.Thread | None = None
@@ -166,7 +169,10 @@ class Server(uvicorn.Server):
     """
     del frame
     if self._closer is not None:
-      termination.end_at_once("sana_jax.app", sig)
+      try:
+        self._remove_files()  # nothing that does so at an exit will run
+      finally:
+        termination.end_at_once("sana_jax.app", sig)
     logging.info(
       "%s: ending, within %.0f s if nothing hangs",
       signal.Signals(sig).name,
