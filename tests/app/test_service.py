@@ -247,6 +247,9 @@ def test_the_log_says_how_each_job_began_and_ended(
   held = hold(service, gate)
   withdrawn = service.submit(ask())
   withdrawn.cancel()
+  given_up = service.submit(ask())
+  given_up.future.cancel()
+  given_up.cancel()
   held.cancel()
   with pytest.raises(errors.CancelledError):
     held.result(SECONDS)
@@ -274,6 +277,7 @@ def test_the_log_says_how_each_job_began_and_ended(
     "made 2 images, in N s",
   ]
   assert said(withdrawn) == [asked, "cancelled after N s"]
+  assert said(given_up) == [asked, "cancelled after N s"]
   assert said(held)[1:] == ["cancelled after N s"]
   assert said(failed) == [asked, "an error", "failed after N s: not finite"]
 
