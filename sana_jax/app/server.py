@@ -174,7 +174,7 @@ class Server(uvicorn.Server):
       finally:
         termination.end_at_once("sana_jax.app", sig)
     logging.info(
-      "%s: ending, within %.0f s if nothing hangs",
+      "%s: ending; what waits has %.0f s",
       signal.Signals(sig).name,
       self._grace_seconds,
     )
