@@ -92,12 +92,8 @@ def _bind_all(host: str, port: int) -> list[socket.socket]:
     elsewhere = None
     for family, kind, protocol, _, address in addresses:
       try:
-        one = opened.enter_context(socket.socket(family, kind, protocol))
-        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:  # IPv4 has a socket of its own
-          one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        one.bind(address)
-        bound.append(one)
+        one = _bind_one(family, kind, protocol, address)
+        bound.append(opened.enter_context(one))
       except OSError as error:
         # A name may have addresses of another machine or protocol besides.
         if error.errno not in _ELSEWHERE:
@@ -107,6 +103,19 @@ def _bind_all(host: str, port: int) -> list[socket.socket]:
       raise elsewhere
     opened.pop_all()
   return bound
+
+
+def _bind_one(
+  family: int, kind: int, protocol: int, address: tuple[str | int, ...]
+) -> socket.socket:
+  with contextlib.ExitStack() as opened:
+    one = opened.enter_context(socket.socket(family, kind, protocol))
+    one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if family == socket.AF_INET6:  # IPv4 has a socket of its own
+      one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+    one.bind(address)
+    opened.pop_all()
+  return one
 
 
 class Server(uvicorn.Server):

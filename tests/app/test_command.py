@@ -1,5 +1,6 @@
 """What is wrong with the command's flags is said before a model is loaded."""
 
+import gc
 import json
 import os
 import pathlib
@@ -7,6 +8,7 @@ import re
 import socket
 import subprocess
 import sys
+import warnings
 
 import pytest
 
@@ -140,7 +142,11 @@ def test_of_the_addresses_of_a_name_this_machines_are_taken(monkeypatch):
   kind = (socket.AF_INET, socket.SOCK_STREAM, 0, "")
   own, other = (*kind, ("127.0.0.1", 0)), (*kind, ("192.0.2.1", 0))
   monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [other, own, own])
-  (one,) = server.bind("a.example", 0)
+  with warnings.catch_warnings(record=True) as told:
+    warnings.simplefilter("always", ResourceWarning)
+    (one,) = server.bind("a.example", 0)
+    gc.collect()
+  assert not [w for w in told if "unclosed" in str(w.message)]
   assert one.getsockname()[0] == "127.0.0.1"
   one.close()
 
