@@ -177,16 +177,19 @@ def test_files_are_not_overwritten_unless_asked(run, capsys):
       "--distributed numbers the machines itself",
     ),
     ({"reproduce": "nowhere.png"}, "nowhere.png"),
-    ({"prompt": ["a"], "fuse_lora": True}, "fuse_lora has no effect"),
-    ({"prompt": ["a"], "lora_scale": [1.0]}, "lora_scale has no effect"),
-    ({"prompt": ["a"], "controlnet_wiring": "original"}, "without controlnet"),
+    ({"prompt": ["a"], "fuse_lora": True}, "--fuse_lora has no effect"),
+    ({"prompt": ["a"], "lora_scale": [1.0]}, "--lora_scale has no effect"),
+    (
+      {"prompt": ["a"], "controlnet_wiring": "original"},
+      "--controlnet_wiring has no effect without --controlnet",
+    ),
     ({"prompt": ["a"], "controlnet": "nowhere"}, "nowhere"),
     ({"prompt": ["a"], "lora": ["nowhere"]}, "nowhere"),
     ({"prompt": ["a"], "step": 5}, "step= is for work directories"),
     ({"prompt": ["a"], "components": "x"}, "components= is for a"),
     (
       {"prompt": ["a"], "lora": ["a"], "lora_scale": [1.0] * 2},
-      "there are 2 lora_scale for 1 lora",
+      "there are 2 --lora_scale for 1 --lora;",
     ),
     (
       {"prompt": ["a"], "controlnet_conditioning_scale": 0.5},

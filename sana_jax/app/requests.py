@@ -398,14 +398,14 @@ def spelled(value: Any) -> str:
   if isinstance(value, int) and abs(value) >= 10**20:
     return "a number of more than 20 digits"
   try:
-    # JSON would escape all other alphabets of a text.
+    # JSON would escape all other alphabets of a text, and has no NaN.
     text = (
       repr(value)
-      if isinstance(value, str)
+      if isinstance(value, str | float)
       else json.dumps(value, allow_nan=False)
     )
   except RecursionError:
     return "a value that is nested deeply"
-  except (TypeError, ValueError):  # from Python
-    text = repr(value)
+  except (TypeError, ValueError):  # from Python, where even repr may raise
+    return f"a value of type {type(value).__name__}"
   return text if len(text) <= 80 else f"{text[:80]}..."

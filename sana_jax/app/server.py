@@ -32,7 +32,7 @@ def make_app(
   with_page: bool = True,
   host_names: Collection[str] | None = None,
 ) -> fastapi.FastAPI:
-  """Returns the ASGI application; its `state.end_streams` is for `Server`.
+  """Returns the ASGI application; its `state` has what `Server` calls.
 
   Args:
     api_key: see `openai_api.install`; the page needs none.
@@ -43,9 +43,11 @@ def make_app(
   openai_api.install(app, service, api_key=api_key)
   if host_names is not None:
     app.add_middleware(hosts.HostCheck, hosts=host_names, refuse=_misdirected)
-  app.state.end_streams = lambda: None
+  app.state.end_streams = app.state.remove_files = lambda: None
   if with_page:
-    app.state.end_streams = page.mount(app, service)
+    mounted = page.mount(app, service)
+    app.state.end_streams = mounted.end_streams
+    app.state.remove_files = mounted.remove_files
   return app
 
 
@@ -90,12 +92,8 @@ def _bind_all(host: str, port: int) -> list[socket.socket]:
     elsewhere = None
     for family, kind, protocol, _, address in addresses:
       try:
-        one = opened.enter_context(socket.socket(family, kind, protocol))
-        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:  # IPv4 has a socket of its own
-          one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        one.bind(address)
-        bound.append(one)
+        one = _bind_one(family, kind, protocol, address)
+        bound.append(opened.enter_context(one))
       except OSError as error:
         # A name may have addresses of another machine or protocol besides.
         if error.errno not in _ELSEWHERE:
@@ -105,6 +103,19 @@ def _bind_all(host: str, port: int) -> list[socket.socket]:
       raise elsewhere
     opened.pop_all()
   return bound
+
+
+def _bind_one(
+  family: int, kind: int, protocol: int, address: tuple[str | int, ...]
+) -> socket.socket:
+  with contextlib.ExitStack() as opened:
+    one = opened.enter_context(socket.socket(family, kind, protocol))
+    one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if family == socket.AF_INET6:  # IPv4 has a socket of its own
+      one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+    one.bind(address)
+    opened.pop_all()
+  return one
 
 
 class Server(uvicorn.Server):
@@ -134,6 +145,7 @@ class Server(uvicorn.Server):
       )
     )
     self._end_streams = app.state.end_streams
+    self._remove_files = app.state.remove_files
     self._service = service
     self._grace_seconds = grace_seconds
     self._closer: threading.Thread | None = None
@@ -166,9 +178,12 @@ class Server(uvicorn.Server):
     """
     del frame
     if self._closer is not None:
-      termination.end_at_once("sana_jax.app", sig)
+      try:
+        self._remove_files()  # nothing that does so at an exit will run
+      finally:
+        termination.end_at_once("sana_jax.app", sig)
     logging.info(
-      "%s: ending, within %.0f s if nothing hangs",
+      "%s: ending; what waits has %.0f s",
       signal.Signals(sig).name,
       self._grace_seconds,
     )

@@ -249,11 +249,12 @@ def _log(job: Job, user: str | None) -> None:
 
   def log_end(future: futures.Future[Result]) -> None:
     seconds = time.monotonic() - started
-    error = future.exception()
-    if error is None:
-      logging.info("%s: made %s, in %.1f s", job.id, images, seconds)
-    elif isinstance(error, CancelledError):
+    # asyncio cancels the future of whoever is cancelled while it waits.
+    error = None if future.cancelled() else future.exception()
+    if future.cancelled() or isinstance(error, CancelledError):
       logging.info("%s: cancelled after %.1f s", job.id, seconds)
+    elif error is None:
+      logging.info("%s: made %s, in %.1f s", job.id, images, seconds)
     else:
       told = " ".join(str(error).split())
       logging.warning("%s: failed after %.1f s: %s", job.id, seconds, told)

@@ -49,16 +49,16 @@ class Loading:
         "--vae_tile and --vae_window exclude each other; give one"
       )
     if self.controlnet_wiring is not None and self.controlnet is None:
-      problems.append("controlnet_wiring has no effect without controlnet")
+      problems.append("--controlnet_wiring has no effect without --controlnet")
     if self.fuse_lora and not self.lora:
-      problems.append("fuse_lora has no effect without lora")
+      problems.append("--fuse_lora has no effect without --lora")
     if len(self.lora_scale) not in {0, 1, len(self.lora)}:
       problems.append(
-        f"there are {len(self.lora_scale)} lora_scale for {len(self.lora)} "
-        "lora; give one for all, or one for each"
+        f"there are {len(self.lora_scale)} --lora_scale for "
+        f"{len(self.lora)} --lora; give one for all, or one for each"
       )
     if self.lora_scale and not self.lora:
-      problems.append("lora_scale has no effect without lora")
+      problems.append("--lora_scale has no effect without --lora")
     if problems:
       raise ValueError("; ".join(problems) + ".")
 

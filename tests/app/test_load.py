@@ -30,6 +30,9 @@ def server(tmp_path):
   """Starts a server with the bundled model; yields (process, address, log)."""
   environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
   log = tmp_path / "log"
+  temporary = tmp_path / "temporary"
+  temporary.mkdir()
+  environment |= {"PYTHONPATH": str(_ROOT), "TMPDIR": str(temporary)}
   with log.open("w") as file:
     process = subprocess.Popen(
       [
@@ -37,7 +40,7 @@ def server(tmp_path):
         *("--max_waiting_per_client=32", "--grace_seconds=2"),
       ],
       cwd=_ROOT,
-      env=environment | {"PYTHONPATH": str(_ROOT)},
+      env=environment,
       stderr=file,
     )
   try:
@@ -50,6 +53,13 @@ def server(tmp_path):
   finally:
     process.kill()
     process.wait()
+
+
+def wait_for(text: str, log: pathlib.Path, seconds: float = 60) -> None:
+  deadline = time.monotonic() + seconds
+  while text not in log.read_text():
+    assert time.monotonic() < deadline, log.read_text()
+    time.sleep(0.05)
 
 
 def megabytes(process) -> float:
@@ -125,18 +135,20 @@ def test_an_open_page_does_not_hold_up_the_end(server):
     assert trouble not in text
 
 
-def test_a_second_signal_ends_at_once(server):
+def test_a_second_signal_ends_at_once_and_leaves_no_pictures(server, tmp_path):
   process, address, log = server
+  (files,) = tmp_path.glob("temporary/sana_jax_page_*")
+  (files / "visit").mkdir()
+  (files / "visit/cat.png").write_bytes(b"a picture")
   with concurrent.futures.ThreadPoolExecutor(1) as clients:
     # Its program is compiled first, which nothing interrupts.
     waiting = clients.submit(generate, address, 0, 0)
-    while "1 image" not in log.read_text():
-      time.sleep(0.05)
+    wait_for("1 image", log)
     process.send_signal(signal.SIGTERM)
-    while "SIGTERM: ending" not in log.read_text():
-      time.sleep(0.05)
+    wait_for("SIGTERM: ending", log)
     process.send_signal(signal.SIGTERM)
     assert process.wait(5) == 128 + signal.SIGTERM
     assert isinstance(waiting.exception(), openai.APIConnectionError)
   last = log.read_text().splitlines()[-1]
   assert last == "sana_jax.app: ended by SIGTERM"
+  assert not list(tmp_path.glob("temporary/sana_jax_page_*"))

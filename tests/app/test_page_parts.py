@@ -5,7 +5,7 @@ import html
 import json
 import os
 import pathlib
-from unittest import mock
+import types
 
 import numpy as np
 import PIL.Image
@@ -22,8 +22,11 @@ from sana_jax.app import (  # noqa: E402
   requests,
   service,
 )
-from sana_jax.app.errors import InvalidRequestError  # noqa: E402
-from sana_jax.app.jobs import Update  # noqa: E402
+from sana_jax.app.errors import (  # noqa: E402
+  CancelledError,
+  InvalidRequestError,
+)
+from sana_jax.app.jobs import Job, Result, Update  # noqa: E402
 from sana_jax.app.page import (  # noqa: E402
   form,
   form_from_image,
@@ -152,11 +155,16 @@ def test_cancelling_is_said_only_while_there_is_a_job(build):
   request = gradio.Request(session_hash="abc")
   assert cancel.fn(request) == gradio.skip()
   events = cancel.fn.__self__
-  jobs = [mock.Mock(done=done) for done in (False, False, True)]
+  asked = requests.GenerationRequest(prompt="a cat")
+  jobs = [Job(asked, "", lambda job: False) for _ in range(3)]
+  jobs[2].end(Result([], [], 0, {}))
   events._jobs["abc"] = set(jobs)
   (said,) = cancel.fn(request).values()
   assert "Cancelling" in said
-  assert [job.cancel.called for job in jobs] == [True, True, False]
+  for job in jobs[:2]:
+    with pytest.raises(CancelledError):
+      job.check_stopped()
+  jobs[2].check_stopped()
 
 
 def test_every_field_can_be_refused(build):
@@ -281,10 +289,14 @@ def test_a_size_is_called_by_the_nearest_aspect():
   wide, tall = ("4:3", "3:2", "16:9"), ("3:4", "2:3", "9:16")
   sides = {"1:1": (64, 64)}
   sides |= dict.fromkeys(wide, (80, 48)) | dict.fromkeys(tall, (48, 80))
-  pipe = mock.Mock()
-  pipe.generation_config.replace = dict
-  pipe.image_size = lambda changes: mock.Mock(
-    width=sides[changes["aspect"]][0], height=sides[changes["aspect"]][1]
+
+  def image_size(changes):
+    width, height = sides[changes["aspect"]]
+    return types.SimpleNamespace(width=width, height=height)
+
+  settings = types.SimpleNamespace(replace=dict)
+  pipe = types.SimpleNamespace(
+    generation_config=settings, image_size=image_size
   )
   presets = form.presets(pipe)
   assert presets == {(64, 64): "1:1", (80, 48): "16:9", (48, 80): "9:16"}

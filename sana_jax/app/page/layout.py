@@ -6,7 +6,7 @@ import html
 import os
 import pathlib
 from collections.abc import AsyncIterator, Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import fastapi
 import gradio
@@ -40,13 +40,22 @@ _EVENT: dict[str, Any] = {
 }
 
 
-def mount(app: fastapi.FastAPI, service: Service) -> Callable[[], None]:
-  """Serves the page at "/"; routes that `app` has already come first.
+class Mounted(NamedTuple):
+  """What the server does about a page when it ends.
 
-  Returns:
-    What ends the streams that open pages hold, which never end by themselves;
-    to be called in the server's loop.
+  Attributes:
+    end_streams: ends the streams that open pages hold, which never end by
+      themselves; to be called in the server's loop.
+    remove_files: removes results and uploads, as the end of the application's
+      lifespan does; for an end without that.
   """
+
+  end_streams: Callable[[], None]
+  remove_files: Callable[[], None]
+
+
+def mount(app: fastapi.FastAPI, service: Service) -> Mounted:
+  """Serves the page at "/"; routes that `app` has already come first."""
   files = own_files.PageFiles()
   # Gradio asks for this when components are made, and when uploads come.
   os.environ["GRADIO_TEMP_DIR"] = str(files.path)
@@ -76,7 +85,7 @@ def mount(app: fastapi.FastAPI, service: Service) -> Callable[[], None]:
       yield state
 
   app.router.lifespan_context = lifespan
-  return end_streams
+  return Mounted(end_streams, files.remove)
 
 
 def build(service: Service, files: own_files.PageFiles) -> gradio.Blocks:

@@ -57,6 +57,10 @@ class PageFiles:
         path.parent.rmdir()
       total -= size
 
+  def remove(self) -> None:
+    """Removes all files, and the directory."""
+    self._directory.cleanup()
+
   @contextlib.asynccontextmanager
   async def kept_small(self, seconds: float = 10.0) -> AsyncIterator[None]:
     """Trims again and again; removes the directory at the end."""
@@ -67,7 +71,7 @@ class PageFiles:
       task.cancel()
       with contextlib.suppress(asyncio.CancelledError):
         await task
-      self._directory.cleanup()
+      self.remove()
 
   async def _trim_always(self, seconds: float) -> None:
     while True:
