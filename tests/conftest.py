@@ -1,6 +1,5 @@
 """Strict settings for all tests: eight devices, no silent broadcasting."""
 
-import importlib.metadata
 import os
 import tempfile
 
@@ -8,16 +7,13 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = (
   os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
-# Compiles in a sixth of the time (a gradient of tests/models/test_sana.py), for
-# programs that run for a moment.
-QUICK = ("--xla_backend_optimization_level=0",)
-if importlib.metadata.version("jaxlib") < "0.11":
-  QUICK += ("--xla_cpu_use_fusion_emitters=false",)  # Later ones have no other.
 
 import beartype  # noqa: E402
 import jax  # noqa: E402
 import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
+
+from tests import quick  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update(
@@ -34,7 +30,7 @@ typecheck = beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))
 def pytest_configure(config):
   """Compiles the default suite quickly, and slow tests as users do."""
   if "not slow" in config.option.markexpr:
-    os.environ["XLA_FLAGS"] = " ".join((os.environ["XLA_FLAGS"], *QUICK))
+    os.environ["XLA_FLAGS"] += f" {quick.XLA_FLAGS}"
 
 
 @pytest.fixture

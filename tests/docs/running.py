@@ -15,13 +15,10 @@ import safetensors.numpy
 
 from sana_jax.data import emoji
 from sana_jax.weights import lora_files as lora
+from tests import quick
 from tests.docs import reading
 
 BUNDLED = "sana_jax/assets/emoji_model"
-# Most of the time is compilation, and of programs that run for seconds.
-XLA_FLAGS = (
-  "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-)
 CACHE = pathlib.Path(tempfile.gettempdir()) / "sana_jax_test_cache"
 
 # Why commands are not run: what is sought in "PAGE: PROGRAM ARGUMENTS". Their
@@ -109,7 +106,7 @@ def environment(root: pathlib.Path) -> dict[str, str]:
   return {
     **os.environ,
     "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": XLA_FLAGS,
+    "XLA_FLAGS": quick.XLA_FLAGS,
     "PYTHONPATH": str(root),
     "JAX_COMPILATION_CACHE_DIR": str(CACHE),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",

@@ -19,7 +19,7 @@ pages = pytest.mark.parametrize("page", reading.PAGES, ids=reading.name)
 _OF_OTHERS = {
   *("accelerator", "zone", "worker", "command", "version"),  # gcloud
   *("signal", "runtime", "diffusers"),  # Slurm
-  *("screenshot", "jaxtyping"),
+  *("screenshot", "jaxtyping", "init"),
 }
 
 

@@ -5,7 +5,7 @@ import socket
 
 import pytest
 
-from tests.docs import running
+from tests import quick
 from tests.notebooks import pairs
 
 # What is told of the machine that a notebook was executed on.
@@ -65,5 +65,5 @@ def test_notebooks_run_and_show_what_is_stored(path):
   # By jupytext's reading of the text, too.
   assert pairs.cells_of_notebook(notebook) == pairs.cells_of_notebook(stored)
   execution.shorten(notebook, path.stem)
-  execution.execute(notebook, running.XLA_FLAGS)
+  execution.execute(notebook, quick.XLA_FLAGS)
   assert pairs.count_pictures(notebook) >= pairs.count_pictures(stored)
