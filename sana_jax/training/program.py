@@ -76,6 +76,9 @@ def make_program(
     params = jax.lax.with_sharding_constraint(params, shardings.params)
     return loss_fn(params, *args)
 
+  def fetch(kept: tuple[Any, Any]) -> tuple[Any, Any]:
+    return jax.device_put(kept, (on_device.ema, on_device.opt_state))
+
   train_step = step_lib.make_train_step(
     loss_of_shards,
     tx,
@@ -83,12 +86,11 @@ def make_program(
     ema_decay=config.ema_decay,
     accumulation=config.optim.accumulation,
     frozen=config.optim.frozen,
+    fetch=fetch if offload else None,
   )
 
   def step_on_mesh(state, frozen, key, batch):
     with sharding.use(mesh):
-      if offload:
-        state = jax.device_put(state, on_device)
       return train_step(state, frozen, key, batch)
 
   step = jax.jit(

@@ -55,6 +55,7 @@ def make_train_step(
   ema_decay: float,
   accumulation: int = 1,
   frozen: Sequence[str] = (),
+  fetch: Callable[[Any], Any] | None = None,
 ) -> Callable[..., tuple[TrainState, scalars_lib.Scalars]]:
   """Returns step(state, fixed, key, batch) -> (state, scalars).
 
@@ -76,6 +77,8 @@ def make_train_step(
     learning_rate: of the n-th update; to be reported, `tx` applies its own.
     accumulation: parts of the batch, see `accumulation.value_and_grad`.
     frozen: patterns of parameters without gradient.
+    fetch: brings (ema, opt_state) to the device from elsewhere. That is begun
+      once there are gradients, so that they do not lie beside activations.
   """
 
   def trained_loss(params: Any, fixed: Any, key: jax.Array, batch: Any):
@@ -87,6 +90,9 @@ def make_train_step(
     step_key = jax.random.fold_in(key, state.step)
     (loss, aux), grads = grad_fn(state.params, fixed, step_key, batch)
     grad_norm = optax.tree.norm(grads)
+    if fetch is not None:
+      kept = _fetch_after(grad_norm, fetch, (state.ema, state.opt_state))
+      state = state._replace(ema=kept[0], opt_state=kept[1])
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     # A finite gradient is not enough: an optimiser divides, and multiplies.
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
@@ -118,6 +124,21 @@ def make_train_step(
     return new, scalars
 
   return train_step
+
+
+def _fetch_after(
+  norm: Float[Array, ""], fetch: Callable[[Any], Any], kept: Any
+) -> Any:
+  """Returns fetch(kept), which is not begun before the norm is known.
+
+  XLA starts copies from the host as early as it can, also past a barrier, but
+  not out of a branch: one of two, as far as it can tell.
+  """
+
+  def never(kept: Any) -> Any:
+    return jax.tree.map(jnp.zeros_like, fetch(kept))
+
+  return jax.lax.cond(norm < 0, never, fetch, kept)
 
 
 def group_of(name: str) -> str:
