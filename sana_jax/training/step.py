@@ -91,7 +91,8 @@ def make_train_step(
     (loss, aux), grads = grad_fn(state.params, fixed, step_key, batch)
     grad_norm = optax.tree.norm(grads)
     if fetch is not None:
-      kept = _fetch_after(grad_norm, fetch, (state.ema, state.opt_state))
+      kept = (state.ema, state.opt_state)
+      kept = _fetch_after(grad_norm, state.step, fetch, kept)
       state = state._replace(ema=kept[0], opt_state=kept[1])
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     # A finite gradient is not enough: an optimiser divides, and multiplies.
@@ -127,18 +128,21 @@ def make_train_step(
 
 
 def _fetch_after(
-  norm: Float[Array, ""], fetch: Callable[[Any], Any], kept: Any
+  norm: Float[Array, ""],
+  step: Int[Array, ""],
+  fetch: Callable[[Any], Any],
+  kept: Any,
 ) -> Any:
   """Returns fetch(kept), which is not begun before the norm is known.
 
   XLA starts copies from the host as early as it can, also past a barrier, but
-  not out of a branch: one of two, as far as it can tell.
+  not out of a branch. That a step is not negative is more than it can know.
   """
 
   def never(kept: Any) -> Any:
     return jax.tree.map(jnp.zeros_like, fetch(kept))
 
-  return jax.lax.cond(norm < 0, never, fetch, kept)
+  return jax.lax.cond(norm + step < 0, never, fetch, kept)
 
 
 def group_of(name: str) -> str:

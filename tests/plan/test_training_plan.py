@@ -255,3 +255,26 @@ def test_a_step_that_does_not_fit_is_told_not_raised():
   assert plan.found is None
   assert plan.total > plan.hbm_bytes
   assert "DOES NOT FIT" in report.text(plan)
+
+
+@pytest.mark.tpu_aot
+def test_what_is_on_the_host_does_not_lie_beside_activations():
+  pytest.importorskip("libtpu")
+
+  def compiled(offload: tuple[str, ...]) -> report.Plan:
+    model = config_lib.sana_600m()
+    model.num_layers = 2
+    config = make_config(
+      model=model,
+      text_encoder=config_lib.Gemma2Config(),
+      mesh={"fsdp": 4},
+      batch_size=32,
+      max_sequence_length=300,
+    )
+    config.hardware.offload = offload
+    return training.plan(config, topology.describe("v5e:2x2"))
+
+  beside, away = compiled(()), compiled(("optimizer", "average"))
+  state = beside.memory["optimiser"] + beside.memory["average"]
+  assert state > 1e8
+  assert away.total <= beside.total - 0.9 * state
